@@ -1,0 +1,117 @@
+"""Argument checks: each raises before anything is compiled, and says what was wrong, where, and what to do.
+
+Types and shapes are always checked. Values are checked where they are known, that is not under a transformation.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def known(*values: Any) -> bool:
+    """Whether the values can be read now: no tracer among them."""
+    return not any(isinstance(v, jax.core.Tracer) for v in jax.tree.leaves(values))
+
+
+def array(name: str, value: Any, *shape: int | str) -> jax.Array:
+    """`value` as a floating JAX array of a shape such as ``("n", 2)``, where words stand for any size above zero."""
+    wanted = "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"
+    try:
+        result = value if isinstance(value, jax.Array) else np.asarray(value)
+    except ValueError as error:
+        raise ValueError(f"{name}: expected an array of shape {wanted}, got rows of unequal length") from error
+    if result.dtype.kind not in "fiub" and not jnp.issubdtype(result.dtype, jnp.floating):
+        raise TypeError(f"{name}: expected real numbers, got dtype {result.dtype}; convert it to floats first")
+    if len(result.shape) != len(shape):
+        raise ValueError(f"{name}: expected shape {wanted}, got {result.shape}; reshape it to {len(shape)} axes")
+    for axis, (size, got) in enumerate(zip(shape, result.shape, strict=True)):
+        if isinstance(size, int) and size != got:
+            raise ValueError(f"{name}: expected shape {wanted}, got {result.shape}; axis {axis} must have size {size}")
+        if got == 0:
+            raise ValueError(f"{name}: expected shape {wanted}, got {result.shape}; axis {axis} is empty")
+    dtype = result.dtype if jnp.issubdtype(result.dtype, jnp.floating) else jnp.result_type(float)
+    return jnp.asarray(result, jax.dtypes.canonicalize_dtype(dtype))
+
+
+def finite(name: str, value: jax.Array, remedy: str = "remove or replace them") -> None:
+    if known(value):
+        bad = value.size - int(np.isfinite(_host(value)).sum())
+        if bad:
+            raise ValueError(f"{name}: {bad} of {value.size} values are NaN or infinite; {remedy}")
+
+
+def _host(value: jax.Array) -> np.ndarray:
+    return np.asarray(value)
+
+
+def points(name: str, value: Any, n_features: int | None = None) -> jax.Array:
+    """A cloud (n, d) of finite coordinates."""
+    x = array(name, value, "n", "d" if n_features is None else n_features)
+    finite(name, x, "remove those points, or give them finite coordinates and point weight 0")
+    return x
+
+
+def weights(name: str, value: Any, size: int) -> jax.Array:
+    """Non-negative weights (size,) that are not all zero; not normalised."""
+    w = array(name, value, size)
+    finite(name, w)
+    if known(w):
+        host = _host(w)
+        if (host < 0).any():
+            raise ValueError(f"{name}: {(host < 0).sum()} weights are negative; weights must be at least 0")
+        if not host.any():
+            raise ValueError(f"{name}: all weights are zero; at least one must be positive")
+    return w
+
+
+def scalar(
+    name: str,
+    value: Any,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    infinite: bool = False,
+    batched: bool = False,
+) -> jax.Array:
+    """A real number, with its bounds in the message; ``batched`` lets an array of such numbers through."""
+    if value is None or isinstance(value, (str, bytes, bool)):
+        raise TypeError(f"{name}: expected a real number, got {value!r}")
+    number = jnp.asarray(value)
+    if number.dtype.kind not in "fiu" or (number.ndim and not batched):
+        raise TypeError(f"{name}: expected one real number, got {type(value).__name__} of shape {number.shape}")
+    number = number.astype(jnp.result_type(float))
+    if known(number):
+        host = np.asarray(number)
+        bounds = [f"above {above:g}"] if above is not None else []
+        bounds += [f"at least {at_least:g}"] if at_least is not None else []
+        bounds += [f"at most {at_most:g}"] if at_most is not None else []
+        legal = ~np.isnan(host) & (infinite | np.isfinite(host))
+        legal &= above is None or host > above
+        legal &= at_least is None or host >= at_least
+        legal &= at_most is None or host <= at_most
+        if not np.all(legal):
+            raise ValueError(f"{name}: must be {' and '.join(bounds) or 'finite'}, got {value}")
+    return number
+
+
+def integer(name: str, value: Any, at_least: int) -> int:
+    """A Python integer: sizes and step counts are static."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    if value < at_least:
+        raise ValueError(f"{name}: must be at least {at_least}, got {value}")
+    return int(value)
+
+
+def instance(name: str, value: Any, cls: type) -> None:
+    if not isinstance(value, cls):
+        raise TypeError(f"{name}: expected a {cls.__name__}, got {type(value).__name__}")
+
+
+def choice(name: str, value: Any, options: tuple[str, ...]) -> str:
+    if value not in options:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}")
+    return value

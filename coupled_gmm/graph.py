@@ -1,0 +1,164 @@
+"""A graph of mixtures: nodes are mixtures, some with a cloud to explain; edges keep two of them close."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from coupled_gmm import checks, matrices, mixture
+from coupled_gmm.bures import same_features
+from coupled_gmm.mixture import GaussianMixture
+from coupled_gmm.pair import GaussianMixturePair
+from coupled_gmm.statistics import Parameters
+from coupled_gmm.tree import new, pytree, static
+
+
+@pytree
+class MixtureGraph:
+    r"""Mixtures and the price of their differences.
+
+    .. math:: J = \sum_i v_i \, \overline{\log p_i} - \sum_{(i, j)} \lambda_{ij} T(p_i, p_j)
+
+    Mixtures of unequal size are stacked with components of weight zero. Everything that a user sweeps is a leaf; sizes and
+    whether transport is balanced are structure.
+    """
+
+    nodes: GaussianMixture  # stacked on a leading axis V
+    sources: Int[Array, " E"]
+    targets: Int[Array, " E"]
+    edge_weights: Float[Array, " E"]
+    epsilon: Float[Array, " E"]
+    rho: Float[Array, " E"]
+    node_weights: Float[Array, " V"]
+    frozen: Bool[Array, " V"]
+    sizes: tuple[int, ...] = static()
+    balanced: bool = static()
+
+    @classmethod
+    def from_mixtures(
+        cls,
+        gmms: Sequence[GaussianMixture],
+        edges: Sequence[tuple[int, int]],
+        *,
+        edge_weights: Any = 1.0,
+        epsilon: Any = None,
+        tau: Any = 1.0,
+        node_weights: Any = None,
+        frozen: Sequence[int] = (),
+    ) -> "MixtureGraph":
+        """A graph from mixtures and pairs of their indices.
+
+        Args:
+          gmms: V mixtures over the same features.
+          edges: E pairs (i, j) of distinct nodes.
+          edge_weights: lambda, at least 0, one or (E,).
+          epsilon: above 0, one or (E,), squared data units; None takes 1e-2 of each edge's mean starting cost.
+          tau: in (0, 1], one for all edges; 1 is balanced.
+          node_weights: v, at least 0, (V,); None is 1 each.
+          frozen: nodes that a fit leaves as they are.
+        """
+        if not gmms:
+            raise ValueError("gmms: the list is empty; a graph needs at least one mixture")
+        for i, gmm in enumerate(gmms):
+            checks.instance(f"gmms[{i}]", gmm, GaussianMixture)
+            same_features(gmms[0], gmm)
+        n_nodes = len(gmms)
+        for edge in edges:
+            if len(edge) != 2 or edge[0] == edge[1] or not all(0 <= node < n_nodes for node in edge):
+                raise ValueError(f"edges: {tuple(edge)} does not join two of the {n_nodes} nodes; use indices from 0")
+        for node in frozen:
+            if not 0 <= node < n_nodes:
+                raise ValueError(f"frozen: there is no node {node}; use indices from 0 to {n_nodes - 1}")
+        pairs = [GaussianMixturePair(gmms[i], gmms[j], None if epsilon is None else 1.0, tau) for i, j in edges]
+        if epsilon is None:
+            epsilon = jnp.stack([pair.epsilon for pair in pairs]) if pairs else jnp.ones(0)
+        per_edge = functools.partial(_spread, size=len(edges))
+        epsilon = per_edge("epsilon", checks.scalar("epsilon", epsilon, above=0, batched=True))
+        tau = checks.scalar("tau", tau, above=0, at_most=1)
+        v = jnp.ones(n_nodes) if node_weights is None else checks.weights("node_weights", node_weights, n_nodes)
+        return cls(
+            stack(gmms),
+            jnp.asarray([i for i, _ in edges], jnp.int32),
+            jnp.asarray([j for _, j in edges], jnp.int32),
+            per_edge("edge_weights", checks.scalar("edge_weights", edge_weights, at_least=0, batched=True)),
+            epsilon,
+            jnp.where(tau < 1, epsilon * tau / jnp.where(tau < 1, 1 - tau, 1), jnp.inf),
+            v,
+            jnp.asarray([node in frozen for node in range(n_nodes)]),
+            tuple(gmm.n_components for gmm in gmms),
+            checks.known(tau) and float(tau) == 1.0,
+        )
+
+    @classmethod
+    def from_pair(cls, pair: GaussianMixturePair, transport_weight: Array, frozen: Sequence[bool]) -> "MixtureGraph":
+        """The graph of two nodes and one edge."""
+        one = functools.partial(jnp.reshape, shape=(1,))
+        return cls(
+            stack([pair.gmm0, pair.gmm1]),
+            jnp.zeros(1, jnp.int32),
+            jnp.ones(1, jnp.int32),
+            one(transport_weight).astype(pair.epsilon.dtype),
+            one(pair.epsilon),
+            one(pair.rho),
+            jnp.ones(2, pair.epsilon.dtype),
+            jnp.asarray(np.asarray(frozen, bool)),
+            (pair.gmm0.n_components, pair.gmm1.n_components),
+            pair.balanced,
+        )
+
+    @property
+    def n_nodes(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def n_edges(self) -> int:
+        return self.sources.shape[0]
+
+    def fitted(self, parameters: Parameters, origin: Float[Array, " d"]) -> GaussianMixture:
+        """The nodes at fitted parameters, relative to an origin; frozen nodes come back untouched."""
+        fitted = to_mixture(parameters, origin)
+
+        def keep(old: Array, new: Array) -> Array:
+            return jnp.where(jnp.expand_dims(self.frozen, range(1, old.ndim)), old, new)
+
+        return jax.tree.map(keep, self.nodes, fitted)
+
+    def split(self, nodes: GaussianMixture) -> list[GaussianMixture]:
+        """Stacked nodes as mixtures of their own sizes."""
+        return [unpadded(jax.tree.map(lambda leaf: leaf[i], nodes), size) for i, size in enumerate(self.sizes)]
+
+
+def _spread(name: str, value: Array, size: int) -> Array:
+    if value.shape not in ((), (size,)):
+        raise ValueError(f"{name}: expected one number or one for each of the {size} edges, got shape {value.shape}")
+    return jnp.broadcast_to(value, (size,))
+
+
+def stack(gmms: Sequence[GaussianMixture]) -> GaussianMixture:
+    """Mixtures on a leading axis, padded to the largest."""
+    size = max(gmm.n_components for gmm in gmms)
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(mixture.padded(gmm, size) for gmm in gmms))
+
+
+def unpadded(gmm: GaussianMixture, size: int) -> GaussianMixture:
+    return new(
+        GaussianMixture, means=gmm.means[:size], covariances=gmm.covariances[:size], weights=gmm.weights[:size]
+    )
+
+
+def to_parameters(gmm: GaussianMixture, origin: Float[Array, " d"]) -> Parameters:
+    return Parameters(gmm.means - origin, gmm.cholesky, gmm.log_weights)
+
+
+def to_mixture(parameters: Parameters, origin: Float[Array, " d"]) -> GaussianMixture:
+    weights = jnp.exp(parameters.log_weights)
+    return new(
+        GaussianMixture,
+        means=parameters.means + origin,
+        covariances=matrices.gram(parameters.factors),
+        weights=weights,
+    )

@@ -1,0 +1,293 @@
+r"""The M-step on a graph: raise sum v_i Q_i - sum lambda_ij T_ij, all of whose terms are functions of the parameters alone.
+
+Two coordinate systems. *Log-Cholesky* is OTT's: means, lower triangular factors with the logarithm of the diagonal, logits
+against the last component of positive weight; any optax optimiser runs in it. *Natural* is the default's: each component
+is seen from its present self, :math:`m = m_0 + L_0 u`, :math:`L = L_0 T`, and every coordinate is divided by the square root of its
+curvature in Q and in the transport cost. There the Hessian is close to the identity, a first unit step of steepest ascent
+is nearly the plain EM step, and L-BFGS needs a handful of evaluations.
+
+The transport cost enters by its dual value. Potentials are carried from one evaluation to the next and never
+differentiated: by the envelope theorem the derivative at fixed potentials is that of the cost.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Bool, Float, Int
+
+from coupled_gmm import bures, entropic, matrices
+from coupled_gmm.graph import MixtureGraph
+from coupled_gmm.plan import Solver
+from coupled_gmm.statistics import Parameters, Statistics, expected_log_likelihood, maximiser
+
+_MAX_ITERATIONS = 200  # of a plan within the fit
+_MEMORY = 8
+_ARMIJO = 1e-4
+
+
+class Terms(NamedTuple):
+    """What an evaluation of the objective leaves: its parts, the cost matrices, the plans' potentials and errors."""
+
+    q: Float[Array, " V"]
+    transport: Float[Array, " E"]
+    costs: Float[Array, "E K K"]
+    potentials: entropic.Potentials
+
+    @property
+    def marginal_error(self) -> Float[Array, ""]:
+        return jnp.max(self.potentials.marginal_error, initial=0)
+
+
+def plan_tolerance(dtype: Any) -> float:
+    """Marginal error asked of the plans in a fit: the error of a cost is of second order in it."""
+    return float(jnp.finfo(dtype).eps) ** 0.6
+
+
+def no_terms(graph: MixtureGraph) -> Terms:
+    """Terms before any evaluation, with the potentials that the first plans start from."""
+    n, k = graph.n_edges, graph.nodes.means.shape[1]
+    zeros = jnp.zeros((n, k), graph.nodes.dtype)
+    flags = jnp.zeros(n, bool)
+    potentials = entropic.Potentials(zeros, zeros, zeros[:, 0], jnp.zeros(n, jnp.int32), flags, flags)
+    return Terms(jnp.zeros(graph.n_nodes, zeros.dtype), zeros[:, 0], jnp.zeros((n, k, k), zeros.dtype), potentials)
+
+
+def transport_terms(
+    parameters: Parameters, graph: MixtureGraph, potentials: entropic.Potentials, solver: Solver
+) -> tuple[Float[Array, " E"], Float[Array, "E K K"], entropic.Potentials]:
+    """Regularised transport cost of every edge, differentiable in the parameters; costs, and certifying potentials."""
+    if not graph.n_edges:
+        empty = no_terms(graph)
+        return empty.transport, empty.costs, potentials
+
+    def edge(one: Parameters, other: Parameters, epsilon: Array, rho: Array, start: entropic.Potentials):
+        cost = bures.pairwise_cost(one.means, one.factors, other.means, other.factors)
+        problem = (cost, one.log_weights, other.log_weights, epsilon, rho, (start.f, start.g))
+        tol = jnp.asarray(plan_tolerance(cost.dtype), cost.dtype)
+        solved = solver(*jax.lax.stop_gradient(problem), tol, _MAX_ITERATIONS, graph.balanced)
+        a, b = jnp.exp(one.log_weights), jnp.exp(other.log_weights)
+        value = entropic.dual_value(cost, a, b, solved.f, solved.g, epsilon, rho, graph.balanced)
+        return value, *jax.lax.stop_gradient((cost, solved))
+
+    sources, targets = (jax.tree.map(lambda leaf: leaf[end], parameters) for end in (graph.sources, graph.targets))
+    return jax.vmap(edge)(sources, targets, graph.epsilon, graph.rho, potentials)
+
+
+def terms(
+    parameters: Parameters,
+    statistics: Statistics,
+    floors: Float[Array, "V d"],
+    graph: MixtureGraph,
+    potentials: entropic.Potentials,
+    solver: Solver,
+) -> Terms:
+    q = jax.vmap(expected_log_likelihood)(parameters, statistics, floors)
+    return Terms(q, *transport_terms(parameters, graph, potentials, solver))
+
+
+def objective(found: Terms, graph: MixtureGraph) -> Float[Array, ""]:
+    return graph.node_weights @ found.q - graph.edge_weights @ found.transport
+
+
+class Coordinates(NamedTuple):
+    """A map between parameters and a flat vector of unknowns, zero gradients where there are none."""
+
+    start: Float[Array, " p"]
+    parameters: Callable[[Float[Array, " p"]], Parameters]
+
+
+def _log_softmax(logits: Array, present: Array) -> Array:
+    """Log-probabilities over the components that are present; -inf elsewhere, with no gradient there."""
+    masked = jnp.where(present, logits, -jnp.inf)
+    peak = jax.lax.stop_gradient(jnp.max(masked, axis=-1, keepdims=True))
+    total = jnp.log(jnp.sum(jnp.where(present, jnp.exp(jnp.where(present, logits, 0) - peak), 0), -1, keepdims=True))
+    return jnp.where(present, jnp.where(present, logits, 0) - peak - total, -jnp.inf)
+
+
+def _thawed(frozen: Bool[Array, " V"], moved: Parameters, kept: Parameters) -> Parameters:
+    return jax.tree.map(lambda m, k: jnp.where(jnp.expand_dims(frozen, range(1, m.ndim)), k, m), moved, kept)
+
+
+def log_cholesky_coordinates(base: Parameters, graph: MixtureGraph) -> Coordinates:
+    """OTT's coordinates; frozen nodes, absent components and each last logit do not move."""
+    present = jnp.isfinite(base.log_weights)
+    n_components = present.shape[-1]
+    last = n_components - 1 - jnp.argmax(present[:, ::-1], axis=-1)
+    is_last = jnp.arange(n_components) == last[:, None]
+    reference = jnp.sum(jnp.where(is_last, base.log_weights, 0), axis=-1, keepdims=True)
+    logits = jnp.where(present, base.log_weights - reference, 0)
+    eye = jnp.eye(base.means.shape[-1], dtype=base.means.dtype)
+    safe = base.factors + eye * (base.factors == 0)
+    log_factors = jnp.tril(safe, -1) + eye * jnp.log(jnp.where(eye > 0, safe, 1))
+    start, unravel = ravel_pytree((base.means, log_factors, logits))
+
+    def parameters(x: Array) -> Parameters:
+        means, triangle, logits = unravel(x)
+        factors = jnp.tril(triangle, -1) + eye * jnp.exp(triangle * eye)
+        log_weights = _log_softmax(jnp.where(is_last, 0, logits), present)
+        return _thawed(graph.frozen, Parameters(means, factors, log_weights), base)
+
+    return Coordinates(start, parameters)
+
+
+def natural_coordinates(base: Parameters, statistics: Statistics, graph: MixtureGraph) -> Coordinates:
+    """Coordinates in which the objective curves about equally in every direction, and the base is zero."""
+    present = jnp.isfinite(base.log_weights)
+    eye = jnp.eye(base.means.shape[-1], dtype=base.means.dtype)
+    likelihood = graph.node_weights[:, None] * statistics.masses
+    pull = jnp.zeros_like(graph.node_weights).at[graph.sources].add(graph.edge_weights)
+    pull = pull.at[graph.targets].add(graph.edge_weights)
+    spread = jnp.mean(jnp.sum(base.factors**2, axis=-1), axis=-1)
+    transport = 2 * pull[:, None] * jnp.exp(base.log_weights) * spread
+    tiny = 1e-6 * jnp.maximum(1, graph.node_weights)[:, None]
+    shape_scale = jax.lax.rsqrt(likelihood + transport + tiny)
+    weight_scale = jax.lax.rsqrt(likelihood + tiny)
+    zeros = (jnp.zeros_like(base.means), jnp.zeros_like(base.factors), jnp.zeros_like(base.log_weights))
+    start, unravel = ravel_pytree(zeros)
+
+    def parameters(x: Array) -> Parameters:
+        shift, triangle, logits = unravel(x)
+        means = base.means + jnp.einsum("vkij,vkj->vki", base.factors, shift * shape_scale[..., None])
+        triangle = triangle * shape_scale[..., None, None]
+        stretch = jnp.tril(triangle, -1) + eye * jnp.exp(triangle * eye * 2**-0.5)
+        logits = jnp.where(present, base.log_weights, 0) + logits * weight_scale
+        moved = Parameters(means, base.factors @ stretch, _log_softmax(logits, present))
+        return _thawed(graph.frozen, moved, base)
+
+    return Coordinates(start, parameters)
+
+
+class Search(NamedTuple):
+    """An optimiser's state: the point it wants evaluated next, the best it vouches for, and what it remembers."""
+
+    trial: Float[Array, " p"]
+    best: Float[Array, " p"]
+    memory: Any
+    done: Bool[Array, ""]
+
+
+class Optimiser(NamedTuple):
+    """Three functions of an optimiser of the M-step; values and gradients are to be minimised."""
+
+    coordinates: Callable[[Parameters, Statistics, MixtureGraph], Coordinates]
+    init: Callable[[Array], Search]
+    update: Callable[[Search, Array, Array], Search]
+
+
+def optax_optimiser(transformation: optax.GradientTransformation) -> Optimiser:
+    """Any optax optimiser in log-Cholesky coordinates: every step is taken."""
+
+    def update(search: Search, value: Array, gradient: Array) -> Search:
+        del value
+        step, memory = transformation.update(gradient, search.memory, search.trial)
+        trial = jnp.asarray(optax.apply_updates(search.trial, step))
+        return Search(trial, trial, memory, search.done)
+
+    def init(start: Array) -> Search:
+        return Search(start, start, transformation.init(start), jnp.asarray(False))
+
+    return Optimiser(lambda base, statistics, graph: log_cholesky_coordinates(base, graph), init, update)
+
+
+class _Line(NamedTuple):
+    """A line search from `best`: value there, direction, slope and step; and L-BFGS's own state."""
+
+    value: Float[Array, ""]
+    direction: Float[Array, " p"]
+    slope: Float[Array, ""]
+    step: Float[Array, ""]
+    first_slope: Float[Array, ""]
+    lbfgs: Any
+
+
+def lbfgs_optimiser(patience: float = 1e-3) -> Optimiser:
+    """L-BFGS in natural coordinates with a backtracking search: the objective never falls.
+
+    It stops when the promised gain is `patience` of the first one, or under rounding.
+    """
+    transformation = optax.scale_by_lbfgs(memory_size=_MEMORY, scale_init_precond=False)
+
+    def init(start: Array) -> Search:
+        zero = jnp.zeros((), start.dtype)
+        line = _Line(zero + jnp.inf, jnp.zeros_like(start), zero, zero + 1, zero, transformation.init(start))
+        return Search(start, start, line, jnp.asarray(False))
+
+    def update(search: Search, value: Array, gradient: Array) -> Search:
+        line: _Line = search.memory
+        finite = jnp.isfinite(value) & jnp.all(jnp.isfinite(gradient))
+        accepted = finite & (value <= line.value + _ARMIJO * line.step * line.slope)
+        preconditioned, lbfgs = transformation.update(gradient, line.lbfgs, search.trial)
+        slope = -jnp.vdot(preconditioned, gradient)
+        downhill = slope < 0
+        direction = jnp.where(downhill, -preconditioned, -gradient)
+        slope = jnp.where(downhill, slope, -jnp.vdot(gradient, gradient))
+        first = jnp.isinf(line.value)
+        # A rejected step goes to the minimum of the parabola through both values and the slope, within bounds.
+        bend = value - line.value - line.step * line.slope
+        shrink = jnp.where(finite, -0.5 * line.step * line.slope / jnp.where(bend > 0, bend, 1), 0.1)
+        fresh = _Line(value, direction, slope, jnp.ones_like(value), jnp.where(first, slope, line.first_slope), lbfgs)
+        retry = line._replace(step=line.step * jnp.clip(shrink, 0.1, 0.5))
+        line = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), fresh, retry)
+        best = jnp.where(accepted, search.trial, search.best)
+        rounding = jnp.finfo(value.dtype).eps * (1 + jnp.abs(line.value))
+        gain = -line.step * line.slope
+        done = gain <= jnp.maximum(rounding, -patience * line.first_slope)
+        return Search(best + line.step * line.direction, best, line, done | (first & ~finite))
+
+    return Optimiser(natural_coordinates, init, update)
+
+
+class MStep(NamedTuple):
+    """The parameters reached, the terms at the start, the potentials at the end and the worst marginal error between."""
+
+    parameters: Parameters
+    initial: Terms
+    potentials: entropic.Potentials
+    marginal_error: Float[Array, ""]
+    n_evaluations: Int[Array, ""]
+
+
+def m_step(
+    base: Parameters,
+    statistics: Statistics,
+    floors: Float[Array, "V d"],
+    graph: MixtureGraph,
+    potentials: entropic.Potentials,
+    solver: Solver,
+    optimiser: Optimiser,
+    budget: Int[Array, ""],
+) -> MStep:
+    """At most `budget` evaluations of the objective and its gradient, from `base`; the first is at `base` itself.
+
+    A graph without edges is plain EM, and has its maximiser in closed form.
+    """
+    if not graph.n_edges:
+        q = jax.vmap(expected_log_likelihood)(base, statistics, floors)
+        moved = _thawed(graph.frozen, maximiser(base, statistics, floors), base)
+        zero = jnp.zeros((), base.means.dtype)
+        return MStep(moved, no_terms(graph)._replace(q=q), potentials, zero, jnp.ones((), jnp.int32))
+    coordinates = optimiser.coordinates(base, statistics, graph)
+
+    def loss(x: Array, start: entropic.Potentials) -> tuple[Array, Terms]:
+        found = terms(coordinates.parameters(x), statistics, floors, graph, start, solver)
+        return -objective(found, graph), found
+
+    def unfinished(carry) -> Bool[Array, ""]:
+        search, _, _, _, n = carry
+        return (n < budget) & ~search.done
+
+    def evaluate(carry):
+        search, initial, potentials, error, n = carry
+        (value, found), gradient = jax.value_and_grad(loss, has_aux=True)(search.trial, potentials)
+        initial = jax.tree.map(lambda old, new: jnp.where(n == 0, new, old), initial, found)
+        error = jnp.maximum(error, found.marginal_error)
+        return optimiser.update(search, value, gradient), initial, found.potentials, error, n + 1
+
+    search = optimiser.init(coordinates.start)
+    carry = (search, no_terms(graph), potentials, jnp.zeros((), base.means.dtype), jnp.zeros((), jnp.int32))
+    search, initial, potentials, error, n = jax.lax.while_loop(unfinished, evaluate, carry)
+    return MStep(coordinates.parameters(search.best), initial, potentials, error, n)

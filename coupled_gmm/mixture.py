@@ -1,0 +1,206 @@
+"""Gaussian mixtures: an immutable pytree of means, covariances and weights.
+
+The three arrays that users think in are the leaves, so ``jax.grad`` of any value returns gradients in means, covariances
+and weights. Factors are derived when they are needed. A component of weight zero is legal and contributes nothing to a
+value or a gradient, whatever its other parameters are: mixtures of unequal size are padded with such components.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from coupled_gmm import checks, matrices
+from coupled_gmm.tree import new, pytree
+
+LOG_2PI = math.log(2 * math.pi)
+
+
+@pytree
+class GaussianMixture:
+    r"""A mixture :math:`\sum_k w_k N(m_k, S_k)` of K Gaussians in d dimensions.
+
+    Build one with `from_moments`, which checks; the bare constructor does not.
+    """
+
+    means: Float[Array, "K d"]
+    covariances: Float[Array, "K d d"]
+    weights: Float[Array, " K"]
+
+    @classmethod
+    def from_moments(cls, means: Any, covariances: Any, weights: Any) -> "GaussianMixture":
+        """A mixture from its moments, checked.
+
+        Args:
+          means: (K, d), data units.
+          covariances: (K, d, d), symmetric positive semi-definite, squared data units. Singular ones are legal: transport
+            needs no more, densities do.
+          weights: (K,), at least 0; normalised if they sum to 1 within 1e-3.
+
+        Raises:
+          ValueError: shapes that disagree, values that are not finite, negative weights or a sum away from 1,
+            covariances that are not symmetric or not positive semi-definite.
+        """
+        means = checks.array("means", means, "K", "d")
+        n_components, n_features = means.shape
+        covariances = checks.array("covariances", covariances, n_components, n_features, n_features)
+        checks.finite("means", means)
+        checks.finite("covariances", covariances)
+        weights = checks.weights("weights", weights, n_components)
+        dtype = jnp.result_type(means, covariances, weights)
+        if checks.known(weights) and abs(float(jnp.sum(weights)) - 1) > 1e-3:
+            raise ValueError(f"weights: must sum to 1 within 1e-3, got {float(jnp.sum(weights)):.6g}; divide by the sum")
+        if checks.known(covariances):
+            _check_covariances(np.asarray(covariances, np.float64), float(jnp.finfo(dtype).eps))
+        covariances = 0.5 * (covariances + matrices.transpose(covariances))
+        return cls(means.astype(dtype), covariances.astype(dtype), (weights / jnp.sum(weights)).astype(dtype))
+
+    @property
+    def n_components(self) -> int:
+        return self.means.shape[-2]
+
+    @property
+    def n_features(self) -> int:
+        return self.means.shape[-1]
+
+    @property
+    def dtype(self) -> Any:
+        return self.means.dtype
+
+    @property
+    def cholesky(self) -> Float[Array, "K d d"]:
+        """Lower triangular L with S = L L^T; singular where S is."""
+        return matrices.cholesky(self.covariances)
+
+    @property
+    def log_weights(self) -> Float[Array, " K"]:
+        """Logarithms of the weights: -inf, with zero gradient, where a weight is zero."""
+        present = self.weights > 0
+        return jnp.where(present, jnp.log(jnp.where(present, self.weights, 1)), -jnp.inf)
+
+    def component_log_prob(self, x: Any) -> Float[Array, "n K"]:
+        r""":math:`\log N(x; m_k, S_k)`, (n, K), without weights; NaN for a singular component of weight zero.
+
+        Raises:
+          ValueError: a component of positive weight has a singular covariance, and so no density.
+        """
+        x = checks.points("x", x, self.n_features).astype(self.dtype)
+        self.check_densities()
+        factor = self.cholesky
+        whitening = matrices.invert_triangular(factor)
+        whitened = jnp.einsum("kij,knj->kni", whitening, x - self.means[:, None])
+        square = jnp.sum(whitened**2, axis=-1)
+        log_norm = matrices.log_diagonal_sum(factor) + 0.5 * self.n_features * LOG_2PI
+        regular = jnp.isfinite(log_norm)
+        return jnp.where(regular[:, None], -0.5 * square - jnp.where(regular, log_norm, 0)[:, None], jnp.nan).T
+
+    def _joint_log_prob(self, x: Any) -> Float[Array, "n K"]:
+        log_prob = self.component_log_prob(x)
+        present = self.weights > 0
+        return jnp.where(present, jnp.where(present, log_prob, 0) + self.log_weights, -jnp.inf)
+
+    def log_prob(self, x: Any) -> Float[Array, " n"]:
+        r"""Log-density :math:`\log \sum_k w_k N(x; m_k, S_k)` at points (n, d)."""
+        return jax.nn.logsumexp(self._joint_log_prob(x), axis=-1)
+
+    def log_posterior(self, x: Any) -> Float[Array, "n K"]:
+        """Log-probability of each component given the point, (n, K); -inf for components of weight zero."""
+        joint = self._joint_log_prob(x)
+        return joint - jax.nn.logsumexp(joint, axis=-1, keepdims=True)
+
+    def sample(self, key: PRNGKeyArray, n: int) -> Float[Array, "n d"]:
+        """n independent draws; the key decides them."""
+        checks.integer("n", n, 1)
+        key_component, key_noise = jax.random.split(key)
+        component = jax.random.categorical(key_component, self.log_weights, shape=(n,))
+        noise = jax.random.normal(key_noise, (n, self.n_features), self.dtype)
+        return self.means[component] + jnp.einsum("nij,nj->ni", self.cholesky[component], noise)
+
+    def mean(self) -> Float[Array, " d"]:
+        """Mean of the whole mixture."""
+        return self.weights @ self.means
+
+    def covariance(self) -> Float[Array, "d d"]:
+        """Covariance of the whole mixture: within plus between components."""
+        spread = self.means - self.mean()
+        within = jnp.einsum("k,kij->ij", self.weights, self.covariances)
+        return within + jnp.einsum("k,ki,kj->ij", self.weights, spread, spread)
+
+    def marginal(self, axes: Sequence[int]) -> "GaussianMixture":
+        """The mixture over some of the features, in the order given."""
+        index = np.asarray(self._check_axes(axes))
+        return GaussianMixture(self.means[:, index], self.covariances[:, index[:, None], index], self.weights)
+
+    def condition(self, axes: Sequence[int], values: Any) -> "GaussianMixture":
+        """The mixture over the other features, given `values` (len(axes),) of the features `axes`.
+
+        Raises:
+          ValueError: `axes` repeat, are out of range or leave no feature; `values` have another length.
+        """
+        given = np.asarray(self._check_axes(axes))
+        rest = np.setdiff1d(np.arange(self.n_features), given)
+        if rest.size == 0:
+            raise ValueError(f"axes: all {self.n_features} features are given; leave at least one to be conditioned")
+        values = checks.array("values", values, len(given)).astype(self.dtype)
+        checks.finite("values", values)
+        observed = self.marginal(given.tolist())
+        whitening = matrices.invert_triangular(observed.cholesky)
+        cross = self.covariances[:, rest[:, None], given] @ matrices.transpose(whitening)
+        whitened = jnp.einsum("kij,kj->ki", whitening, values - observed.means)
+        weights = jnp.exp(observed.log_posterior(values[None])[0])
+        means = self.means[:, rest] + jnp.einsum("kij,kj->ki", cross, whitened)
+        covariances = self.covariances[:, rest[:, None], rest] - cross @ matrices.transpose(cross)
+        return GaussianMixture(means, covariances, weights)
+
+    def check_densities(self, name: str = "gmm") -> None:
+        """Raise ValueError where a component of positive weight is singular, so that the mixture has no density."""
+        if checks.known(self):
+            log_volume = np.asarray(_half_log_determinants(self.covariances))
+            singular = np.flatnonzero((np.asarray(self.weights) > 0) & ~np.isfinite(log_volume))
+            if singular.size:
+                raise ValueError(
+                    f"{name}: component {singular[0]} has a singular covariance and no density; "
+                    "add a small multiple of the identity to it, or drop the component"
+                )
+
+    def _check_axes(self, axes: Sequence[int]) -> list[int]:
+        chosen = [int(axis) for axis in axes]
+        if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= axis < self.n_features for axis in chosen):
+            raise ValueError(f"axes: expected distinct features between 0 and {self.n_features - 1}, got {list(axes)}")
+        return chosen
+
+
+@jax.jit
+def _half_log_determinants(covariances: Float[Array, "*b d d"]) -> Float[Array, "*b"]:
+    return matrices.log_diagonal_sum(matrices.cholesky(covariances))
+
+
+def padded(gmm: GaussianMixture, n_components: int) -> GaussianMixture:
+    """The same mixture with components of weight zero (mean 0, covariance I) appended up to `n_components`."""
+    extra = n_components - gmm.n_components
+    identity = jnp.broadcast_to(jnp.eye(gmm.n_features, dtype=gmm.dtype), (extra, gmm.n_features, gmm.n_features))
+    return new(
+        GaussianMixture,
+        means=jnp.concatenate([gmm.means, jnp.zeros((extra, gmm.n_features), gmm.dtype)]),
+        covariances=jnp.concatenate([gmm.covariances, identity]),
+        weights=jnp.concatenate([gmm.weights, jnp.zeros(extra, gmm.dtype)]),
+    )
+
+
+def _check_covariances(covariances: np.ndarray, eps: float) -> None:
+    scale = np.maximum(np.abs(covariances).max(axis=(1, 2)), np.finfo(np.float64).tiny)
+    asymmetry = np.abs(covariances - covariances.swapaxes(1, 2)).max(axis=(1, 2)) / scale
+    if (asymmetry > max(1e-5, 100 * eps)).any():
+        k = int(asymmetry.argmax())
+        raise ValueError(f"covariances: component {k} is not symmetric; pass (S + S.T) / 2 if the difference is noise")
+    lowest = np.linalg.eigvalsh(covariances)[:, 0] / scale
+    if (lowest < -10 * covariances.shape[-1] * eps).any():
+        k = int(lowest.argmin())
+        raise ValueError(
+            f"covariances: component {k} is indefinite (lowest eigenvalue {lowest[k] * scale[k]:.3g}); "
+            "clip its negative eigenvalues at zero"
+        )

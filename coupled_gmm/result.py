@@ -1,0 +1,66 @@
+"""What every solver returns beside its value: a status whose text names the remedy."""
+
+import enum
+
+import jax
+import numpy as np
+
+
+class FitError(RuntimeError):
+    """A solver ended without a usable result; the message names the remedy."""
+
+
+class Status(enum.IntEnum):
+    """How a solver ended. Stored as an integer array, so that it passes through ``jit`` and ``vmap``."""
+
+    CONVERGED = 0
+    STEPS_DONE = 1
+    NOT_CONVERGED = 2
+    PRECISION = 3
+    NOT_FINITE = 4
+    PLAN_NOT_CONVERGED = 5
+
+    @property
+    def message(self) -> str:
+        return _MESSAGES[self]
+
+
+_MESSAGES = {
+    Status.CONVERGED: "converged: the tolerance was met",
+    Status.STEPS_DONE: "all steps were done; no tolerance was asked for (tol = 0)",
+    Status.NOT_CONVERGED: "the steps ran out before the tolerance was met: allow more steps, or a larger tol",
+    Status.PRECISION: (
+        "stopped at what this precision can reach, above the tolerance: enable float64 "
+        "(jax.config.update('jax_enable_x64', True)), or raise epsilon or tol"
+    ),
+    Status.NOT_FINITE: (
+        "a value was not finite: raise ridge, lower the learning rate, or check the start for singular covariances"
+    ),
+    Status.PLAN_NOT_CONVERGED: (
+        "a transport plan missed its marginals during the fit (history.marginal_error): raise epsilon, or use float64"
+    ),
+}
+FAILURES = (Status.NOT_CONVERGED, Status.PRECISION, Status.NOT_FINITE, Status.PLAN_NOT_CONVERGED)
+
+
+class Outcome:
+    """What a status says, shared by every result; the class that inherits has a field ``status``."""
+
+    status: jax.Array
+
+    @property
+    def converged(self) -> jax.Array:
+        """Whether a tolerance that was asked for was met."""
+        return self.status == Status.CONVERGED
+
+    @property
+    def message(self) -> str:
+        """The status in words, with the remedy; for a batch, the worst one."""
+        return Status(int(np.max(np.asarray(self.status)))).message
+
+    def raise_if_failed(self) -> None:
+        """Raise `FitError` with the remedy unless the work was done (and converged, where that was asked)."""
+        failed = np.isin(np.asarray(self.status), FAILURES)
+        if failed.any():
+            where = f" (in {failed.sum()} of {failed.size} problems)" if failed.size > 1 else ""
+            raise FitError(self.message + where)
