@@ -1,9 +1,33 @@
 """Gaussian mixtures, fitted together and transported onto each other."""
 
 from coupled_gmm.bures import BuresCost, bures_cost_matrix
-from coupled_gmm.coupled import GraphFit, PairFit, fit_graph, fit_pair, penalized_log_likelihood
+from coupled_gmm.em import MixtureFit, fit_gmm, init_gmm
+from coupled_gmm.fit import GraphFit, PairFit, fit_graph, fit_pair, penalized_log_likelihood
 from coupled_gmm.graph import MixtureGraph
+from coupled_gmm.io import load, save
 from coupled_gmm.mixture import GaussianMixture
 from coupled_gmm.pair import GaussianMixturePair
 from coupled_gmm.plan import Plan, solve_plan
 from coupled_gmm.result import FitError, Status
+
+__all__ = [
+    "BuresCost",
+    "FitError",
+    "GaussianMixture",
+    "GaussianMixturePair",
+    "GraphFit",
+    "MixtureFit",
+    "MixtureGraph",
+    "PairFit",
+    "Plan",
+    "Status",
+    "bures_cost_matrix",
+    "fit_gmm",
+    "fit_graph",
+    "fit_pair",
+    "init_gmm",
+    "load",
+    "penalized_log_likelihood",
+    "save",
+    "solve_plan",
+]

@@ -37,13 +37,9 @@ def array(name: str, value: Any, *shape: int | str) -> jax.Array:
 
 def finite(name: str, value: jax.Array, remedy: str = "remove or replace them") -> None:
     if known(value):
-        bad = value.size - int(np.isfinite(_host(value)).sum())
+        bad = value.size - int(np.isfinite(np.asarray(value)).sum())
         if bad:
             raise ValueError(f"{name}: {bad} of {value.size} values are NaN or infinite; {remedy}")
-
-
-def _host(value: jax.Array) -> np.ndarray:
-    return np.asarray(value)
 
 
 def points(name: str, value: Any, n_features: int | None = None) -> jax.Array:
@@ -58,7 +54,7 @@ def weights(name: str, value: Any, size: int) -> jax.Array:
     w = array(name, value, size)
     finite(name, w)
     if known(w):
-        host = _host(w)
+        host = np.asarray(w)
         if (host < 0).any():
             raise ValueError(f"{name}: {(host < 0).sum()} weights are negative; weights must be at least 0")
         if not host.any():

@@ -1,32 +1,27 @@
-r"""Coupled fits: EM on every cloud, minus the price of transport between the mixtures.
+r"""The program of a coupled fit: EM on every cloud, minus the price of transport between the mixtures.
 
 .. math:: J = \sum_i v_i \, \overline{\log p_i} - \sum_{(i, j)} \lambda_{ij} T(p_i, p_j)
 
 One compiled loop over EM steps. Each reduces the clouds to statistics (`statistics`), then raises the expected objective of
-all nodes at once (`m_step`); plans' potentials are carried through. A fit is a run, not a value: it can't be differentiated,
-the penalised log-likelihood can.
+all nodes at once (`m_step`); plans' potentials are carried through. The E-step and the M-step are traced once each: the
+last round of the loop looks at where the fit has come to, and moves nothing.
 """
 
-import functools
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 from jaxtyping import Array, Float, Int
 
-from coupled_gmm import checks, entropic, m_step, plan, report, statistics
+from coupled_gmm import entropic, m_step, plan, report, statistics
 from coupled_gmm.graph import MixtureGraph, to_parameters
 from coupled_gmm.mixture import GaussianMixture
-from coupled_gmm.pair import GaussianMixturePair
-from coupled_gmm.plan import Plan
-from coupled_gmm.result import Outcome, Status
+from coupled_gmm.result import Status
 from coupled_gmm.statistics import Chunks, Parameters
-from coupled_gmm.tree import new, pytree
+from coupled_gmm.tree import pytree
 
 _MISSED = 1e-3  # a plan in the fit with a larger marginal error is no transport plan, and the fit says so
+_RUNNING = -1
 
 
 @pytree
@@ -51,30 +46,6 @@ class History:
     def transport(self) -> Float[Array, " steps"]:
         """Regularised transport cost, summed over edges."""
         return jnp.sum(self.transport_terms, axis=-1)
-
-
-@pytree
-class GraphFit(Outcome):
-    """A fitted graph: its mixtures, its plans edge by edge, and how it went."""
-
-    gmms: list[GaussianMixture]
-    plans: Plan  # of the padded mixtures, stacked on a leading axis E
-    penalized_log_likelihood: Float[Array, ""]
-    status: Int[Array, ""]
-    n_steps: Int[Array, ""]
-    history: History
-
-
-@pytree
-class PairFit(Outcome):
-    """A fitted pair with its plan, and how the fit went."""
-
-    pair: GaussianMixturePair
-    plan: Plan
-    penalized_log_likelihood: Float[Array, ""]
-    status: Int[Array, ""]
-    n_steps: Int[Array, ""]
-    history: History
 
 
 @jax.custom_jvp
@@ -142,17 +113,26 @@ class _Carry(NamedTuple):
     history: History
 
 
-_RUNNING = -1
+
+class Run(NamedTuple):
+    """Where a fit ended: the nodes there, its last look at J and its terms, and how it went."""
+
+    nodes: GaussianMixture
+    terms: m_step.Terms
+    value: Float[Array, ""]
+    status: Int[Array, ""]
+    n_steps: Int[Array, ""]
+    history: History
 
 
-@functools.partial(jax.jit, static_argnames="settings")
-def _fit(
+def run(
     problem: MixtureGraph,
     clouds: list[Array | None],
     weights: list[Array | None],
     controls: Controls,
     settings: Settings,
-) -> tuple[_Carry, Float[Array, " d"]]:
+) -> Run:
+    """The program of every fit; trace it inside ``jit``, with `settings` static."""
     problem, clouds, weights = jax.tree.map(_not_differentiable, (problem, clouds, weights))
     data = _prepare(clouds, weights, controls.ridge, settings.length)
     optimiser = _optimiser(settings.optimizer, controls.learning_rate)
@@ -188,7 +168,8 @@ def _fit(
         history,
     )
     end = jax.lax.while_loop(lambda carry: carry.status == _RUNNING, em_step, start)
-    return end, data.origin
+    nodes = problem.fitted(end.parameters, data.origin)
+    return Run(nodes, end.last, end.value, end.status, end.step, end.history)
 
 
 def _columns(row: History) -> dict[str, Array]:
@@ -210,248 +191,13 @@ def _status(carry: _Carry, value: Array, marginal_error: Array, tol: Array, em_s
     return jnp.where(jnp.isfinite(value), status, Status.NOT_FINITE)
 
 
-class _Run(NamedTuple):
-    """How a fit was asked for, checked."""
-
-    controls: Controls
-    em_steps: int
-    optimizer: Any
-    method: str
-    chunk_size: int | None
-    progress: Any
-
-
-def _run(
-    problem: MixtureGraph, clouds: list[Array | None], weights: list[Array | None], solver: plan.Solver, run: _Run
-) -> tuple[_Carry, Float[Array, " d"]]:
-    n_points = max(len(cloud) for cloud in clouds if cloud is not None)
-    length = statistics.chunk_length(n_points, *problem.nodes.means.shape[1:], run.chunk_size)
-    progress = run.progress is not False and run.progress is not None
-    settings = Settings(length, run.em_steps, solver, run.optimizer, progress)
-    with report.listening(run.progress):
-        return _fit(problem, clouds, weights, run.controls, settings)
-
-
-def _check_run(
-    em_steps: int,
-    m_steps: int,
-    optimizer: Any,
-    learning_rate: Any,
-    tol: Any,
-    ridge: Any,
-    method: str,
-    chunk_size: int | None,
-    progress: Any,
-) -> _Run:
-    built = isinstance(optimizer, optax.GradientTransformation)
-    if optimizer is not None and not built and not callable(optimizer):
-        raise TypeError(
-            f"optimizer: expected None, an optax factory such as optax.adam, or a built optax transformation, "
-            f"got {type(optimizer).__name__}"
-        )
-    factory = optimizer is not None and not built
-    if factory and learning_rate is None:
-        raise ValueError("learning_rate: an optax factory needs one; pass learning_rate=1e-2, say")
-    if learning_rate is not None:
-        if not factory:
-            raise ValueError("learning_rate: goes with an optax factory only, such as optimizer=optax.adam; drop it")
-        learning_rate = checks.scalar("learning_rate", learning_rate, above=0, batched=True)
-    controls = Controls(
-        checks.scalar("ridge", ridge, at_least=0, batched=True),
-        checks.scalar("tol", tol, at_least=0, batched=True),
-        jnp.asarray(checks.integer("m_steps", m_steps, 1)),
-        learning_rate,
-    )
-    checks.choice("method", method, plan.METHODS)
-    if chunk_size is not None:
-        checks.integer("chunk_size", chunk_size, 1)
-    return _Run(controls, checks.integer("em_steps", em_steps, 1), optimizer, method, chunk_size, progress)
-
-
-def _check_cloud(name: str, x: Any, weights_name: str, weights: Any, gmm: GaussianMixture) -> tuple[Array, Any]:
-    cloud = checks.points(name, x, gmm.n_features).astype(gmm.dtype)
-    if weights is not None:
-        weights = checks.weights(weights_name, weights, len(cloud)).astype(gmm.dtype)
-    return cloud, weights
-
-
-def _plans(problem: MixtureGraph, end: _Carry, nodes: GaussianMixture) -> Plan:
-    ends = (jax.tree.map(lambda leaf: leaf[index], nodes) for index in (problem.sources, problem.targets))
-    one, other = ends
-    pairs = new(
-        GaussianMixturePair, gmm0=one, gmm1=other, epsilon=problem.epsilon, rho=problem.rho, balanced=problem.balanced
-    )
-    return plan.from_potentials(pairs, end.last.costs, end.last.potentials)
-
-
-@jax.jit
-def _graph_fit(problem: MixtureGraph, end: _Carry, origin: Array) -> GraphFit:
-    nodes = problem.fitted(end.parameters, origin)
-    return GraphFit(
-        problem.split(nodes), _plans(problem, end, nodes), end.value, end.status, end.step, end.history
-    )
-
-
-@jax.jit
-def _pair_fit(problem: MixtureGraph, end: _Carry, origin: Array) -> PairFit:
-    fit = _graph_fit(problem, end, origin)
-    k0, k1 = problem.sizes
-    stacked = jax.tree.map(lambda leaf: leaf[0], fit.plans)
-    pair = stacked.pair.replace(*fit.gmms)
-    f, g = stacked.potentials
-    whole = new(
-        Plan,
-        pair=pair,
-        cost=stacked.cost[:k0, :k1],
-        potentials=(f[:k0], g[:k1]),
-        status=stacked.status,
-        n_iterations=stacked.n_iterations,
-    )
-    return PairFit(pair, whole, fit.penalized_log_likelihood, fit.status, fit.n_steps, fit.history)
-
-
-def penalized_log_likelihood(
-    pair: GaussianMixturePair,
-    x0: Any,
-    x1: Any,
-    *,
-    transport_weight: Any,
-    point_weights0: Any = None,
-    point_weights1: Any = None,
-    ridge: Any = 1e-6,
-    chunk_size: int | None = None,
-) -> Float[Array, ""]:
-    r"""The objective of `fit_pair` at a pair, differentiable once in both mixtures.
-
-    .. math:: J = \overline{\log p_0} + \overline{\log p_1} - \lambda T(p_0, p_1)
-
-    Arguments and errors as in `fit_pair`.
-    """
-    checks.instance("pair", pair, GaussianMixturePair)
-    x0, w0 = _check_cloud("x0", x0, "point_weights0", point_weights0, pair.gmm0)
-    x1, w1 = _check_cloud("x1", x1, "point_weights1", point_weights1, pair.gmm1)
-    transport_weight = checks.scalar("transport_weight", transport_weight, at_least=0, batched=True)
-    ridge = checks.scalar("ridge", ridge, at_least=0, batched=True)
-    problem = MixtureGraph.from_pair(pair, transport_weight, (False, False))
-    pair.gmm0.check_densities("pair.gmm0")
-    pair.gmm1.check_densities("pair.gmm1")
-    length = statistics.chunk_length(max(len(x0), len(x1)), *problem.nodes.means.shape[1:], chunk_size)
-    return _value(problem, [x0, x1], [w0, w1], ridge, length)
-
-
-@functools.partial(jax.jit, static_argnames="length")
-def _value(
+def value(
     problem: MixtureGraph, clouds: list[Array], weights: list[Array | None], ridge: Array, length: int
 ) -> Float[Array, ""]:
+    """J at the graph's own nodes, differentiable once in them."""
     data = _prepare(clouds, weights, ridge, length)
     parameters = to_parameters(problem.nodes, data.origin)
     found = statistics.e_step(parameters, data.chunks, data.floors)
     start = m_step.no_terms(problem).potentials
     transport, _, _ = m_step.transport_terms(parameters, problem, start, plan.solve_entropic)
     return problem.node_weights @ found.log_likelihood - problem.edge_weights @ transport
-
-
-def fit_graph(
-    clouds: Sequence[Any],
-    graph: MixtureGraph,
-    *,
-    point_weights: Sequence[Any] | None = None,
-    em_steps: int = 30,
-    m_steps: int = 20,
-    optimizer: Any = None,
-    learning_rate: Any = None,
-    tol: Any = 0.0,
-    ridge: Any = 1e-6,
-    method: str = "entropic",
-    chunk_size: int | None = None,
-    progress: Any = False,
-) -> GraphFit:
-    """The coupled fit of `fit_pair` for any graph of mixtures.
-
-    `clouds` has one (n, d) cloud a node, or None where a node explains none; `point_weights` likewise. Everything else is
-    as in `fit_pair`; what is frozen, and the weights of nodes and edges, are the graph's.
-    """
-    checks.instance("graph", graph, MixtureGraph)
-    run = _check_run(em_steps, m_steps, optimizer, learning_rate, tol, ridge, method, chunk_size, progress)
-    weights = [None] * graph.n_nodes if point_weights is None else list(point_weights)
-    for name, given in (("clouds", clouds), ("point_weights", weights)):
-        if len(given) != graph.n_nodes:
-            raise ValueError(f"{name}: expected one for each of the {graph.n_nodes} nodes (or None), got {len(given)}")
-    if all(cloud is None for cloud in clouds):
-        raise ValueError("clouds: every one is None; a fit needs at least one cloud")
-    checked = [
-        (None, None) if cloud is None else _check_cloud(f"clouds[{i}]", cloud, f"point_weights[{i}]", weight, graph.nodes)
-        for i, (cloud, weight) in enumerate(zip(clouds, weights, strict=True))
-    ]
-    for i, gmm in enumerate(graph.split(graph.nodes)):
-        if clouds[i] is not None or i not in np.flatnonzero(graph.frozen):
-            gmm.check_densities(f"node {i}")
-    pairs = new(GaussianMixturePair, epsilon=graph.epsilon[:1], rho=graph.rho[:1], balanced=graph.balanced)
-    solver = plan.solver_for(method, pairs) if graph.n_edges else plan.solve_entropic
-    return _graph_fit(graph, *_run(graph, [c for c, _ in checked], [w for _, w in checked], solver, run))
-
-
-def fit_pair(
-    x0: Any,
-    x1: Any,
-    pair: GaussianMixturePair,
-    *,
-    transport_weight: Any,
-    point_weights0: Any = None,
-    point_weights1: Any = None,
-    em_steps: int = 30,
-    m_steps: int = 20,
-    optimizer: Any = None,
-    learning_rate: Any = None,
-    tol: Any = 0.0,
-    freeze: Sequence[str] = (),
-    ridge: Any = 1e-6,
-    method: str = "entropic",
-    chunk_size: int | None = None,
-    progress: Any = False,
-) -> PairFit:
-    r"""Fit two mixtures to two clouds while a penalty on the transport cost between them keeps them close.
-
-    .. math:: J = \overline{\log p_0} + \overline{\log p_1} - \lambda T(p_0, p_1)
-
-    with the means over points, and T the regularised cost of `solve_plan` (MW2 squared, or its unbalanced version, plus the
-    entropic term), by EM whose M-step raises the whole objective. With the default optimiser J never falls.
-
-    Args:
-      x0, x1: clouds (n0, d) and (n1, d).
-      pair: where to start, with epsilon and rho.
-      transport_weight: lambda, at least 0, per squared data unit.
-      point_weights0, point_weights1: (n0,), (n1,), at least 0, not all 0; None weighs points equally.
-      em_steps: EM steps, at most.
-      m_steps: evaluations of the M-step's objective and gradient in each, at most.
-      optimizer: None is L-BFGS in natural coordinates; an optax factory (``optax.adam``) takes `learning_rate` as a leaf;
-        a built optax transformation is used as it is. Both run in log-Cholesky coordinates, as OTT's fit does, and do
-        every step.
-      learning_rate: above 0, with a factory only.
-      tol: at least 0; the fit has converged when an EM step raises J by no more. With 0 all steps are done.
-      freeze: any of "gmm0", "gmm1", left as they are.
-      ridge: at least 0, floor of the covariances relative to each feature's variance in its cloud: the component
-        log-densities are lowered by :math:`tr(\Delta S^{-1}) / 2`, so the exact M-step at weight 0 is the second moment plus
-        Delta, and J stays an objective that never falls. 0 turns it off.
-      method: of the plans, as in `solve_plan`.
-      chunk_size: points that are held in memory K d times over, at once; None suits the machine.
-      progress: True draws a bar; a callable gets each row as a dict; either costs one host callback a step.
-
-    Returns:
-      A `PairFit` with the fitted pair, its plan, J, the status and the history.
-
-    Raises:
-      TypeError, ValueError: an argument of the wrong kind, shape or range, before anything is compiled.
-    """
-    checks.instance("pair", pair, GaussianMixturePair)
-    run = _check_run(em_steps, m_steps, optimizer, learning_rate, tol, ridge, method, chunk_size, progress)
-    unknown = [name for name in freeze if name not in ("gmm0", "gmm1")] if not isinstance(freeze, str) else [freeze]
-    if unknown:
-        raise ValueError(f"freeze: expected a collection of 'gmm0' and 'gmm1', got {freeze!r}")
-    x0, w0 = _check_cloud("x0", x0, "point_weights0", point_weights0, pair.gmm0)
-    x1, w1 = _check_cloud("x1", x1, "point_weights1", point_weights1, pair.gmm1)
-    transport_weight = checks.scalar("transport_weight", transport_weight, at_least=0, batched=True)
-    pair.gmm0.check_densities("pair.gmm0")
-    pair.gmm1.check_densities("pair.gmm1")
-    problem = MixtureGraph.from_pair(pair, transport_weight, ["gmm0" in freeze, "gmm1" in freeze])
-    return _pair_fit(problem, *_run(problem, [x0, x1], [w0, w1], plan.solver_for(method, pair), run))

@@ -33,7 +33,7 @@ _TRUST = 8.0  # the step's bound, in units of epsilon
 _FAR = 4.0  # a step longer than this is limited by the bound, not by the distance to the solution
 _HEATING, _COOLING = 8.0, 4.0  # epsilon rises, then falls, by these factors
 _TRIES = 4  # iterations within rounding of the solution, of which the best is kept
-_STAGE = 0.1  # a stage is done when no log row sum is further off than this
+_NEAR = 0.25  # a stage is done when its step is no longer than this
 
 
 @pytree
@@ -101,13 +101,13 @@ def solve(
         step = matrices.solve_dominant(system, residual)
         if balanced:  # potentials are free up to a constant: f stays about zero
             step = step - jnp.sum(a * step)
-        limited = jnp.max(jnp.where(a > 0, jnp.abs(step), 0)) > _FAR
+        distance = jnp.max(jnp.where(a > 0, jnp.abs(step), 0))
 
         final = eps <= epsilon
         better = final & (error < state.error)
         tries = state.tries + (final & (error <= floor))
-        hot = limited & ~state.cooling & (eps < scale)
-        stage_done = ~final & (worst <= _STAGE) & ~hot
+        hot = (distance > _FAR) & ~state.cooling & (eps < scale)
+        stage_done = ~final & (distance <= _NEAR)
         cooler = jnp.maximum(eps / _COOLING, epsilon)
         return _State(
             f=jnp.where(hot | stage_done, f, f + eps * step),

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from coupled_gmm import checks, matrices, mixture
@@ -94,7 +93,7 @@ class MixtureGraph:
         )
 
     @classmethod
-    def from_pair(cls, pair: GaussianMixturePair, transport_weight: Array, frozen: Sequence[bool]) -> "MixtureGraph":
+    def from_pair(cls, pair: GaussianMixturePair, transport_weight: Array, frozen: Any) -> "MixtureGraph":
         """The graph of two nodes and one edge."""
         one = functools.partial(jnp.reshape, shape=(1,))
         return cls(
@@ -105,10 +104,17 @@ class MixtureGraph:
             one(pair.epsilon),
             one(pair.rho),
             jnp.ones(2, pair.epsilon.dtype),
-            jnp.asarray(np.asarray(frozen, bool)),
+            jnp.asarray(frozen),
             (pair.gmm0.n_components, pair.gmm1.n_components),
             pair.balanced,
         )
+
+    @classmethod
+    def single(cls, gmm: GaussianMixture) -> "MixtureGraph":
+        """The graph of one node and no edge."""
+        none, index = jnp.zeros(0, gmm.dtype), jnp.zeros(0, jnp.int32)
+        one, no = jnp.ones(1, gmm.dtype), jnp.zeros(1, bool)
+        return cls(stack([gmm]), index, index, none, none, none, one, no, (gmm.n_components,), True)
 
     @property
     def n_nodes(self) -> int:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int
 
 from coupled_gmm import matrices
@@ -108,29 +109,21 @@ def e_step(
     whitening = matrices.invert_triangular(parameters.factors)
     offsets = jnp.einsum("vkij,vkj->vki", whitening, parameters.means)
     constants = _log_constants(parameters, whitening, floors)
-    zeros = jax.tree.map(jnp.zeros_like, _Sums(constants[:, 0], constants, offsets, whitening))
+    n_nodes = len(constants)
+    flat, unravel = ravel_pytree(_Sums(constants[0, 0], constants[0], offsets[0], whitening[0]))
 
     def accumulate(carry, chunk):
-        points, weights, owner = chunk
-        sums = _chunk_sums(points, weights, whitening[owner], offsets[owner], constants[owner])
-        return jax.tree.map(lambda s, new: _compensated(s, owner, new), carry, sums, is_leaf=_is_pair), None
+        (totals, lost), (points, weights, owner) = carry, chunk
+        sums, _ = ravel_pytree(_chunk_sums(points, weights, whitening[owner], offsets[owner], constants[owner]))
+        # Kahan's sum: thousands of chunks in float32 would lose what the M-step must gain.
+        before, sums = totals[owner], sums - lost[owner]
+        after = before + sums
+        return (totals.at[owner].set(after), lost.at[owner].set((after - before) - sums)), None
 
-    # Kahan's sum: thousands of chunks in float32 would lose what the M-step must gain.
-    carry = jax.tree.map(lambda z: (z, z), zeros)
-    carry, _ = jax.lax.scan(accumulate, carry, (chunks.points, chunks.weights, chunks.owners))
-    sums = jax.tree.map(lambda pair: pair[0], carry, is_leaf=_is_pair)
-    return _centred(_Sums(*sums), parameters)
-
-
-def _is_pair(node) -> bool:
-    return type(node) is tuple and len(node) == 2
-
-
-def _compensated(pair: tuple[Array, Array], owner: Array, new: Array) -> tuple[Array, Array]:
-    total, lost = pair
-    before, new = total[owner], new - lost[owner]
-    after = before + new
-    return total.at[owner].set(after), lost.at[owner].set((after - before) - new)
+    zeros = jnp.zeros((n_nodes, flat.size), flat.dtype)
+    columns = (chunks.points, chunks.weights, chunks.owners)
+    (totals, _), _ = jax.lax.scan(jax.checkpoint(accumulate), (zeros, zeros), columns)
+    return _centred(jax.vmap(unravel)(totals), parameters)
 
 
 def _log_constants(parameters: Parameters, whitening: Array, floors: Array) -> Float[Array, "V K"]:
@@ -145,7 +138,7 @@ def _chunk_sums(points: Array, weights: Array, whitening: Array, offsets: Array,
     k, d, length = *offsets.shape, points.shape[1]
     whitened = (whitening.reshape(k * d, d) @ points).reshape(k, d, length) - offsets[:, :, None]
     log_joint = constants[:, None] - 0.5 * jnp.sum(whitened**2, axis=1)
-    peak = jnp.max(log_joint, axis=0)
+    peak = jax.lax.stop_gradient(jnp.max(log_joint, axis=0))
     joint = jnp.exp(log_joint - peak)
     total = jnp.sum(joint, axis=0)
     responsibility = joint * (weights / total)

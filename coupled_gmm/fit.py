@@ -1,0 +1,295 @@
+r"""Fits of several mixtures to their clouds: the pair, and any graph.
+
+A fit is a run, not a value: it can't be differentiated; `penalized_log_likelihood`, its objective, can.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+
+from coupled_gmm import checks, coupled, plan, report, statistics
+from coupled_gmm.coupled import Controls, History, Settings
+from coupled_gmm.graph import MixtureGraph
+from coupled_gmm.mixture import GaussianMixture
+from coupled_gmm.pair import GaussianMixturePair
+from coupled_gmm.plan import Plan
+from coupled_gmm.result import Outcome
+from coupled_gmm.tree import new, pytree
+
+
+@pytree
+class GraphFit(Outcome):
+    """A fitted graph: its mixtures, its plans edge by edge, and how it went."""
+
+    gmms: list[GaussianMixture]
+    plans: Plan  # of the padded mixtures, stacked on a leading axis E
+    penalized_log_likelihood: Float[Array, ""]
+    status: Int[Array, ""]
+    n_steps: Int[Array, ""]
+    history: History
+
+
+@pytree
+class PairFit(Outcome):
+    """A fitted pair with its plan, and how the fit went."""
+
+    pair: GaussianMixturePair
+    plan: Plan
+    penalized_log_likelihood: Float[Array, ""]
+    status: Int[Array, ""]
+    n_steps: Int[Array, ""]
+    history: History
+
+
+class _Run(NamedTuple):
+    """How a fit was asked for, checked."""
+
+    controls: Controls
+    em_steps: int
+    optimizer: Any
+    method: str
+    chunk_size: int | None
+    progress: Any
+
+
+def _check_run(
+    em_steps: int,
+    m_steps: int,
+    optimizer: Any,
+    learning_rate: Any,
+    tol: Any,
+    ridge: Any,
+    method: str,
+    chunk_size: int | None,
+    progress: Any,
+) -> _Run:
+    built = isinstance(optimizer, optax.GradientTransformation)
+    if optimizer is not None and not built and not callable(optimizer):
+        raise TypeError(
+            f"optimizer: expected None, an optax factory such as optax.adam, or a built optax transformation, "
+            f"got {type(optimizer).__name__}"
+        )
+    factory = optimizer is not None and not built
+    if factory and learning_rate is None:
+        raise ValueError("learning_rate: an optax factory needs one; pass learning_rate=1e-2, say")
+    if learning_rate is not None:
+        if not factory:
+            raise ValueError("learning_rate: goes with an optax factory only, such as optimizer=optax.adam; drop it")
+        learning_rate = checks.scalar("learning_rate", learning_rate, above=0, batched=True)
+    controls = Controls(
+        checks.scalar("ridge", ridge, at_least=0, batched=True),
+        checks.scalar("tol", tol, at_least=0, batched=True),
+        jnp.asarray(checks.integer("m_steps", m_steps, 1)),
+        learning_rate,
+    )
+    checks.choice("method", method, plan.METHODS)
+    if chunk_size is not None:
+        checks.integer("chunk_size", chunk_size, 1)
+    return _Run(controls, checks.integer("em_steps", em_steps, 1), optimizer, method, chunk_size, progress)
+
+
+def _check_cloud(name: str, x: Any, weights_name: str, weights: Any, gmm: GaussianMixture) -> tuple[Array, Any]:
+    cloud = checks.points(name, x, gmm.n_features).astype(gmm.dtype)
+    if weights is not None:
+        weights = checks.weights(weights_name, weights, len(cloud)).astype(gmm.dtype)
+    return cloud, weights
+
+
+def _settings(run: _Run, n_points: int, shape: tuple[int, int], solver: plan.Solver) -> Settings:
+    length = statistics.chunk_length(n_points, *shape, run.chunk_size)
+    progress = run.progress is not False and run.progress is not None
+    return Settings(length, run.em_steps, solver, run.optimizer, progress)
+
+
+@functools.partial(jax.jit, static_argnames="settings")
+def _fit_graph(problem: MixtureGraph, clouds: list, weights: list, controls: Controls, settings: Settings) -> GraphFit:
+    run = coupled.run(problem, clouds, weights, controls, settings)
+    ends = [jax.tree.map(lambda leaf: leaf[index], run.nodes) for index in (problem.sources, problem.targets)]
+    pairs = new(
+        GaussianMixturePair,
+        gmm0=ends[0],
+        gmm1=ends[1],
+        epsilon=problem.epsilon,
+        rho=problem.rho,
+        balanced=problem.balanced,
+    )
+    plans = plan.from_potentials(pairs, run.terms.costs, run.terms.potentials)
+    return GraphFit(problem.split(run.nodes), plans, run.value, run.status, run.n_steps, run.history)
+
+
+@functools.partial(jax.jit, static_argnames="settings")
+def _fit_pair(
+    pair: GaussianMixturePair,
+    transport_weight: Array,
+    frozen: Array,
+    clouds: list,
+    weights: list,
+    controls: Controls,
+    settings: Settings,
+) -> PairFit:
+    problem = MixtureGraph.from_pair(pair, transport_weight, frozen)
+    fit = _fit_graph(problem, clouds, weights, controls, settings)
+    k0, k1 = problem.sizes
+    stacked = jax.tree.map(lambda leaf: leaf[0], fit.plans)
+    f, g = stacked.potentials
+    whole = dataclasses.replace(
+        stacked, pair=pair.replace(*fit.gmms), cost=stacked.cost[:k0, :k1], potentials=(f[:k0], g[:k1])
+    )
+    return PairFit(whole.pair, whole, fit.penalized_log_likelihood, fit.status, fit.n_steps, fit.history)
+
+
+def penalized_log_likelihood(
+    pair: GaussianMixturePair,
+    x0: Any,
+    x1: Any,
+    *,
+    transport_weight: Any,
+    point_weights0: Any = None,
+    point_weights1: Any = None,
+    ridge: Any = 1e-6,
+    chunk_size: int | None = None,
+) -> Float[Array, ""]:
+    r"""The objective of `fit_pair` at a pair, differentiable once in both mixtures.
+
+    .. math:: J = \overline{\log p_0} + \overline{\log p_1} - \lambda T(p_0, p_1)
+
+    Arguments and errors as in `fit_pair`.
+    """
+    checks.instance("pair", pair, GaussianMixturePair)
+    x0, w0 = _check_cloud("x0", x0, "point_weights0", point_weights0, pair.gmm0)
+    x1, w1 = _check_cloud("x1", x1, "point_weights1", point_weights1, pair.gmm1)
+    transport_weight = checks.scalar("transport_weight", transport_weight, at_least=0, batched=True)
+    ridge = checks.scalar("ridge", ridge, at_least=0, batched=True)
+    pair.gmm0.check_densities("pair.gmm0")
+    pair.gmm1.check_densities("pair.gmm1")
+    n_components = max(pair.gmm0.n_components, pair.gmm1.n_components)
+    length = statistics.chunk_length(max(len(x0), len(x1)), n_components, pair.n_features, chunk_size)
+    return _value(pair, transport_weight, [x0, x1], [w0, w1], ridge, length)
+
+
+@functools.partial(jax.jit, static_argnames="length")
+def _value(
+    pair: GaussianMixturePair, transport_weight: Array, clouds: list, weights: list, ridge: Array, length: int
+) -> Float[Array, ""]:
+    problem = MixtureGraph.from_pair(pair, transport_weight, np.zeros(2, bool))
+    return coupled.value(problem, clouds, weights, ridge, length)
+
+
+def fit_graph(
+    clouds: Sequence[Any],
+    graph: MixtureGraph,
+    *,
+    point_weights: Sequence[Any] | None = None,
+    em_steps: int = 30,
+    m_steps: int = 20,
+    optimizer: Any = None,
+    learning_rate: Any = None,
+    tol: Any = 0.0,
+    ridge: Any = 1e-6,
+    method: str = "entropic",
+    chunk_size: int | None = None,
+    progress: Any = False,
+) -> GraphFit:
+    """The coupled fit of `fit_pair` for any graph of mixtures.
+
+    `clouds` has one (n, d) cloud a node, or None where a node explains none; `point_weights` likewise. Everything else is
+    as in `fit_pair`; what is frozen, and the weights of nodes and edges, are the graph's.
+    """
+    checks.instance("graph", graph, MixtureGraph)
+    run = _check_run(em_steps, m_steps, optimizer, learning_rate, tol, ridge, method, chunk_size, progress)
+    weights = [None] * graph.n_nodes if point_weights is None else list(point_weights)
+    for name, given in (("clouds", clouds), ("point_weights", weights)):
+        if len(given) != graph.n_nodes:
+            raise ValueError(f"{name}: expected one for each of the {graph.n_nodes} nodes (or None), got {len(given)}")
+    if all(cloud is None for cloud in clouds):
+        raise ValueError("clouds: every one is None; a fit needs at least one cloud")
+    checked = [
+        (None, None) if cloud is None else _check_cloud(f"clouds[{i}]", cloud, f"point_weights[{i}]", weight, graph.nodes)
+        for i, (cloud, weight) in enumerate(zip(clouds, weights, strict=True))
+    ]
+    for i, gmm in enumerate(graph.split(graph.nodes)):
+        if clouds[i] is not None or i not in np.flatnonzero(graph.frozen):
+            gmm.check_densities(f"node {i}")
+    pairs = new(GaussianMixturePair, epsilon=graph.epsilon[:1], rho=graph.rho[:1], balanced=graph.balanced)
+    solver = plan.solver_for(method, pairs) if graph.n_edges else plan.solve_entropic
+    n_points = max(len(cloud) for cloud, _ in checked if cloud is not None)
+    settings = _settings(run, n_points, graph.nodes.means.shape[1:], solver)
+    with report.listening(run.progress):
+        return _fit_graph(graph, [c for c, _ in checked], [w for _, w in checked], run.controls, settings)
+
+
+def fit_pair(
+    x0: Any,
+    x1: Any,
+    pair: GaussianMixturePair,
+    *,
+    transport_weight: Any,
+    point_weights0: Any = None,
+    point_weights1: Any = None,
+    em_steps: int = 30,
+    m_steps: int = 20,
+    optimizer: Any = None,
+    learning_rate: Any = None,
+    tol: Any = 0.0,
+    freeze: Sequence[str] = (),
+    ridge: Any = 1e-6,
+    method: str = "entropic",
+    chunk_size: int | None = None,
+    progress: Any = False,
+) -> PairFit:
+    r"""Fit two mixtures to two clouds while a penalty on the transport cost between them keeps them close.
+
+    .. math:: J = \overline{\log p_0} + \overline{\log p_1} - \lambda T(p_0, p_1)
+
+    with the means over points, and T the regularised cost of `solve_plan` (MW2 squared, or its unbalanced version, plus the
+    entropic term), by EM whose M-step raises the whole objective. With the default optimiser J never falls.
+
+    Args:
+      x0, x1: clouds (n0, d) and (n1, d).
+      pair: where to start, with epsilon and rho.
+      transport_weight: lambda, at least 0, per squared data unit.
+      point_weights0, point_weights1: (n0,), (n1,), at least 0, not all 0; None weighs points equally.
+      em_steps: EM steps, at most.
+      m_steps: evaluations of the M-step's objective and gradient in each, at most.
+      optimizer: None is L-BFGS in natural coordinates; an optax factory (``optax.adam``) takes `learning_rate` as a leaf;
+        a built optax transformation is used as it is. Both run in log-Cholesky coordinates, as OTT's fit does, and do
+        every step.
+      learning_rate: above 0, with a factory only.
+      tol: at least 0; the fit has converged when an EM step raises J by no more. With 0 all steps are done.
+      freeze: any of "gmm0", "gmm1", left as they are.
+      ridge: at least 0, floor of the covariances relative to each feature's variance in its cloud: the component
+        log-densities are lowered by :math:`tr(\Delta S^{-1}) / 2`, so the exact M-step at weight 0 is the second moment plus
+        Delta, and J stays an objective that never falls. 0 turns it off.
+      method: of the plans, as in `solve_plan`.
+      chunk_size: points that are held in memory K d times over, at once; None suits the machine.
+      progress: True draws a bar; a callable gets each row as a dict; either costs one host callback a step.
+
+    Returns:
+      A `PairFit` with the fitted pair, its plan, J, the status and the history.
+
+    Raises:
+      TypeError, ValueError: an argument of the wrong kind, shape or range, before anything is compiled.
+    """
+    checks.instance("pair", pair, GaussianMixturePair)
+    run = _check_run(em_steps, m_steps, optimizer, learning_rate, tol, ridge, method, chunk_size, progress)
+    unknown = [name for name in freeze if name not in ("gmm0", "gmm1")] if not isinstance(freeze, str) else [freeze]
+    if unknown:
+        raise ValueError(f"freeze: expected a collection of 'gmm0' and 'gmm1', got {freeze!r}")
+    x0, w0 = _check_cloud("x0", x0, "point_weights0", point_weights0, pair.gmm0)
+    x1, w1 = _check_cloud("x1", x1, "point_weights1", point_weights1, pair.gmm1)
+    transport_weight = checks.scalar("transport_weight", transport_weight, at_least=0, batched=True)
+    pair.gmm0.check_densities("pair.gmm0")
+    pair.gmm1.check_densities("pair.gmm1")
+    n_components = max(pair.gmm0.n_components, pair.gmm1.n_components)
+    solver = plan.solver_for(method, pair)
+    settings = _settings(run, max(len(x0), len(x1)), (n_components, pair.n_features), solver)
+    frozen = np.array(["gmm0" in freeze, "gmm1" in freeze])
+    with report.listening(run.progress):
+        return _fit_pair(pair, transport_weight, frozen, [x0, x1], [w0, w1], run.controls, settings)
