@@ -75,13 +75,17 @@ def scalar(
     """A real number, with its bounds in the message; ``batched`` lets an array of such numbers through."""
     if value is None or isinstance(value, (str, bytes, bool)):
         raise TypeError(f"{name}: expected a real number, got {value!r}")
-    number = jnp.asarray(value)
+    try:
+        number = jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name}: expected a real number, got {value!r}") from error
     if number.dtype.kind not in "fiu" or (number.ndim and not batched):
         raise TypeError(f"{name}: expected one real number, got {type(value).__name__} of shape {number.shape}")
     number = number.astype(jnp.result_type(float))
     if known(number):
         host = np.asarray(number)
-        bounds = [f"above {above:g}"] if above is not None else []
+        bounds = [] if infinite or at_most is not None else ["finite"]
+        bounds += [f"above {above:g}"] if above is not None else []
         bounds += [f"at least {at_least:g}"] if at_least is not None else []
         bounds += [f"at most {at_most:g}"] if at_most is not None else []
         legal = ~np.isnan(host) & (infinite | np.isfinite(host))
@@ -89,7 +93,7 @@ def scalar(
         legal &= at_least is None or host >= at_least
         legal &= at_most is None or host <= at_most
         if not np.all(legal):
-            raise ValueError(f"{name}: must be {' and '.join(bounds) or 'finite'}, got {value}")
+            raise ValueError(f"{name}: must be {' and '.join(bounds) or 'a number'}, got {value}")
     return number
 
 
@@ -102,12 +106,23 @@ def integer(name: str, value: Any, at_least: int) -> int:
     return int(value)
 
 
+def key(name: str, value: Any) -> jax.Array:
+    """One random key of JAX, of the typed kind or the raw one."""
+    typed = isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+    raw = isinstance(value, (jax.Array, np.ndarray)) and value.dtype == np.uint32
+    if not typed and not raw:
+        raise TypeError(f"{name}: expected a random key, got {type(value).__name__}; pass jax.random.key(0), say")
+    if value.ndim != (0 if typed else 1):
+        raise ValueError(f"{name}: expected one random key, got an array of shape {value.shape}; pass one of them")
+    return value
+
+
 def instance(name: str, value: Any, cls: type) -> None:
     if not isinstance(value, cls):
         raise TypeError(f"{name}: expected a {cls.__name__}, got {type(value).__name__}")
 
 
 def choice(name: str, value: Any, options: tuple[str, ...]) -> str:
-    if value not in options:
+    if not isinstance(value, str) or value not in options:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}")
     return value

@@ -21,6 +21,7 @@ from coupled_gmm.statistics import Chunks, Parameters
 from coupled_gmm.tree import pytree
 
 _MISSED = 1e-3  # a plan in the fit with a larger marginal error is no transport plan, and the fit says so
+_FALL = 1e-4  # an ascent that falls by this part of 1 + |J| has met more than rounding
 _RUNNING = -1
 
 
@@ -134,6 +135,8 @@ def run(
 ) -> Run:
     """The program of every fit; trace it inside ``jit``, with `settings` static."""
     problem, clouds, weights = jax.tree.map(_not_differentiable, (problem, clouds, weights))
+    dtype = problem.nodes.dtype
+    controls = jax.tree.map(lambda c: c.astype(dtype) if jnp.issubdtype(c, jnp.floating) else c, controls)
     data = _prepare(clouds, weights, controls.ridge, settings.length)
     optimiser = _optimiser(settings.optimizer, controls.learning_rate)
 
@@ -145,7 +148,7 @@ def run(
             carry.parameters, found, data.floors, problem, carry.potentials, settings.solver, optimiser, budget
         )
         value = problem.node_weights @ found.log_likelihood - problem.edge_weights @ moved.initial.transport
-        status = _status(carry, value, moved.marginal_error, controls.tol, settings.em_steps)
+        status = _status(carry, value, moved.marginal_error, controls.tol, settings)
         running = status == _RUNNING
         row = _row(problem, moved, value)
         history = jax.tree.map(lambda h, r: h.at[carry.step].set(jnp.where(running, r, jnp.nan)), carry.history, row)
@@ -182,12 +185,15 @@ def _row(problem: MixtureGraph, moved: m_step.MStep, value: Array) -> History:
     return History(terms.q, terms.transport, m_step.objective(terms, problem), value, moved.marginal_error)
 
 
-def _status(carry: _Carry, value: Array, marginal_error: Array, tol: Array, em_steps: int) -> Int[Array, ""]:
+def _status(carry: _Carry, value: Array, marginal_error: Array, tol: Array, settings: Settings) -> Int[Array, ""]:
     met = (tol > 0) & (carry.step > 0) & (value - carry.value <= tol)
     missed = jnp.fmax(jnp.nanmax(carry.history.marginal_error, initial=0), marginal_error) > _MISSED
     out_of_steps = jnp.where(tol > 0, Status.NOT_CONVERGED, Status.STEPS_DONE)
-    status = jnp.where(met, Status.CONVERGED, jnp.where(carry.step >= em_steps, out_of_steps, _RUNNING))
+    status = jnp.where(met, Status.CONVERGED, jnp.where(carry.step >= settings.em_steps, out_of_steps, _RUNNING))
     status = jnp.where((status != _RUNNING) & missed, Status.PLAN_NOT_CONVERGED, status)
+    if settings.optimizer is None:  # whose steps only ever rise
+        fell = (carry.step > 0) & (value < carry.value - _FALL * (1 + jnp.abs(carry.value)))
+        status = jnp.where(fell, Status.COLLAPSED, status)
     return jnp.where(jnp.isfinite(value), status, Status.NOT_FINITE)
 
 

@@ -41,6 +41,7 @@ def init_gmm(
     Raises:
       TypeError, ValueError: an argument of the wrong kind, shape or range.
     """
+    key = checks.key("key", key)
     x = checks.points("x", x)
     n_components = checks.integer("n_components", n_components, 1)
     n_init = checks.integer("n_init", n_init, 1)
@@ -85,7 +86,7 @@ def _init(key: Array, x: Array, w: Array, ridge: Array, n_components: int, n_ini
             return (jnp.minimum(closest, square), jnp.where(square < closest, k, labels)), None
 
         carry = (closest, labels)
-        (closest, labels), _ = jax.lax.scan(add, carry, (jnp.arange(1, n_components), keys[1:]))
+        (closest, labels), _ = jax.lax.scan(add, carry, (jnp.arange(1, n_components, dtype=labels.dtype), keys[1:]))
         return w @ closest, labels
 
     inertia, labels = jax.lax.map(draw, jax.random.split(key, n_init))
@@ -151,7 +152,7 @@ def fit_gmm(
     init.check_densities("init")
     length = statistics.chunk_length(len(x), *init.means.shape, None)
     settings = Settings(length, checks.integer("max_steps", max_steps, 1), plan.solve_entropic, None, False)
-    return _fit(init, x, w, Controls(ridge, tol, 1, None), settings)
+    return _fit(init, x, w, Controls(ridge, tol, jnp.ones((), jnp.int32), None), settings)
 
 
 @functools.partial(jax.jit, static_argnames="settings")

@@ -144,17 +144,16 @@ def natural_coordinates(base: Parameters, statistics: Statistics, graph: Mixture
     spread = jnp.mean(jnp.sum(base.factors**2, axis=-1), axis=-1)
     transport = 2 * pull[:, None] * jnp.exp(base.log_weights) * spread
     tiny = 1e-6 * jnp.maximum(1, graph.node_weights)[:, None]
-    shape_scale = jax.lax.rsqrt(likelihood + transport + tiny)
-    weight_scale = jax.lax.rsqrt(likelihood + tiny)
+    scale = jax.lax.rsqrt(likelihood + transport + tiny)
     zeros = (jnp.zeros_like(base.means), jnp.zeros_like(base.factors), jnp.zeros_like(base.log_weights))
     start, unravel = ravel_pytree(zeros)
 
     def parameters(x: Array) -> Parameters:
         shift, triangle, logits = unravel(x)
-        means = base.means + jnp.einsum("vkij,vkj->vki", base.factors, shift * shape_scale[..., None])
-        triangle = triangle * shape_scale[..., None, None]
+        means = base.means + jnp.einsum("vkij,vkj->vki", base.factors, shift * scale[..., None])
+        triangle = triangle * scale[..., None, None]
         stretch = jnp.tril(triangle, -1) + eye * jnp.exp(triangle * eye * 2**-0.5)
-        logits = jnp.where(present, base.log_weights, 0) + logits * weight_scale
+        logits = jnp.where(present, base.log_weights, 0) + logits * scale
         moved = Parameters(means, base.factors @ stretch, _log_softmax(logits, present))
         return _thawed(graph.frozen, moved, base)
 
@@ -284,8 +283,11 @@ def m_step(
         search, initial, potentials, error, n = carry
         (value, found), gradient = jax.value_and_grad(loss, has_aux=True)(search.trial, potentials)
         initial = jax.tree.map(lambda old, new: jnp.where(n == 0, new, old), initial, found)
-        error = jnp.maximum(error, found.marginal_error)
-        return optimiser.update(search, value, gradient), initial, found.potentials, error, n + 1
+        # A trial that overshot into infinity is the optimiser's to reject; nothing is carried on from it.
+        finite = jnp.isfinite(value) & jnp.isfinite(found.marginal_error)
+        potentials = jax.tree.map(lambda old, new: jnp.where(finite, new, old), potentials, found.potentials)
+        error = jnp.where(finite, jnp.maximum(error, found.marginal_error), error)
+        return optimiser.update(search, value, gradient), initial, potentials, error, n + 1
 
     search = optimiser.init(coordinates.start)
     carry = (search, no_terms(graph), potentials, jnp.zeros((), base.means.dtype), jnp.zeros((), jnp.int32))

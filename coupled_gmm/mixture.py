@@ -91,12 +91,14 @@ class GaussianMixture:
         x = checks.points("x", x, self.n_features).astype(self.dtype)
         self.check_densities()
         factor = self.cholesky
+        regular = jnp.all(jnp.diagonal(factor, axis1=-2, axis2=-1) > 0, axis=-1)
+        # In place of a singular factor, which only an absent component may have: its logarithm's derivative is infinite.
+        factor = jnp.where(regular[:, None, None], factor, jnp.eye(self.n_features, dtype=self.dtype))
         whitening = matrices.invert_triangular(factor)
         whitened = jnp.einsum("kij,knj->kni", whitening, x - self.means[:, None])
-        square = jnp.sum(whitened**2, axis=-1)
         log_norm = matrices.log_diagonal_sum(factor) + 0.5 * self.n_features * LOG_2PI
-        regular = jnp.isfinite(log_norm)
-        return jnp.where(regular[:, None], -0.5 * square - jnp.where(regular, log_norm, 0)[:, None], jnp.nan).T
+        log_prob = -0.5 * jnp.sum(whitened**2, axis=-1) - log_norm[:, None]
+        return jnp.where(regular[:, None], log_prob, jnp.nan).T
 
     def _joint_log_prob(self, x: Any) -> Float[Array, "n K"]:
         log_prob = self.component_log_prob(x)
@@ -114,6 +116,7 @@ class GaussianMixture:
 
     def sample(self, key: PRNGKeyArray, n: int) -> Float[Array, "n d"]:
         """n independent draws; the key decides them."""
+        key = checks.key("key", key)
         checks.integer("n", n, 1)
         key_component, key_noise = jax.random.split(key)
         component = jax.random.categorical(key_component, self.log_weights, shape=(n,))
@@ -139,7 +142,8 @@ class GaussianMixture:
         """The mixture over the other features, given `values` (len(axes),) of the features `axes`.
 
         Raises:
-          ValueError: `axes` repeat, are out of range or leave no feature; `values` have another length.
+          ValueError: `axes` repeat, are out of range or leave no feature; `values` have another length; a component of
+            positive weight is singular in `axes`, so that they have no density.
         """
         given = np.asarray(self._check_axes(axes))
         rest = np.setdiff1d(np.arange(self.n_features), given)
@@ -148,6 +152,7 @@ class GaussianMixture:
         values = checks.array("values", values, len(given)).astype(self.dtype)
         checks.finite("values", values)
         observed = self.marginal(given.tolist())
+        observed.check_densities(f"marginal over axes {given.tolist()}")
         whitening = matrices.invert_triangular(observed.cholesky)
         cross = self.covariances[:, rest[:, None], given] @ matrices.transpose(whitening)
         whitened = jnp.einsum("kij,kj->ki", whitening, values - observed.means)
@@ -167,9 +172,12 @@ class GaussianMixture:
                 )
 
     def _check_axes(self, axes: Sequence[int]) -> list[int]:
-        chosen = [int(axis) for axis in axes]
+        index = np.asarray(axes)
+        if index.ndim != 1 or (index.size and index.dtype.kind not in "iu"):
+            raise TypeError(f"axes: expected a sequence of integers such as [0, 2], got {axes!r}")
+        chosen = index.astype(int).tolist()
         if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= axis < self.n_features for axis in chosen):
-            raise ValueError(f"axes: expected distinct features between 0 and {self.n_features - 1}, got {list(axes)}")
+            raise ValueError(f"axes: expected distinct features between 0 and {self.n_features - 1}, got {chosen}")
         return chosen
 
 

@@ -19,6 +19,7 @@ class Status(enum.IntEnum):
     PRECISION = 3
     NOT_FINITE = 4
     PLAN_NOT_CONVERGED = 5
+    COLLAPSED = 6
 
     @property
     def message(self) -> str:
@@ -39,8 +40,11 @@ _MESSAGES = {
     Status.PLAN_NOT_CONVERGED: (
         "a transport plan missed its marginals during the fit (history.marginal_error): raise epsilon, or use float64"
     ),
+    Status.COLLAPSED: (
+        "the objective fell: a component became thinner than this precision resolves; raise ridge, or use float64"
+    ),
 }
-FAILURES = (Status.NOT_CONVERGED, Status.PRECISION, Status.NOT_FINITE, Status.PLAN_NOT_CONVERGED)
+FAILURES = frozenset(Status) - {Status.CONVERGED, Status.STEPS_DONE}
 
 
 class Outcome:
@@ -60,7 +64,7 @@ class Outcome:
 
     def raise_if_failed(self) -> None:
         """Raise `FitError` with the remedy unless the work was done (and converged, where that was asked)."""
-        failed = np.isin(np.asarray(self.status), FAILURES)
+        failed = np.isin(np.asarray(self.status), list(FAILURES))
         if failed.any():
             where = f" (in {failed.sum()} of {failed.size} problems)" if failed.size > 1 else ""
             raise FitError(self.message + where)

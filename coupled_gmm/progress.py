@@ -1,0 +1,81 @@
+"""A fit's progress: the tutorial's table, row by row, and in a terminal a bar below it with the time left.
+
+Rows come from the running program, on a thread of JAX's; rich's console has a lock of its own, so they may. Where
+standard output is no terminal (a file, a pipe) only plain rows are written.
+"""
+
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+COLUMNS = {
+    "step": (4, "d", "step"),
+    "q0": (10, ".4f", "q0"),
+    "q1": (10, ".4f", "q1"),
+    "transport": (11, ".4f", "transport"),
+    "objective": (11, ".4f", "objective"),
+    "penalized_log_likelihood": (15, ".6f", "log-likelihood*"),
+    "marginal_error": (15, ".1e", "marginal error"),
+}
+
+
+def table_header() -> str:
+    """Titles of the columns of `table_row`; the starred one is penalised by transport and ridge."""
+    return " ".join(f"{title:>{width}}" for width, _, title in COLUMNS.values())
+
+
+def table_row(row: dict[str, Any]) -> str:
+    """One EM step in aligned columns."""
+    return " ".join(f"{row[name]:>{width}{form}}" for name, (width, form, _) in COLUMNS.items())
+
+
+class ProgressBar:
+    """A context manager to call with a row of each EM step as it is done.
+
+    A row is a dict of numbers: step, em_steps, q0, q1, transport, objective, penalized_log_likelihood, marginal_error.
+    """
+
+    def __init__(self, console: Console | None = None):
+        self.console = console or Console()
+        self._bar: Progress | None = None
+        self._started = False
+
+    def __enter__(self) -> "ProgressBar":
+        if self.console.is_terminal:
+            self._bar = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=30),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                console=self.console,
+                transient=True,
+            )
+            # Started at the first row, so that compilation does not enter the time left.
+            self._task = self._bar.add_task("compiling the fit", start=False, total=None)
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        """Show one EM step."""
+        if not self._started:
+            self._started = True
+            self._write(table_header())
+            if self._bar is not None:
+                self._bar.start_task(self._task)
+        if self._bar is not None:
+            text = f"EM step {row['step']}: objective {row['objective']:.4f}"
+            self._bar.update(self._task, total=row["em_steps"], completed=row["step"] + 1, description=text)
+        self._write(table_row(row))
+
+    def _write(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self.console.file.flush()

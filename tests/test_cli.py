@@ -1,0 +1,230 @@
+"""The command line, end to end on small clouds: what a run leaves, and what each mistake says and returns."""
+
+import io
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import polars as pl
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+import coupled_gmm as cg
+from coupled_gmm import runs
+from coupled_gmm.cli import app
+from coupled_gmm.config import load_config
+from coupled_gmm.io import load, save
+from coupled_gmm.progress import ProgressBar, table_header, table_row
+
+CONFIG = """
+[data]
+cloud0 = "a.csv"
+cloud1 = "b.parquet"
+weights1 = "w"
+
+[start]
+n_components = 2
+
+[fit]
+transport_weight = 0.1
+rho = 1.0
+em_steps = 3
+m_steps = 3
+
+[output]
+max_points_drawn = 20
+"""
+FILES = ["clouds.png", "config.toml", "fit.npz", "history.csv", "objective.png", "plan.csv", "plan.png"]
+
+
+def make_folder(folder):
+    """Two clouds of 30 and 40 points, the second with weights, and a configuration."""
+    draw = np.random.default_rng(0)
+    for name, n in (("a", 30), ("b", 40)):
+        x = draw.normal(size=(n, 2)) + 4 * draw.integers(2, size=(n, 1))
+        frame = pl.DataFrame({"x": x[:, 0], "y": x[:, 1]})
+        frame.write_csv(folder / f"{name}.csv")
+        frame.with_columns(w=pl.Series(draw.uniform(0.5, 1, n))).write_parquet(folder / f"{name}.parquet")
+    (folder / "c.toml").write_text(CONFIG)
+    return folder
+
+
+def call(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = make_folder(tmp_path_factory.mktemp("run"))
+    return SimpleNamespace(
+        folder=folder, out=folder / "out", result=call("fit", folder / "c.toml", "--out", folder / "out")
+    )
+
+
+def test_a_run_leaves_its_folder(run):
+    assert run.result.exit_code == 0, run.result.output
+    assert sorted(path.name for path in run.out.iterdir()) == FILES
+    fit = load(run.out / "fit.npz")
+    assert isinstance(fit, cg.PairFit)
+    history = pl.read_csv(run.out / "history.csv")
+    np.testing.assert_allclose(history["q0"], fit.history.q0, rtol=1e-5)
+    assert history["step"].to_list() == [0, 1, 2]
+    np.testing.assert_allclose(pl.read_csv(run.out / "plan.csv").drop("from").to_numpy(), fit.plan.matrix, rtol=1e-5)
+
+
+def test_rows_are_printed_as_they_come_and_without_control_characters(run):
+    lines = run.result.stdout.splitlines()
+    start = lines.index(table_header())
+    assert [line.split()[0] for line in lines[start + 1 : start + 4]] == ["0", "1", "2"]
+    assert all(len(line) == len(table_header()) for line in lines[start : start + 4])
+    assert "\x1b" not in run.result.stdout and "\r" not in run.result.stdout
+
+
+def test_tables_say_masses_transfer_and_reweighting(run):
+    text, fit = run.result.stdout, load(run.out / "fit.npz")
+    outflow, _ = fit.plan.reweighting()
+    for number in (*fit.pair.gmm0.weights, *fit.pair.gmm1.weights, *outflow):
+        assert f"{float(number):.4f}" in text
+    for words in (
+        "Mass transfer",
+        "outflow / mass in 0",
+        "marginal error",
+        "transport cost <P, C>",
+        "regularised cost",
+    ):
+        assert words in text
+    assert f"{float(fit.plan.total_mass):.6f}" in text
+    assert f"run folder: {run.out}" in text
+
+
+def test_show_prints_the_same_tables(run):
+    shown = call("show", run.out)
+    assert shown.exit_code == 0
+    start = shown.stdout.index("Components of mixtures")
+    end = shown.stdout.index("EM steps")
+    assert shown.stdout[start:end] in run.result.stdout
+
+
+def test_the_configuration_as_run_runs_again(run):
+    config = load_config(run.out / "config.toml")
+    assert config.data.cloud0 == str(run.folder / "a.csv")
+    assert config.fit.epsilon == pytest.approx(float(load(run.out / "fit.npz").pair.epsilon))
+    again = call("fit", run.out / "config.toml", "--out", run.folder / "again")
+    assert again.exit_code == 0, again.output
+    one, other = (load(folder / "fit.npz") for folder in (run.out, run.folder / "again"))
+    np.testing.assert_allclose(one.plan.matrix, other.plan.matrix, rtol=1e-4, atol=1e-6)
+
+
+def test_a_fit_that_does_not_converge_is_status_1(run):
+    text = CONFIG.replace("[output]", "tol = 1e-12\n[output]").replace("[output]", "[output]\npictures = false")
+    (run.folder / "tight.toml").write_text(text)
+    result = call("fit", run.folder / "tight.toml", "--out", run.folder / "tight")
+    assert result.exit_code == 1
+    assert "the fit failed: the steps ran out before the tolerance was met" in result.stderr
+    assert (run.folder / "tight" / "fit.npz").exists() and not (run.folder / "tight" / "plan.png").exists()
+
+
+def test_a_fit_that_breaks_down_is_status_1_and_leaves_what_it_has(run):
+    wanted = 'optimizer = "adam"\nlearning_rate = 1e8\n[output]'
+    (run.folder / "wild.toml").write_text(CONFIG.replace("[output]", wanted))
+    result = call("fit", run.folder / "wild.toml", "--out", run.folder / "wild")
+    assert result.exit_code == 1
+    assert "the fit failed: a value was not finite: raise ridge, lower the learning rate" in result.stderr
+    assert sorted(path.name for path in (run.folder / "wild").iterdir()) == [f for f in FILES if "png" not in f]
+    assert "nan" in call("show", run.folder / "wild").stdout
+
+
+def test_double_precision_and_adam(run):
+    wanted = 'precision = "float64"\noptimizer = "adam"\nlearning_rate = 1e-3\n[output]\npictures = false'
+    (run.folder / "double.toml").write_text(CONFIG.replace("[output]", wanted).replace("rho = 1.0\n", ""))
+    result = call("fit", run.folder / "double.toml", "--out", run.folder / "double")
+    assert result.exit_code == 0, result.output
+    assert "2 features, float64" in result.stdout and "infinite (balanced)" in result.stdout
+    shown = call("show", run.folder / "double")
+    assert shown.stdout[: shown.stdout.index("all steps")] in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        ("rho", "rhoo", "fit.rhoo: unknown key; did you mean 'rho'?"),
+        ("a.csv", "absent.csv", "data.cloud0: {folder}/absent.csv: no such file; check the name and the folder"),
+        ("a.csv", "nan.csv", "data.cloud0: {folder}/nan.csv: 2 of 6 values are NaN or infinite; remove those points"),
+        ("a.csv", "wide.csv", "data.cloud1: has 2 features and cloud0 has 3; choose the same ones with columns"),
+        ('weights1 = "w"', 'weights1 = "v"', "data.weights1: {folder}/b.parquet: there is no column 'v'"),
+        ('weights1 = "w"', 'weights1 = "a.csv"', "data.weights1: {folder}/a.csv: expected one weight a point"),
+        ('weights1 = "w"', 'weights0 = "y"', "data.weights0: {folder}/a.csv: "),
+        ("n_components = 2", "n_components = 100", "start.n_components: "),
+        (
+            "[output]",
+            '[output]\ndirectory = "{folder}/a.csv"',
+            "output.directory: can't make the folder {folder}/a.csv",
+        ),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(tmp_path, old, new, line):
+    make_folder(tmp_path)
+    (tmp_path / "nan.csv").write_text("x,y\n1,nan\n2,3\ninf,4\n")
+    (tmp_path / "wide.csv").write_text("x,y,z\n1,2,3\n2,3,5\n")
+    (tmp_path / "c.toml").write_text(CONFIG.replace(old, new.format(folder=tmp_path), 1))
+    place = () if "directory" in new else ("--out", tmp_path / "out")
+    result = call("fit", tmp_path / "c.toml", *place)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"{tmp_path}/c.toml: {line.format(folder=tmp_path)}")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_show_refuses_what_is_no_run(tmp_path):
+    result = call("show", tmp_path)
+    assert (result.exit_code, result.stderr[: len(str(tmp_path)) + 15]) == (2, f"{tmp_path}: no run folder")
+    save(tmp_path / "fit.npz", np.zeros(3))
+    result = call("show", tmp_path)
+    assert result.exit_code == 2 and "holds a ndarray, no coupled fit" in result.stderr
+    (tmp_path / "fit.npz").write_bytes(b"broken")
+    result = call("show", tmp_path)
+    assert result.exit_code == 2 and "or a damaged one" in result.stderr
+
+
+def test_a_missing_configuration_in_a_real_process(tmp_path):
+    command = [sys.executable, "-m", "coupled_gmm.cli", "fit", str(tmp_path / "absent.toml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr == f"{tmp_path}/absent.toml: no such file; check the name and the folder\n"
+
+
+ROW = {
+    "step": 7,
+    "em_steps": 30,
+    "q0": -3.758,
+    "q1": -3.758,
+    "transport": 0.558,
+    "objective": -7.521,
+    "penalized_log_likelihood": -7.5,
+    "marginal_error": 2e-5,
+}
+
+
+def test_the_bar_shows_its_row_and_the_time_left_in_a_terminal():
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    with ProgressBar(console) as bar:
+        for step in range(7, 10):
+            bar(ROW | {"step": step})
+    text = console.file.getvalue()
+    assert "compiling the fit" in text and "EM step 9: objective -7.5210" in text and "10/30" in text
+    assert text.count(table_header()) == 1 and table_row(ROW) in text
+
+
+def test_large_plans_are_listed_by_their_largest_transfers():
+    draw = np.random.default_rng(0)
+    gmm = cg.GaussianMixture.from_moments(
+        draw.normal(size=(20, 2)), np.tile(0.01 * np.eye(2), (20, 1, 1)), np.ones(20) / 20
+    )
+    pair = cg.GaussianMixturePair(gmm, gmm, 0.01)
+    fit = SimpleNamespace(pair=pair, plan=cg.solve_plan(pair), penalized_log_likelihood=0.0, n_steps=1)
+    console = Console(file=io.StringIO(), width=80)
+    runs.print_summary(console, fit)
+    text = console.file.getvalue()
+    assert "the 20 largest of 400 (all are in plan.csv)" in text
+    assert f"{float(fit.plan.matrix.max()):.4f}" in text

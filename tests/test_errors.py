@@ -1,0 +1,481 @@
+"""Bad input is refused before any program is entered; the message names the argument and what to do."""
+
+import functools
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+import coupled_gmm as cg
+from coupled_gmm import em, fit, plan
+
+NAN, INF = np.nan, np.inf
+EYES = np.broadcast_to(np.eye(2), (2, 2, 2))
+MEANS, WEIGHTS = np.array([[0.0, 0.0], [1.0, 1.0]]), np.array([0.25, 0.75])
+X = np.random.RandomState(0).randn(20, 2)
+ONES = np.ones(20)
+PROGRAMS = [
+    (fit, "_fit_pair"),
+    (fit, "_fit_graph"),
+    (fit, "_value"),
+    (em, "_fit"),
+    (em, "_init"),
+    (plan, "_solve_plan"),
+]
+
+
+@functools.cache
+def good() -> SimpleNamespace:
+    """Legal arguments, for the others of a call."""
+    mixture = moments()
+    singular = moments(covariances=[np.eye(2), np.ones((2, 2))])
+    line = cg.GaussianMixture.from_moments([[0.0]], [[[1.0]]], [1.0])
+    return SimpleNamespace(
+        key=jax.random.key(0),
+        mixture=mixture,
+        singular=singular,
+        line=line,
+        pair=cg.GaussianMixturePair(mixture, mixture, 1.0),
+        singular_pair=cg.GaussianMixturePair(mixture, singular, 1.0),
+    )
+
+
+def moments(means=MEANS, covariances=EYES, weights=WEIGHTS):
+    return cg.GaussianMixture.from_moments(means, covariances, weights)
+
+
+def x_with(value: float) -> np.ndarray:
+    x = X.copy()
+    x[3, 1] = value
+    return x
+
+
+def weights_with(value: float) -> np.ndarray:
+    weights = ONES.copy()
+    weights[3] = value
+    return weights
+
+
+def init(**changes):
+    arguments = {"key": good().key, "x": X, "n_components": 3, **changes}
+    return cg.init_gmm(**arguments)
+
+
+def fit_gmm(**changes):
+    arguments = {"x": X, "init": good().mixture, **changes}
+    return cg.fit_gmm(**arguments)
+
+
+def make_pair(epsilon=1.0, tau=1.0, gmm0=None, gmm1=None):
+    return cg.GaussianMixturePair(gmm0 or good().mixture, gmm1 or good().mixture, epsilon, tau)
+
+
+def from_rho(rho):
+    return cg.GaussianMixturePair.from_rho(good().mixture, good().mixture, 1.0, rho)
+
+
+def solve(**changes):
+    arguments = {"pair": good().pair, **changes}
+    return cg.solve_plan(**arguments)
+
+
+def fit_pair(**changes):
+    arguments = {"x0": X, "x1": X, "pair": good().pair, "transport_weight": 0.1, **changes}
+    return cg.fit_pair(**arguments)
+
+
+def objective(**changes):
+    arguments = {"pair": good().pair, "x0": X, "x1": X, "transport_weight": 0.1, **changes}
+    return cg.penalized_log_likelihood(**arguments)
+
+
+def graph(gmms=None, edges=((0, 1),), **options):
+    return cg.MixtureGraph.from_mixtures(gmms or [good().mixture] * 2, edges, **options)
+
+
+def fit_graph(clouds=(X, X), given=None, **options):
+    return cg.fit_graph(clouds, given or graph(), **options)
+
+
+def under_jit(call):
+    """`call` with a pair of traced epsilon."""
+    return jax.jit(lambda epsilon: call(make_pair(epsilon)).status)(1.0)
+
+
+MOMENTS = [
+    ("ragged", lambda: moments(means=[[0, 0], [1]]), ValueError, "^means: .*rows of unequal length"),
+    ("rank", lambda: moments(means=[0.0, 1.0]), ValueError, r"^means: expected shape \(K, d\), .*reshape it to 2 axes"),
+    ("none", lambda: moments(means=None), TypeError, "^means: expected real numbers.*convert"),
+    ("complex", lambda: moments(means=MEANS + 1j), TypeError, "^means: expected real numbers, .*complex.*convert"),
+    ("nan-mean", lambda: moments(means=[[NAN, 0], [1, 1]]), ValueError, "^means: 1 of 4 values are NaN .*replace"),
+    ("no-components", lambda: moments(np.zeros((0, 2)), np.zeros((0, 2, 2)), []), ValueError, "^means: .*empty"),
+    ("too-large", lambda: moments(means=[[1e300, 0], [1, 1]]), ValueError, "^means: 1 of 4 .*infinite"),
+    (
+        "strings",
+        lambda: moments(covariances=np.full((2, 2, 2), "a")),
+        TypeError,
+        "^covariances: .*convert it to floats",
+    ),
+    ("cov-rank", lambda: moments(covariances=np.ones((2, 2))), ValueError, "^covariances: .*reshape it to 3 axes"),
+    ("cov-d", lambda: moments(covariances=np.ones((2, 3, 3))), ValueError, "^covariances: .*axis 1 must have size 2"),
+    (
+        "cov-inf",
+        lambda: moments(covariances=np.full((2, 2, 2), INF)),
+        ValueError,
+        "^covariances: .*NaN or infinite; remove or replace",
+    ),
+    (
+        "asymmetric",
+        lambda: moments(covariances=[np.eye(2), [[1, 0.5], [0, 1]]]),
+        ValueError,
+        r"^covariances: component 1 is not symmetric; pass \(S \+ S\.T\) / 2",
+    ),
+    (
+        "indefinite",
+        lambda: moments(covariances=[np.eye(2), [[1, 2], [2, 1]]]),
+        ValueError,
+        "^covariances: component 1 is indefinite .*-1.*clip its negative eigenvalues",
+    ),
+    ("negative-weight", lambda: moments(weights=[1.5, -0.5]), ValueError, "^weights: 1 .*negative.*at least 0"),
+    (
+        "zero-weights",
+        lambda: moments(weights=[0, 0]),
+        ValueError,
+        "^weights: all .*zero; at least one must be positive",
+    ),
+    ("nan-weight", lambda: moments(weights=[NAN, 1]), ValueError, "^weights: 1 of 2 values are NaN"),
+    (
+        "weights-sum",
+        lambda: moments(weights=[0.5, 0.4]),
+        ValueError,
+        "^weights: must sum to 1 .*0.9; divide by the sum",
+    ),
+    ("weights-size", lambda: moments(weights=[1.0]), ValueError, "^weights: .*axis 0 must have size 2"),
+]
+
+METHODS = [
+    ("log-prob-d", lambda: good().mixture.log_prob(np.ones((3, 3))), ValueError, "^x: .*axis 1 must have size 2"),
+    ("log-prob-rank", lambda: good().mixture.log_prob([0, 0]), ValueError, "^x: .*reshape it to 2 axes"),
+    (
+        "log-prob-nan",
+        lambda: good().mixture.log_prob(x_with(NAN)),
+        ValueError,
+        "^x: 1 of 40 .*NaN.*remove those points",
+    ),
+    (
+        "log-prob-singular",
+        lambda: good().singular.log_prob(X),
+        ValueError,
+        "^gmm: component 1 .*singular.*multiple of the",
+    ),
+    (
+        "posterior-singular",
+        lambda: good().singular.log_posterior(X),
+        ValueError,
+        "^gmm: component 1 .*drop the component",
+    ),
+    ("sample-float", lambda: good().mixture.sample(good().key, 2.5), TypeError, "^n: expected an integer, got 2.5"),
+    ("sample-none", lambda: good().mixture.sample(good().key, 0), ValueError, "^n: must be at least 1, got 0"),
+    (
+        "sample-seed",
+        lambda: good().mixture.sample(0, 3),
+        TypeError,
+        r"^key: expected a random key, .*jax.random.key\(0\)",
+    ),
+    (
+        "sample-keys",
+        lambda: good().mixture.sample(jax.random.split(good().key), 3),
+        ValueError,
+        r"^key: expected one random key, got an array of shape \(2,\); pass one",
+    ),
+    ("axes-repeat", lambda: good().mixture.marginal([0, 0]), ValueError, "^axes: expected distinct features between 0"),
+    ("axes-range", lambda: good().mixture.marginal([2]), ValueError, r"^axes: .*between 0 and 1, got \[2\]"),
+    ("axes-none", lambda: good().mixture.marginal([]), ValueError, r"^axes: expected distinct features"),
+    (
+        "axes-float",
+        lambda: good().mixture.marginal([0.5]),
+        TypeError,
+        r"^axes: expected a sequence of integers such as",
+    ),
+    ("axes-mask", lambda: good().mixture.marginal([True, False]), TypeError, "^axes: expected a sequence of integers"),
+    (
+        "axes-integer",
+        lambda: good().mixture.marginal(0),
+        TypeError,
+        r"^axes: expected a sequence of integers such as \[",
+    ),
+    ("condition-all", lambda: good().mixture.condition([0, 1], [0, 1]), ValueError, "^axes: all .*leave at least one"),
+    ("condition-size", lambda: good().mixture.condition([0], [0, 1]), ValueError, "^values: .*must have size 1"),
+    ("condition-nan", lambda: good().mixture.condition([0], [NAN]), ValueError, "^values: 1 of 1 .*NaN.*replace"),
+    (
+        "condition-singular",
+        lambda: moments(covariances=[np.eye(2), np.diag([0, 1])]).condition([0], [1.0]),
+        ValueError,
+        r"^marginal over axes \[0\]: component 1 has a singular covariance",
+    ),
+]
+
+SINGLE = [
+    ("init-key", lambda: init(key=7), TypeError, r"^key: expected a random key, got int; pass jax.random.key\(0\)"),
+    (
+        "init-inf",
+        lambda: init(x=x_with(INF)),
+        ValueError,
+        "^x: 1 of 40 values are NaN or infinite; remove those points",
+    ),
+    ("init-float", lambda: init(n_components=2.5), TypeError, "^n_components: expected an integer, got 2.5"),
+    ("init-zero", lambda: init(n_components=0), ValueError, "^n_components: must be at least 1, got 0"),
+    ("init-one-point", lambda: init(x=np.ones((20, 2))), ValueError, "^n_components: 3 .* x has 1; lower n_components"),
+    (
+        "init-weighted-out",
+        lambda: init(point_weights=[1, 1] + 18 * [0]),
+        ValueError,
+        "^n_components: 3 .*distinct points of positive weight, x has 2; lower",
+    ),
+    ("init-weights", lambda: init(point_weights=-ONES), ValueError, "^point_weights: 20 .*negative.* at least 0"),
+    ("init-draws", lambda: init(n_init=0), ValueError, "^n_init: must be at least 1"),
+    ("init-ridge", lambda: init(ridge=-1), ValueError, "^ridge: must be finite and at least 0, got -1"),
+    ("fit-init", lambda: fit_gmm(init=X), TypeError, "^init: expected a GaussianMixture, got ndarray"),
+    ("fit-d", lambda: fit_gmm(x=np.ones((20, 3))), ValueError, "^x: .*axis 1 must have size 2"),
+    ("fit-singular", lambda: fit_gmm(init=good().singular), ValueError, "^init: component 1 .*singular.*add a small"),
+    ("fit-weights-zero", lambda: fit_gmm(point_weights=0 * ONES), ValueError, "^point_weights: all weights are zero"),
+    ("fit-weights-size", lambda: fit_gmm(point_weights=ONES[1:]), ValueError, "^point_weights: .*must have size 20"),
+    ("fit-weights-nan", lambda: fit_gmm(point_weights=weights_with(NAN)), ValueError, "^point_weights: 1 of 20 .*NaN"),
+    ("fit-steps", lambda: fit_gmm(max_steps=0), ValueError, "^max_steps: must be at least 1, got 0"),
+    ("fit-tol", lambda: fit_gmm(tol=-1), ValueError, "^tol: must be finite and at least 0, got -1"),
+    ("fit-tol-nan", lambda: fit_gmm(tol=NAN), ValueError, "^tol: must be finite and at least 0, got nan"),
+    ("fit-ridge", lambda: fit_gmm(ridge="1e-6"), TypeError, "^ridge: expected a real number, got '1e-6'"),
+]
+
+PAIRS = [
+    ("pair-kind", lambda: make_pair(gmm1=X.tolist()), TypeError, "^gmm1: expected a GaussianMixture, got list"),
+    (
+        "pair-d",
+        lambda: make_pair(gmm1=good().line),
+        ValueError,
+        "^gmm1: has 1 features and gmm0 has 2; .*take a marginal",
+    ),
+    ("epsilon-zero", lambda: make_pair(0), ValueError, "^epsilon: must be finite and above 0, got 0"),
+    ("epsilon-nan", lambda: make_pair(NAN), ValueError, "^epsilon: must be finite and above 0, got nan"),
+    ("epsilon-inf", lambda: make_pair(INF), ValueError, "^epsilon: must be finite and above 0, got inf"),
+    ("epsilon-text", lambda: make_pair("1"), TypeError, "^epsilon: expected a real number, got '1'"),
+    ("epsilon-texts", lambda: make_pair(["1"]), TypeError, r"^epsilon: expected a real number, got \['1'\]"),
+    ("epsilon-ragged", lambda: make_pair([[1], [1, 2]]), TypeError, "^epsilon: expected a real number"),
+    ("epsilon-complex", lambda: make_pair(1j), TypeError, "^epsilon: expected one real number, got complex"),
+    ("tau-zero", lambda: make_pair(tau=0), ValueError, "^tau: must be above 0 and at most 1, got 0"),
+    ("tau-above", lambda: make_pair(tau=1.1), ValueError, "^tau: must be above 0 and at most 1, got 1.1"),
+    ("tau-none", lambda: make_pair(tau=None), TypeError, "^tau: expected a real number, got None"),
+    ("rho-zero", lambda: from_rho(0), ValueError, "^rho: must be above 0, got 0"),
+    ("rho-negative", lambda: from_rho(-1), ValueError, "^rho: must be above 0, got -1"),
+    ("rho-nan", lambda: from_rho(NAN), ValueError, "^rho: must be above 0, got nan"),
+    ("costs-kind", lambda: cg.bures_cost_matrix(good().mixture, X), TypeError, "^gmm1: expected a GaussianMixture"),
+    (
+        "costs-d",
+        lambda: cg.bures_cost_matrix(good().mixture, good().line),
+        ValueError,
+        "^gmm1: has 1 features and gmm0 has 2; .*take a marginal of one",
+    ),
+    (
+        "plan-kind",
+        lambda: solve(pair=good().mixture),
+        TypeError,
+        "^pair: expected a GaussianMixturePair, got GaussianMix",
+    ),
+    ("plan-method", lambda: solve(method="newton"), ValueError, "^method: expected one of 'entropic', .*got 'newton'"),
+    ("plan-methods", lambda: solve(method=["entropic"]), ValueError, r"^method: expected one of .*got \['entropic'\]"),
+    ("plan-tol", lambda: solve(tol=0), ValueError, "^tol: must be finite and above 0, got 0"),
+    ("plan-iterations", lambda: solve(max_iterations=0), ValueError, "^max_iterations: must be at least 1, got 0"),
+    ("plan-float", lambda: solve(max_iterations=1e3), TypeError, "^max_iterations: expected an integer, got 1000.0"),
+    (
+        "plan-init",
+        lambda: solve(init=np.zeros(2)),
+        TypeError,
+        r"^init: expected potentials \(f, g\) as in plan.potentials",
+    ),
+    ("plan-init-size", lambda: solve(init=(np.zeros(2), np.zeros(3))), ValueError, r"^init\[1\]: .*must have size 2"),
+    (
+        "plan-init-nan",
+        lambda: solve(init=(np.zeros(2), [0, NAN])),
+        ValueError,
+        r"^init\[1\]: .*pass None to start from",
+    ),
+    (
+        "sinkhorn-traced",
+        lambda: under_jit(lambda pair: cg.solve_plan(pair, method="sinkhorn")),
+        ValueError,
+        "^method: 'sinkhorn' needs values of epsilon .*use 'entropic' under jit",
+    ),
+]
+
+FITS = [
+    (
+        "pair",
+        lambda: fit_pair(pair=good().mixture),
+        TypeError,
+        "^pair: expected a GaussianMixturePair, got GaussianMix",
+    ),
+    (
+        "singular",
+        lambda: fit_pair(pair=good().singular_pair),
+        ValueError,
+        "^pair.gmm1: component 1 .*singular.*add a small",
+    ),
+    (
+        "x0-nan",
+        lambda: fit_pair(x0=x_with(NAN)),
+        ValueError,
+        "^x0: 1 of 40 values are NaN or infinite; remove those points",
+    ),
+    ("x1-inf", lambda: fit_pair(x1=x_with(-INF)), ValueError, "^x1: 1 of 40 .*point weight 0"),
+    ("x0-rank", lambda: fit_pair(x0=X[:, 0]), ValueError, "^x0: .*reshape it to 2 axes"),
+    ("x1-d", lambda: fit_pair(x1=np.ones((20, 3))), ValueError, "^x1: .*axis 1 must have size 2"),
+    ("x1-ragged", lambda: fit_pair(x1=[[1, 2], [3]]), ValueError, "^x1: .*rows of unequal length"),
+    ("x1-empty", lambda: fit_pair(x1=X[:0]), ValueError, "^x1: .*axis 0 is empty"),
+    ("x1-text", lambda: fit_pair(x1=X.astype(str)), TypeError, "^x1: expected real numbers, .*convert it to floats"),
+    (
+        "weights0",
+        lambda: fit_pair(point_weights0=weights_with(-1)),
+        ValueError,
+        "^point_weights0: 1 .*negative.*at least 0",
+    ),
+    ("weights1", lambda: fit_pair(point_weights1=ONES[:, None]), ValueError, "^point_weights1: .*reshape it to 1 axes"),
+    ("weight", lambda: fit_pair(transport_weight=-1), ValueError, "^transport_weight: must be finite and at least 0"),
+    ("weight-none", lambda: fit_pair(transport_weight=None), TypeError, "^transport_weight: expected a real number"),
+    ("em-steps", lambda: fit_pair(em_steps=0), ValueError, "^em_steps: must be at least 1, got 0"),
+    ("em-float", lambda: fit_pair(em_steps=5.0), TypeError, "^em_steps: expected an integer, got 5.0"),
+    ("m-steps", lambda: fit_pair(m_steps=0), ValueError, "^m_steps: must be at least 1, got 0"),
+    ("m-bool", lambda: fit_pair(m_steps=True), TypeError, "^m_steps: expected an integer, got True"),
+    ("optimizer", lambda: fit_pair(optimizer="adam"), TypeError, "^optimizer: expected None, an optax factory such as"),
+    ("no-rate", lambda: fit_pair(optimizer=optax.adam), ValueError, "^learning_rate: .*needs one; pass learning_rate="),
+    (
+        "rate",
+        lambda: fit_pair(learning_rate=0.1),
+        ValueError,
+        "^learning_rate: goes with an optax factory only.*drop it",
+    ),
+    (
+        "built-rate",
+        lambda: fit_pair(optimizer=optax.adam(0.1), learning_rate=0.1),
+        ValueError,
+        "^learning_rate: goes with an optax factory only.*drop it",
+    ),
+    (
+        "rate-zero",
+        lambda: fit_pair(optimizer=optax.adam, learning_rate=0),
+        ValueError,
+        "^learning_rate: must be finite and above 0, got 0",
+    ),
+    ("tol", lambda: fit_pair(tol=-1e-3), ValueError, "^tol: must be finite and at least 0"),
+    ("freeze", lambda: fit_pair(freeze=("gmm2",)), ValueError, "^freeze: expected a collection of 'gmm0' and 'gmm1'"),
+    ("freeze-text", lambda: fit_pair(freeze="gmm0"), ValueError, "^freeze: expected a collection of 'gmm0' and 'gmm1'"),
+    ("freeze-none", lambda: fit_pair(freeze=None), (TypeError, ValueError), "^freeze: expected a collection of 'gmm0'"),
+    ("ridge", lambda: fit_pair(ridge=-1), ValueError, "^ridge: must be finite and at least 0"),
+    ("method", lambda: fit_pair(method="newton"), ValueError, "^method: expected one of 'entropic', 'sinkhorn'"),
+    ("chunk", lambda: fit_pair(chunk_size=0), ValueError, "^chunk_size: must be at least 1, got 0"),
+    ("progress", lambda: fit_pair(progress="yes"), TypeError, "^progress: expected True, False or a callable"),
+    (
+        "sinkhorn",
+        lambda: under_jit(lambda pair: fit_pair(pair=pair, method="sinkhorn")),
+        ValueError,
+        "^method: 'sinkhorn' needs values .*use 'entropic' under jit",
+    ),
+    ("value-swapped", lambda: objective(pair=X), TypeError, "^pair: expected a GaussianMixturePair, got ndarray"),
+    ("value-singular", lambda: objective(pair=good().singular_pair), ValueError, "^pair.gmm1: component 1 .*singular"),
+    ("value-nan", lambda: objective(x1=x_with(NAN)), ValueError, "^x1: 1 of 40 .*remove those points"),
+    (
+        "value-weight",
+        lambda: objective(transport_weight=NAN),
+        ValueError,
+        "^transport_weight: must be finite and at lea",
+    ),
+    ("value-weights", lambda: objective(point_weights0=0 * ONES), ValueError, "^point_weights0: all weights are zero"),
+]
+
+GRAPHS = [
+    ("none", lambda: cg.MixtureGraph.from_mixtures([], []), ValueError, "^gmms: .*empty; a graph needs at least one"),
+    ("kind", lambda: graph([good().mixture, X]), TypeError, r"^gmms\[1\]: expected a GaussianMixture, got ndarray"),
+    ("one", lambda: graph(good().mixture, []), TypeError, "^gmms: expected"),
+    ("d", lambda: graph([good().mixture, good().line]), ValueError, "has 1 features and .* has 2; .*take a marginal"),
+    (
+        "edge",
+        lambda: graph(edges=[(0, 2)]),
+        ValueError,
+        r"^edges: \(0, 2\) does not join two of the 2 nodes; use indices",
+    ),
+    ("loop", lambda: graph(edges=[(1, 1)]), ValueError, r"^edges: \(1, 1\) does not join two of the 2 nodes"),
+    ("flat-edges", lambda: graph(edges=[0, 1]), (TypeError, ValueError), "^edges: "),
+    ("float-edge", lambda: graph(edges=[(0, 0.5)]), (TypeError, ValueError), "^edges: "),
+    ("frozen", lambda: graph(frozen=[2]), ValueError, "^frozen: there is no node 2; use indices from 0 to 1"),
+    ("frozen-float", lambda: graph(frozen=[0.5]), (TypeError, ValueError), "^frozen: "),
+    ("weight", lambda: graph(edge_weights=-1), ValueError, "^edge_weights: must be finite and at least 0"),
+    ("weights-size", lambda: graph(edge_weights=[1, 1]), ValueError, "^edge_weights: .*one for each of the 1 edges"),
+    ("epsilon", lambda: graph(epsilon=0), ValueError, "^epsilon: must be finite and above 0"),
+    ("tau", lambda: graph(tau=2), ValueError, "^tau: must be above 0 and at most 1, got 2"),
+    ("node-weights", lambda: graph(node_weights=[1]), ValueError, "^node_weights: .*must have size 2"),
+    (
+        "fit-kind",
+        lambda: fit_graph(given=good().mixture),
+        TypeError,
+        "^graph: expected a MixtureGraph, got GaussianMix",
+    ),
+    ("clouds", lambda: fit_graph([X]), ValueError, "^clouds: expected one for each of the 2 nodes .*got 1"),
+    ("no-clouds", lambda: fit_graph([None, None]), ValueError, "^clouds: .*needs at least one cloud"),
+    ("clouds-none", lambda: fit_graph(None), (TypeError, ValueError), "^clouds: expected"),
+    ("cloud", lambda: fit_graph([X, x_with(NAN)]), ValueError, r"^clouds\[1\]: 1 of 40 .*remove those points"),
+    (
+        "weights",
+        lambda: fit_graph(point_weights=[None]),
+        ValueError,
+        "^point_weights: expected one for each of the 2 nodes",
+    ),
+    ("weights-none", lambda: fit_graph([X, None], point_weights=[None, ONES]), ValueError, r"^point_weights\[1\]: "),
+    ("singular", lambda: fit_graph(given=graph([good().mixture, good().singular])), ValueError, "^node 1: .*singular"),
+    ("steps", lambda: fit_graph(em_steps=0), ValueError, "^em_steps: must be at least 1"),
+]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        pytest.param(*case, id=f"{name}-{case_name}")
+        for name, cases in [
+            ("moments", MOMENTS),
+            ("methods", METHODS),
+            ("single", SINGLE),
+            ("pairs", PAIRS),
+            ("fits", FITS),
+            ("graphs", GRAPHS),
+        ]
+        for case_name, *case in cases
+    ],
+)
+def test_refused_before_any_program_is_entered(call, error, message, monkeypatch):
+    entered = []
+    for module, name in PROGRAMS:
+        monkeypatch.setattr(module, name, lambda *args, name=name, **kwargs: entered.append(name))
+    with pytest.raises(error, match=message):
+        call()
+    assert not entered
+
+
+def test_every_program_is_watched():
+    """The refusals above would prove nothing if the legal arguments did not enter the programs under those names."""
+    calls = {"_fit_pair": fit_pair, "_fit_graph": fit_graph, "_value": objective}
+    calls |= {"_fit": fit_gmm, "_init": init, "_solve_plan": solve}
+    for module, name in PROGRAMS:
+        with pytest.MonkeyPatch.context() as patch:
+            entered = []
+            patch.setattr(module, name, lambda *args, entered=entered, **kwargs: entered.append(1))
+            calls[name]()
+        assert entered == [1], name
+
+
+def test_a_refusal_compiles_no_fit():
+    programs = [getattr(module, name) for module, name in PROGRAMS]
+    before = [program._cache_size() for program in programs]
+    for call in (lambda: fit_pair(freeze=("gmm2",)), lambda: fit_gmm(tol=NAN), lambda: solve(method="newton")):
+        with pytest.raises(ValueError):
+            call()
+    assert [program._cache_size() for program in programs] == before

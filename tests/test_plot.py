@@ -1,0 +1,175 @@
+"""Pictures: what they draw can be read back from their axes."""
+
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.patches import Ellipse
+
+import coupled_gmm as cg
+from coupled_gmm import plot
+
+
+def mixture(n_components, d, seed):
+    draw = np.random.default_rng(seed)
+    roots = draw.normal(size=(n_components, d, d))
+    covariances = roots @ roots.swapaxes(1, 2) + 0.1 * np.eye(d)
+    return cg.GaussianMixture.from_moments(
+        3 * draw.normal(size=(n_components, d)), covariances, draw.dirichlet(np.ones(n_components))
+    )
+
+
+def pair_and_clouds(d, sizes=(3, 2), n=40):
+    pair = cg.GaussianMixturePair(mixture(sizes[0], d, 0), mixture(sizes[1], d, 1), 0.1)
+    x0, x1 = np.random.default_rng(2).uniform(size=(2, n, d))
+    return pair, x0, x1
+
+
+def ellipses(ax):
+    return [patch for patch in ax.patches if isinstance(patch, Ellipse)]
+
+
+def save(figure, tmp_path):
+    figure.savefig(tmp_path / "p.png", dpi=40)
+    assert (tmp_path / "p.png").stat().st_size > 1000
+
+
+def test_ellipses_lie_at_whole_standard_deviations():
+    """Every point of the ellipse at s deviations has Mahalanobis distance s: a twin without eigenvalues."""
+    gmm = mixture(3, 2, 0)
+    ax = Figure().subplots()
+    plot.plot_mixture(ax, gmm)
+    drawn = ellipses(ax)
+    assert len(drawn) == 6
+    for patch, (k, sds) in zip(drawn, [(k, s) for k in range(3) for s in (1, 2)], strict=True):
+        outline = patch.get_patch_transform().transform(patch.get_path().vertices[:-1:3])
+        offset = outline - np.asarray(gmm.means[k])
+        distance = np.sqrt(np.einsum("ni,ij,nj->n", offset, np.linalg.inv(gmm.covariances[k]), offset))
+        np.testing.assert_allclose(distance, sds, rtol=1e-3)
+    assert [text.get_text() for text in ax.texts] == ["0", "1", "2"]
+
+
+def test_zero_weights_are_not_drawn_and_singular_components_are():
+    covariances = [np.diag([1.0, 0.0]), np.eye(2)]
+    gmm = cg.GaussianMixture.from_moments(np.zeros((2, 2)), covariances, [1.0, 0.0])
+    ax = Figure().subplots()
+    plot.plot_mixture(ax, gmm)
+    assert [patch.width for patch in ellipses(ax)] == [0, 0]
+    assert [patch.height for patch in ellipses(ax)] == [2, 4]
+
+
+def test_other_features_are_integrated_out():
+    gmm = mixture(2, 4, 3)
+    ax, marginal = Figure().subplots(1, 2)
+    plot.plot_mixture(ax, gmm, axes=(3, 1))
+    plot.plot_mixture(marginal, gmm.marginal([3, 1]))
+    for one, other in zip(ellipses(ax), ellipses(marginal), strict=True):
+        assert (one.width, one.height, one.angle) == (other.width, other.height, other.angle)
+
+
+def test_densities_in_one_dimension_have_mass_one(tmp_path):
+    pair, x0, x1 = pair_and_clouds(1)
+    ax = Figure().subplots()
+    plot.plot_mixture(ax, pair.gmm0)
+    x, y = ax.lines[-1].get_data()
+    assert np.trapezoid(y, x) == pytest.approx(1, abs=1e-3)
+    save(plot.plot_clouds(pair, x0, x1), tmp_path)
+
+
+def test_points_have_the_colour_of_their_component(tmp_path):
+    pair, x0, x1 = pair_and_clouds(2)
+    figure = plot.plot_clouds(SimpleNamespace(pair=pair), x0, x1)
+    for ax, gmm, x in zip(figure.axes, (pair.gmm0, pair.gmm1), (x0, x1), strict=True):
+        (points,) = ax.collections
+        found = {
+            tuple(p): to_hex(c).upper() for p, c in zip(points.get_offsets(), points.get_facecolors(), strict=True)
+        }
+        wanted = np.argmax(np.asarray(gmm.log_posterior(x)), axis=1)
+        assert [found[tuple(p)] for p in x] == [plot.PALETTE[k] for k in wanted]
+    assert figure.axes[0].get_xlim() == figure.axes[1].get_xlim()
+    save(figure, tmp_path)
+
+
+def test_large_clouds_are_thinned():
+    pair, x0, x1 = pair_and_clouds(2)
+    figure = plot.plot_clouds(pair, x0, x1, max_points=10)
+    assert [len(ax.collections[0].get_offsets()) for ax in figure.axes] == [10, 10]
+    assert "40 points, 10 shown" in figure.axes[0].get_title()
+
+
+def test_pixels_may_keep_their_own_colours(tmp_path):
+    pair, x0, x1 = pair_and_clouds(3)
+    figure = plot.plot_clouds(pair, x0, x1, axes=(0, 2), point_colors="own", feature_names=("red", "green", "blue"))
+    points = figure.axes[0].collections[0]
+    shown = np.asarray(points.get_facecolors())
+    np.testing.assert_allclose(shown[:, [0, 2]], points.get_offsets())
+    assert (figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel()) == ("red", "blue")
+    save(figure, tmp_path)
+
+
+def test_colours_are_distinct_and_shared_by_both_panels():
+    for n_components in (1, 8, 9, 40):
+        colors = plot.component_colors(n_components)
+        assert len({to_hex(color) for color in colors}) == n_components
+    pair, x0, x1 = pair_and_clouds(2, sizes=(9, 3))
+    left, right = (ellipses(ax) for ax in plot.plot_clouds(pair, x0, x1).axes)
+    assert [e.get_edgecolor() for e in left[:6]] == [e.get_edgecolor() for e in right]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"axes": (0, 0)}, "axes: expected two distinct features between 0 and 1, got (0, 0)"),
+        ({"axes": (0, 2)}, "axes: expected two distinct features between 0 and 1, got (0, 2)"),
+        ({"point_colors": "own"}, "point_colors: 'own' needs points of 3 features (red, green, blue), got 2"),
+        ({"point_colors": "red"}, "point_colors: expected one of 'component', 'own', got 'red'"),
+        ({"feature_names": ["x"]}, "feature_names: expected 2 names, got 1"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    pair, x0, x1 = pair_and_clouds(2)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        plot.plot_clouds(pair, x0, x1, **options)
+
+
+@pytest.mark.parametrize(("sizes", "numbers"), [((1, 1), True), ((5, 12), True), ((40, 30), False)])
+def test_plans_show_numbers_where_there_is_room(sizes, numbers, tmp_path):
+    pair, _, _ = pair_and_clouds(2, sizes)
+    plan = cg.solve_plan(pair)
+    figure = plot.plot_plan(plan)
+    heat = next(ax for ax in figure.axes if ax.images)
+    matrix = np.asarray(plan.matrix)
+    np.testing.assert_allclose(heat.images[0].get_array(), matrix)
+    shown = {tuple(map(int, t.get_position()[::-1])): float(t.get_text()) for t in heat.texts}
+    wanted = {k: round(float(mass), 3) for k, mass in np.ndenumerate(matrix) if mass >= 5e-4}
+    assert shown == pytest.approx(wanted if numbers else {})
+    assert f"marginal error {float(plan.marginal_error):.1e}" in figure.get_suptitle()
+    save(figure, tmp_path)
+
+
+def test_unbalanced_plans_name_their_mass():
+    pair, _, _ = pair_and_clouds(2)
+    plan = cg.solve_plan(cg.GaussianMixturePair.from_rho(pair.gmm0, pair.gmm1, 0.1, 1.0))
+    assert f"total mass {float(plan.total_mass):.4f}" in plot.plot_plan(plan).get_suptitle()
+
+
+def test_history_has_a_curve_for_each_column(tmp_path):
+    steps = np.where(np.arange(6) < 4, np.arange(6.0), np.nan)
+    columns = {"q0": steps, "q1": steps + 1, "penalized_log_likelihood": steps + 2, "transport": steps + 3}
+    figure = plot.plot_history(SimpleNamespace(history=SimpleNamespace(**columns)))
+    drawn = [line.get_ydata() for ax in figure.axes for line in ax.lines]
+    for line, column in zip(drawn, [*columns.values(), [3, 2, 1, np.nan, np.nan, np.nan]], strict=True):
+        np.testing.assert_array_equal(line, column)
+    save(figure, tmp_path)
+
+
+def test_importing_the_package_imports_no_faces():
+    """OTT imports matplotlib by itself; ours is not to blame, and pictures, terminal and configuration stay out."""
+    faces = "{'coupled_gmm.plot', 'coupled_gmm.cli', 'rich', 'typer', 'pydantic'}"
+    program = f"import sys, coupled_gmm; assert not {faces} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
