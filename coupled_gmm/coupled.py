@@ -20,7 +20,6 @@ from coupled_gmm.result import Status
 from coupled_gmm.statistics import Chunks, Parameters
 from coupled_gmm.tree import pytree
 
-_MISSED = 1e-3  # a plan in the fit with a larger marginal error is no transport plan, and the fit says so
 _FALL = 1e-4  # an ascent that falls by this part of 1 + |J| has met more than rounding
 _RUNNING = -1
 
@@ -187,7 +186,7 @@ def _row(problem: MixtureGraph, moved: m_step.MStep, value: Array) -> History:
 
 def _status(carry: _Carry, value: Array, marginal_error: Array, tol: Array, settings: Settings) -> Int[Array, ""]:
     met = (tol > 0) & (carry.step > 0) & (value - carry.value <= tol)
-    missed = jnp.fmax(jnp.nanmax(carry.history.marginal_error, initial=0), marginal_error) > _MISSED
+    missed = jnp.fmax(jnp.nanmax(carry.history.marginal_error, initial=0), marginal_error) > m_step.MISSED
     out_of_steps = jnp.where(tol > 0, Status.NOT_CONVERGED, Status.STEPS_DONE)
     status = jnp.where(met, Status.CONVERGED, jnp.where(carry.step >= settings.em_steps, out_of_steps, _RUNNING))
     status = jnp.where((status != _RUNNING) & missed, Status.PLAN_NOT_CONVERGED, status)

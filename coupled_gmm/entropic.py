@@ -12,8 +12,10 @@ column-stochastic forms of P, and R the logarithm of wanted over actual row sums
 .. math:: ((1 + \epsilon / \rho + \mu) I - \tau U V^T) \delta = R, \qquad f \leftarrow f + \epsilon \delta .
 
 The matrix is a diagonally dominant M-matrix whose row sums are at least :math:`\mu`, so a damping
-:math:`\mu = \min(1, |R|_\infty / 8)` bounds the step: it is never longer than 8 epsilon, or |R| if that is more, it becomes
-Newton's own near the solution, and no line search is needed.
+:math:`\mu = \min(1, |R|_\infty / r)` bounds the step: it is never longer than r epsilon, or |R| if that is more, and it
+becomes Newton's own near the solution. To first order a step never makes :math:`|R|_\infty` larger; one that doubles it has
+overshot: it is halved, and r with it. Otherwise r grows back to 8, and beyond where steps come near it: nearly equal
+weights at a small epsilon make potentials that hardly matter, and R a plateau many epsilon wide.
 
 A step at its bound says that the potentials are far, in units of epsilon, from the solution. Epsilon is then heated until
 the step is short, and annealed back stage by stage. Potentials of a nearby problem need neither. Components of mass zero
@@ -21,6 +23,8 @@ are legal: U and V do not see them, and they get their c-transform.
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +33,7 @@ from jaxtyping import Array, Bool, Float, Int
 from coupled_gmm import matrices
 from coupled_gmm.tree import pytree
 
-_TRUST = 8.0  # the step's bound, in units of epsilon
+_TRUST = 8.0  # the step's first bound, in units of epsilon
 _FAR = 4.0  # a step longer than this is limited by the bound, not by the distance to the solution
 _HEATING, _COOLING = 8.0, 4.0  # epsilon rises, then falls, by these factors
 _TRIES = 4  # iterations within rounding of the solution, of which the best is kept
@@ -38,10 +42,12 @@ _NEAR = 0.25  # a stage is done when its step is no longer than this
 
 @pytree
 class Potentials:
-    """Dual potentials of a plan, with the solver's certificate."""
+    """Dual potentials of a plan between the masses a and b, with the solver's certificate."""
 
     f: Float[Array, " K0"]
     g: Float[Array, " K1"]
+    log_a: Float[Array, " K0"]
+    log_b: Float[Array, " K1"]
     marginal_error: Float[Array, ""]
     n_iterations: Int[Array, ""]
     converged: Bool[Array, ""]
@@ -49,19 +55,109 @@ class Potentials:
 
     def swap(self) -> "Potentials":
         """The same for the transposed problem."""
-        return dataclasses.replace(self, f=self.g, g=self.f)
+        return dataclasses.replace(self, f=self.g, g=self.f, log_a=self.log_b, log_b=self.log_a)
 
 
-@pytree
-class _State:
-    f: Float[Array, " K0"]
-    best: Float[Array, " K0"]  # of those seen at the target epsilon
+class Look(NamedTuple):
+    """Log-marginal equations at some unknowns: residuals, L1 error of the marginals, and the matrix of their Newton step."""
+
+    residual: Float[Array, " n"]
+    error: Float[Array, ""]
+    matrix: Float[Array, "n n"]
+    memory: Any = ()  # carried to the next look
+
+
+class _State(NamedTuple):
+    x: Float[Array, " n"]
+    last: Float[Array, " n"]  # where the step to x was taken from
+    worst: Float[Array, ""]  # |R| there
+    trust: Float[Array, ""]
+    best: Float[Array, " n"]  # of those seen at the target epsilon
     error: Float[Array, ""]
     epsilon: Float[Array, ""]
     iteration: Int[Array, ""]
     tries: Int[Array, ""]
     cooling: Bool[Array, ""]
     done: Bool[Array, ""]
+    memory: Any
+
+
+class Annealed(NamedTuple):
+    """Where the annealed iteration ended, and whether that is the solution up to rounding."""
+
+    x: Float[Array, " n"]
+    n_iterations: Int[Array, ""]
+    at_floor: Bool[Array, ""]
+    memory: Any
+
+
+def anneal(
+    look: Callable[[Array, Array, Any], Look],
+    init: Float[Array, " n"],
+    memory: Any,
+    present: Bool[Array, " n"],
+    centre: Float[Array, " n"],
+    scale: Float[Array, ""],
+    epsilon: Float[Array, ""],
+    goal: Float[Array, ""],
+    max_iterations: int,
+    hottest: Float[Array, ""],
+) -> Annealed:
+    """Solve log-marginal equations ``look(x, epsilon, memory)`` by damped Newton steps, annealed in epsilon where they must be.
+
+    `present` are the unknowns that count; `centre` weighs those whose common shift is free (all zero where none is); `scale`
+    is the size of the costs; epsilon is not heated beyond `hottest`.
+    """
+    eps_machine = jnp.finfo(init.dtype).eps
+
+    def longest(step: Array) -> Float[Array, ""]:
+        return jnp.max(jnp.where(present, jnp.abs(step), 0))
+
+    def iterate(state: _State) -> _State:
+        x, eps = state.x, state.epsilon
+        found = look(x, eps, state.memory)
+        worst = longest(found.residual)
+        # Rounding of potentials and costs alone can leave an error of this size (measured, it is several times less).
+        floor = 2 * eps_machine * scale / eps
+
+        overshot = worst > jnp.maximum(2 * state.worst, 2 * floor)
+        wider = (state.trust < _TRUST) | (longest(x - state.last) > 0.5 * eps * state.trust)
+        trust = state.trust * jnp.where(overshot, 0.5, jnp.where(wider, 2, 1))
+        damping = jnp.clip(worst / trust, 10 * eps_machine, 1)
+        step = matrices.solve_dominant(found.matrix + damping * jnp.eye(len(x), dtype=x.dtype), found.residual)
+        step = step - jnp.sum(centre * step)
+        distance = longest(step)
+
+        final = eps <= epsilon
+        better = final & (found.error < state.error)
+        tries = state.tries + (final & (found.error <= floor))
+        hot = ~overshot & (distance > _FAR) & ~state.cooling & (eps < hottest)
+        stage_done = ~overshot & ~final & ((distance <= _NEAR) | (found.error <= jnp.maximum(goal, floor)))
+        stays = hot | stage_done
+        cooler = jnp.maximum(eps / _COOLING, epsilon)
+        return _State(
+            x=jnp.where(overshot, 0.5 * (x + state.last), jnp.where(stays, x, x + eps * step)),
+            last=jnp.where(overshot, state.last, x),
+            worst=jnp.where(overshot, state.worst, jnp.where(stays, jnp.inf, worst)),
+            trust=jnp.where(stays, _TRUST, trust),
+            best=jnp.where(better, x, state.best),
+            error=jnp.where(better, found.error, state.error),
+            epsilon=jnp.where(hot, eps * _HEATING, jnp.where(stage_done, cooler, eps)),
+            iteration=state.iteration + 1,
+            tries=tries,
+            cooling=state.cooling | stage_done,
+            done=(final & (found.error <= goal)) | (tries >= _TRIES) | jnp.isnan(found.error),
+            memory=found.memory,
+        )
+
+    def unfinished(state: _State) -> Bool[Array, ""]:
+        return ~state.done & (state.iteration < max_iterations)
+
+    zero, no = jnp.zeros((), jnp.int32), jnp.asarray(False)
+    infinite, trust = jnp.asarray(jnp.inf, init.dtype), jnp.asarray(_TRUST, init.dtype)
+    start = _State(init, init, infinite, trust, init, infinite, epsilon, zero, zero, no, no, memory)
+    end = jax.lax.while_loop(unfinished, iterate, start)
+    return Annealed(end.best, end.iteration, (end.error <= goal) | (end.tries >= _TRIES), end.memory)
 
 
 def solve(
@@ -77,13 +173,10 @@ def solve(
 ) -> Potentials:
     """Potentials whose plan misses its marginals by at most `tol` (L1), or as little as the precision allows."""
     a = jnp.exp(log_a)
-    scale = jnp.max(jnp.abs(cost))
-    # Rounding of f, g and C alone can leave a marginal error of this size (measured, it is several times less).
-    floor = 2 * jnp.finfo(cost.dtype).eps * scale / epsilon
+    present = a > 0
     inverse_rho = jnp.zeros((), cost.dtype) if balanced else 1 / rho
 
-    def iterate(state: _State) -> _State:
-        f, eps = state.f, state.epsilon
+    def look(f: Array, eps: Array, memory: Any) -> Look:
         tau = 1 / (1 + eps * inverse_rho)
         kernel = (f[:, None] - cost) / eps
         columns = kernel + log_a[:, None]
@@ -92,45 +185,34 @@ def solve(
         rows = kernel - tau * log_columns + log_b
         log_rows = jax.nn.logsumexp(rows, axis=1)
         u = jnp.exp(rows - log_rows[:, None])
-        residual = -f * inverse_rho - log_rows
-        worst = jnp.max(jnp.where(a > 0, jnp.abs(residual), 0))
-        error = jnp.sum(a * jnp.abs(jnp.exp(-f * inverse_rho) - jnp.exp(log_rows)))
+        error = jnp.sum(jnp.abs(jnp.exp(log_a - f * inverse_rho) - jnp.exp(log_a + log_rows)))
+        matrix = (1 + eps * inverse_rho) * jnp.eye(len(a), dtype=cost.dtype) - tau * u @ v.T
+        return Look(-f * inverse_rho - log_rows, error, matrix, memory)
 
-        damping = jnp.clip(worst / _TRUST, 10 * jnp.finfo(cost.dtype).eps, 1)
-        system = (1 + eps * inverse_rho + damping) * jnp.eye(len(a), dtype=cost.dtype) - tau * u @ v.T
-        step = matrices.solve_dominant(system, residual)
-        if balanced:  # potentials are free up to a constant: f stays about zero
-            step = step - jnp.sum(a * step)
-        distance = jnp.max(jnp.where(a > 0, jnp.abs(step), 0))
+    goal = 0.5 * tol  # room for the rounding of g, which the certificate sees
+    scale = jnp.max(jnp.abs(cost))
+    end = anneal(look, init, (), present, a if balanced else 0 * a, scale, epsilon, goal, max_iterations, scale)
+    g = transform(cost.T, log_a, end.x, epsilon, rho, balanced)
+    f = jnp.where(present, end.x, transform(cost, log_b, g, epsilon, rho, balanced))
+    return certified(cost, log_a, log_b, f, g, epsilon, rho, tol, end, balanced)
 
-        final = eps <= epsilon
-        better = final & (error < state.error)
-        tries = state.tries + (final & (error <= floor))
-        hot = (distance > _FAR) & ~state.cooling & (eps < scale)
-        stage_done = ~final & (distance <= _NEAR)
-        cooler = jnp.maximum(eps / _COOLING, epsilon)
-        return _State(
-            f=jnp.where(hot | stage_done, f, f + eps * step),
-            best=jnp.where(better, f, state.best),
-            error=jnp.where(better, error, state.error),
-            epsilon=jnp.where(hot, eps * _HEATING, jnp.where(stage_done, cooler, eps)),
-            iteration=state.iteration + 1,
-            tries=tries,
-            cooling=state.cooling | stage_done,
-            done=(final & (error <= tol)) | (tries >= _TRIES) | jnp.isnan(error),
-        )
 
-    def unfinished(state: _State) -> Bool[Array, ""]:
-        return ~state.done & (state.iteration < max_iterations)
-
-    zero, no = jnp.zeros((), jnp.int32), jnp.asarray(False)
-    start = _State(init, init, jnp.asarray(jnp.inf, cost.dtype), epsilon, zero, zero, no, no)
-    end = jax.lax.while_loop(unfinished, iterate, start)
-    g = transform(cost.T, log_a, end.best, epsilon, rho, balanced)
-    # The certificate is of the potentials as they are returned, after rounding.
-    error = row_error(jnp.exp(log_plan(cost, log_a, log_b, end.best, g, epsilon)), a, end.best, rho, balanced)
+def certified(
+    cost: Array,
+    log_a: Array,
+    log_b: Array,
+    f: Array,
+    g: Array,
+    epsilon: Array,
+    rho: Array,
+    tol: Array,
+    end: Annealed,
+    balanced: bool,
+) -> Potentials:
+    """Potentials with the marginal error that they have as they are returned, after rounding."""
+    error = marginal_error(cost, log_a, log_b, f, g, epsilon, rho, balanced)
     converged = error <= tol
-    return Potentials(end.best, g, error, end.iteration, converged, ~converged & (end.tries >= _TRIES))
+    return Potentials(f, g, log_a, log_b, error, end.n_iterations, converged, ~converged & end.at_floor)
 
 
 def transform(cost: Array, log_b: Array, g: Array, epsilon: Array, rho: Array, balanced: bool) -> Float[Array, " K0"]:
@@ -139,10 +221,15 @@ def transform(cost: Array, log_b: Array, g: Array, epsilon: Array, rho: Array, b
     return -epsilon * tau * jax.nn.logsumexp(log_b + (g - cost) / epsilon, axis=1)
 
 
-def row_error(plan: Array, a: Array, f: Array, rho: Array, balanced: bool) -> Float[Array, ""]:
-    """L1 distance of the row sums from a, or from a e^(-f / rho) when unbalanced."""
-    wanted = a if balanced else a * jnp.exp(-f / rho)
-    return jnp.sum(jnp.abs(plan.sum(1) - wanted))
+def marginal_error(
+    cost: Array, log_a: Array, log_b: Array, f: Array, g: Array, epsilon: Array, rho: Array, balanced: bool
+) -> Float[Array, ""]:
+    """L1 distance of the plan's marginals from a and b, or from a e^(-f / rho) and b e^(-g / rho) when unbalanced."""
+    plan = jnp.exp(log_plan(cost, log_a, log_b, f, g, epsilon))
+    # A mass of zero stays zero whatever its potential is, which may be too large for the exponential.
+    rows = jnp.exp(log_a if balanced else log_a - f / rho)
+    columns = jnp.exp(log_b if balanced else log_b - g / rho)
+    return jnp.sum(jnp.abs(plan.sum(1) - rows)) + jnp.sum(jnp.abs(plan.sum(0) - columns))
 
 
 def log_plan(cost: Array, log_a: Array, log_b: Array, f: Array, g: Array, epsilon: Array) -> Float[Array, "K0 K1"]:
@@ -165,8 +252,10 @@ def dual_value(
     the optimal value (envelope theorem); its error is of second order in that of the potentials.
     """
     f, g = jax.lax.stop_gradient((f, g))
-    # The masses stand outside the exponential, so that the derivative in a mass of zero is that of the formula.
-    mass = a @ jnp.exp((f[:, None] + g - cost) / epsilon) @ b
+    # The masses stand outside the exponential, so that the derivative in a mass of zero is that of the formula. At such a
+    # mass potentials may be so large that the exponential must be kept finite, so that it vanishes in the product.
+    largest = 0.5 * jnp.log(jnp.finfo(cost.dtype).max)
+    mass = a @ jnp.exp(jnp.minimum((f[:, None] + g - cost) / epsilon, largest)) @ b
     if not balanced:
-        f, g = (jnp.where(jnp.isinf(rho), p, -rho * jnp.expm1(-p / rho)) for p in (f, g))
+        f, g = (jnp.where(jnp.isinf(rho), p, -rho * jnp.expm1(jnp.minimum(-p / rho, largest))) for p in (f, g))
     return f @ a + g @ b + epsilon * (jnp.sum(a) * jnp.sum(b) - mass)

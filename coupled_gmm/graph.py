@@ -36,6 +36,7 @@ class MixtureGraph:
     frozen: Bool[Array, " V"]
     sizes: tuple[int, ...] = static()
     balanced: bool = static()
+    matched: bool = static(default=False)  # one edge between two nodes that both have clouds
 
     @classmethod
     def from_mixtures(
@@ -107,6 +108,7 @@ class MixtureGraph:
             jnp.asarray(frozen),
             (pair.gmm0.n_components, pair.gmm1.n_components),
             pair.balanced,
+            True,
         )
 
     @classmethod

@@ -6,6 +6,10 @@ is seen from its present self, :math:`m = m_0 + L_0 u`, :math:`L = L_0 T`, and e
 curvature in Q and in the transport cost. There the Hessian is close to the identity, a first unit step of steepest ascent
 is nearly the plain EM step, and L-BFGS needs a handful of evaluations.
 
+Balanced transport has kinks in the masses: where they agree, or nearly, no gradient says how far they should part. For a
+balanced pair the default therefore solves for masses and plan at once (`masses`), exactly, in each evaluation,
+and searches over means and factors only; the objective it sees is smooth.
+
 The transport cost enters by its dual value. Potentials are carried from one evaluation to the next and never
 differentiated: by the envelope theorem the derivative at fixed potentials is that of the cost.
 """
@@ -19,14 +23,16 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
-from coupled_gmm import bures, entropic, matrices
+from coupled_gmm import bures, entropic, masses, matrices
 from coupled_gmm.graph import MixtureGraph
-from coupled_gmm.plan import Solver
+from coupled_gmm.masses import Response
+from coupled_gmm.plan import Solver, solve_entropic
 from coupled_gmm.statistics import Parameters, Statistics, expected_log_likelihood, maximiser
 
 _MAX_ITERATIONS = 200  # of a plan within the fit
 _MEMORY = 8
 _ARMIJO = 1e-4
+MISSED = 1e-3  # a plan in the fit with a larger marginal error is no transport plan, and the fit says so
 
 
 class Terms(NamedTuple):
@@ -52,12 +58,17 @@ def no_terms(graph: MixtureGraph) -> Terms:
     n, k = graph.n_edges, graph.nodes.means.shape[1]
     zeros = jnp.zeros((n, k), graph.nodes.dtype)
     flags = jnp.zeros(n, bool)
-    potentials = entropic.Potentials(zeros, zeros, zeros[:, 0], jnp.zeros(n, jnp.int32), flags, flags)
+    count = jnp.zeros(n, jnp.int32)
+    potentials = entropic.Potentials(zeros, zeros, zeros, zeros, zeros[:, 0], count, flags, flags)
     return Terms(jnp.zeros(graph.n_nodes, zeros.dtype), zeros[:, 0], jnp.zeros((n, k, k), zeros.dtype), potentials)
 
 
 def transport_terms(
-    parameters: Parameters, graph: MixtureGraph, potentials: entropic.Potentials, solver: Solver
+    parameters: Parameters,
+    graph: MixtureGraph,
+    potentials: entropic.Potentials,
+    solver: Solver,
+    response: Response | None = None,
 ) -> tuple[Float[Array, " E"], Float[Array, "E K K"], entropic.Potentials]:
     """Regularised transport cost of every edge, differentiable in the parameters; costs, and certifying potentials."""
     if not graph.n_edges:
@@ -68,7 +79,12 @@ def transport_terms(
         cost = bures.pairwise_cost(one.means, one.factors, other.means, other.factors)
         problem = (cost, one.log_weights, other.log_weights, epsilon, rho, (start.f, start.g))
         tol = jnp.asarray(plan_tolerance(cost.dtype), cost.dtype)
-        solved = solver(*jax.lax.stop_gradient(problem), tol, _MAX_ITERATIONS, graph.balanced)
+        if response is None:
+            solved = solver(*jax.lax.stop_gradient(problem), tol, _MAX_ITERATIONS, graph.balanced)
+        else:
+            parts = jax.lax.stop_gradient((cost, one.log_weights, other.log_weights, epsilon, (start.f, start.g)))
+            solved = masses.solve(*parts, tol, _MAX_ITERATIONS, response)
+            one, other = one._replace(log_weights=solved.log_a), other._replace(log_weights=solved.log_b)
         a, b = jnp.exp(one.log_weights), jnp.exp(other.log_weights)
         value = entropic.dual_value(cost, a, b, solved.f, solved.g, epsilon, rho, graph.balanced)
         return value, *jax.lax.stop_gradient((cost, solved))
@@ -84,9 +100,21 @@ def terms(
     graph: MixtureGraph,
     potentials: entropic.Potentials,
     solver: Solver,
+    response: Response | None = None,
 ) -> Terms:
+    transport, costs, solved = transport_terms(parameters, graph, potentials, solver, response)
+    if response is not None:
+        log_weights = jax.lax.stop_gradient(jnp.stack([solved.log_a[0], solved.log_b[0]]))
+        parameters = parameters._replace(log_weights=log_weights)
     q = jax.vmap(expected_log_likelihood)(parameters, statistics, floors)
-    return Terms(q, *transport_terms(parameters, graph, potentials, solver))
+    return Terms(q, transport, costs, solved)
+
+
+def _response(statistics: Statistics, graph: MixtureGraph, free: Bool[Array, ""]) -> Response:
+    """How the masses of a pair answer to potentials: they maximise Q's part in them less the price of transport."""
+    rates = graph.edge_weights[0] / graph.node_weights
+    moving = free & ~graph.frozen
+    return Response(tuple(statistics.masses), tuple(rates), tuple(moving))
 
 
 def objective(found: Terms, graph: MixtureGraph) -> Float[Array, ""]:
@@ -94,10 +122,10 @@ def objective(found: Terms, graph: MixtureGraph) -> Float[Array, ""]:
 
 
 class Coordinates(NamedTuple):
-    """A map between parameters and a flat vector of unknowns, zero gradients where there are none."""
+    """A map from a flat vector of unknowns (and the log-weights they are relative to) to parameters."""
 
     start: Float[Array, " p"]
-    parameters: Callable[[Float[Array, " p"]], Parameters]
+    parameters: Callable[[Float[Array, " p"], Float[Array, "V K"]], Parameters]
 
 
 def _log_softmax(logits: Array, present: Array) -> Array:
@@ -125,7 +153,8 @@ def log_cholesky_coordinates(base: Parameters, graph: MixtureGraph) -> Coordinat
     log_factors = jnp.tril(safe, -1) + eye * jnp.log(jnp.where(eye > 0, safe, 1))
     start, unravel = ravel_pytree((base.means, log_factors, logits))
 
-    def parameters(x: Array) -> Parameters:
+    def parameters(x: Array, log_weights: Array) -> Parameters:
+        del log_weights  # logits are absolute
         means, triangle, logits = unravel(x)
         factors = jnp.tril(triangle, -1) + eye * jnp.exp(triangle * eye)
         log_weights = _log_softmax(jnp.where(is_last, 0, logits), present)
@@ -148,12 +177,12 @@ def natural_coordinates(base: Parameters, statistics: Statistics, graph: Mixture
     zeros = (jnp.zeros_like(base.means), jnp.zeros_like(base.factors), jnp.zeros_like(base.log_weights))
     start, unravel = ravel_pytree(zeros)
 
-    def parameters(x: Array) -> Parameters:
+    def parameters(x: Array, log_weights: Array) -> Parameters:
         shift, triangle, logits = unravel(x)
         means = base.means + jnp.einsum("vkij,vkj->vki", base.factors, shift * scale[..., None])
         triangle = triangle * scale[..., None, None]
         stretch = jnp.tril(triangle, -1) + eye * jnp.exp(triangle * eye * 2**-0.5)
-        logits = jnp.where(present, base.log_weights, 0) + logits * scale
+        logits = jnp.where(present, log_weights, 0) + logits * scale
         moved = Parameters(means, base.factors @ stretch, _log_softmax(logits, present))
         return _thawed(graph.frozen, moved, base)
 
@@ -166,12 +195,14 @@ class Search(NamedTuple):
     trial: Float[Array, " p"]
     best: Float[Array, " p"]
     memory: Any
+    accepted: Bool[Array, ""]  # the last trial became the best
     done: Bool[Array, ""]
 
 
 class Optimiser(NamedTuple):
     """Three functions of an optimiser of the M-step; values and gradients are to be minimised."""
 
+    monotone: bool
     coordinates: Callable[[Parameters, Statistics, MixtureGraph], Coordinates]
     init: Callable[[Array], Search]
     update: Callable[[Search, Array, Array], Search]
@@ -184,12 +215,12 @@ def optax_optimiser(transformation: optax.GradientTransformation) -> Optimiser:
         del value
         step, memory = transformation.update(gradient, search.memory, search.trial)
         trial = jnp.asarray(optax.apply_updates(search.trial, step))
-        return Search(trial, trial, memory, search.done)
+        return Search(trial, trial, memory, jnp.asarray(True), search.done)
 
     def init(start: Array) -> Search:
-        return Search(start, start, transformation.init(start), jnp.asarray(False))
+        return Search(start, start, transformation.init(start), jnp.asarray(True), jnp.asarray(False))
 
-    return Optimiser(lambda base, statistics, graph: log_cholesky_coordinates(base, graph), init, update)
+    return Optimiser(False, lambda base, statistics, graph: log_cholesky_coordinates(base, graph), init, update)
 
 
 class _Line(NamedTuple):
@@ -213,7 +244,7 @@ def lbfgs_optimiser(patience: float = 1e-3) -> Optimiser:
     def init(start: Array) -> Search:
         zero = jnp.zeros((), start.dtype)
         line = _Line(zero + jnp.inf, jnp.zeros_like(start), zero, zero + 1, zero, transformation.init(start))
-        return Search(start, start, line, jnp.asarray(False))
+        return Search(start, start, line, jnp.asarray(True), jnp.asarray(False))
 
     def update(search: Search, value: Array, gradient: Array) -> Search:
         line: _Line = search.memory
@@ -235,9 +266,9 @@ def lbfgs_optimiser(patience: float = 1e-3) -> Optimiser:
         rounding = jnp.finfo(value.dtype).eps * (1 + jnp.abs(line.value))
         gain = -line.step * line.slope
         done = gain <= jnp.maximum(rounding, -patience * line.first_slope)
-        return Search(best + line.step * line.direction, best, line, done | (first & ~finite))
+        return Search(best + line.step * line.direction, best, line, accepted, done | (first & ~finite))
 
-    return Optimiser(natural_coordinates, init, update)
+    return Optimiser(True, natural_coordinates, init, update)
 
 
 class MStep(NamedTuple):
@@ -248,6 +279,16 @@ class MStep(NamedTuple):
     potentials: entropic.Potentials
     marginal_error: Float[Array, ""]
     n_evaluations: Int[Array, ""]
+
+
+class _Progress(NamedTuple):
+    search: Search
+    initial: Terms
+    potentials: entropic.Potentials
+    log_weights: Float[Array, "V K"]  # what the coordinates are relative to; at the best, while they are solved for
+    solves_masses: Bool[Array, ""]
+    marginal_error: Float[Array, ""]
+    n: Int[Array, ""]
 
 
 def m_step(
@@ -270,26 +311,48 @@ def m_step(
         zero = jnp.zeros((), base.means.dtype)
         return MStep(moved, no_terms(graph)._replace(q=q), potentials, zero, jnp.ones((), jnp.int32))
     coordinates = optimiser.coordinates(base, statistics, graph)
+    may_solve = optimiser.monotone and graph.balanced and graph.matched and solver is solve_entropic
 
-    def loss(x: Array, start: entropic.Potentials) -> tuple[Array, Terms]:
-        found = terms(coordinates.parameters(x), statistics, floors, graph, start, solver)
+    def loss(x: Array, now: _Progress) -> tuple[Array, Terms]:
+        free = now.solves_masses & (now.n > 0)
+        response = _response(statistics, graph, free) if may_solve else None
+        parameters = coordinates.parameters(x, now.log_weights)
+        found = terms(parameters, statistics, floors, graph, now.potentials, solver, response)
         return -objective(found, graph), found
 
-    def unfinished(carry) -> Bool[Array, ""]:
-        search, _, _, _, n = carry
-        return (n < budget) & ~search.done
+    def unfinished(now: _Progress) -> Bool[Array, ""]:
+        return (now.n < budget) & ~now.search.done
 
-    def evaluate(carry):
-        search, initial, potentials, error, n = carry
-        (value, found), gradient = jax.value_and_grad(loss, has_aux=True)(search.trial, potentials)
-        initial = jax.tree.map(lambda old, new: jnp.where(n == 0, new, old), initial, found)
-        # A trial that overshot into infinity is the optimiser's to reject; nothing is carried on from it.
+    def evaluate(now: _Progress) -> _Progress:
+        (value, found), gradient = jax.value_and_grad(loss, has_aux=True)(now.search.trial, now)
+        # A trial that overshot into infinity, or has no plan, is the optimiser's to reject; nothing is carried on from it.
         finite = jnp.isfinite(value) & jnp.isfinite(found.marginal_error)
-        potentials = jax.tree.map(lambda old, new: jnp.where(finite, new, old), potentials, found.potentials)
-        error = jnp.where(finite, jnp.maximum(error, found.marginal_error), error)
-        return optimiser.update(search, value, gradient), initial, potentials, error, n + 1
+        if optimiser.monotone:
+            finite &= (now.n == 0) | (found.marginal_error <= MISSED)
+            value = jnp.where(finite, value, jnp.inf)
+        search = optimiser.update(now.search, value, gradient)
 
+        def choose(condition: Array, new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
+
+        log_weights = now.log_weights
+        if may_solve:
+            solved = jnp.stack([found.potentials.log_a[0], found.potentials.log_b[0]])
+            log_weights = choose(search.accepted & finite & now.solves_masses, solved, log_weights)
+        return _Progress(
+            search,
+            choose(now.n == 0, found, now.initial),
+            choose(finite, found.potentials, now.potentials),
+            log_weights,
+            now.solves_masses & finite,  # where that fails, weights are searched for like the rest
+            jnp.where(finite, jnp.maximum(now.marginal_error, found.marginal_error), now.marginal_error),
+            now.n + 1,
+        )
+
+    zero, yes = jnp.zeros((), base.means.dtype), jnp.asarray(True)
     search = optimiser.init(coordinates.start)
-    carry = (search, no_terms(graph), potentials, jnp.zeros((), base.means.dtype), jnp.zeros((), jnp.int32))
-    search, initial, potentials, error, n = jax.lax.while_loop(unfinished, evaluate, carry)
-    return MStep(coordinates.parameters(search.best), initial, potentials, error, n)
+    count = jnp.zeros((), jnp.int32)
+    start = _Progress(search, no_terms(graph), potentials, base.log_weights, yes, zero, count)
+    end = jax.lax.while_loop(unfinished, evaluate, start)
+    reached = coordinates.parameters(end.search.best, end.log_weights)
+    return MStep(reached, end.initial, end.potentials, end.marginal_error, end.n)

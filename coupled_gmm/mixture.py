@@ -18,6 +18,8 @@ from coupled_gmm import checks, matrices
 from coupled_gmm.tree import new, pytree
 
 LOG_2PI = math.log(2 * math.pi)
+# Called outside of jit, a loop is compiled anew at every call.
+_cholesky, _invert_triangular = jax.jit(matrices.cholesky), jax.jit(matrices.invert_triangular)
 
 
 @pytree
@@ -74,7 +76,7 @@ class GaussianMixture:
     @property
     def cholesky(self) -> Float[Array, "K d d"]:
         """Lower triangular L with S = L L^T; singular where S is."""
-        return matrices.cholesky(self.covariances)
+        return _cholesky(self.covariances)
 
     @property
     def log_weights(self) -> Float[Array, " K"]:
@@ -94,7 +96,7 @@ class GaussianMixture:
         regular = jnp.all(jnp.diagonal(factor, axis1=-2, axis2=-1) > 0, axis=-1)
         # In place of a singular factor, which only an absent component may have: its logarithm's derivative is infinite.
         factor = jnp.where(regular[:, None, None], factor, jnp.eye(self.n_features, dtype=self.dtype))
-        whitening = matrices.invert_triangular(factor)
+        whitening = _invert_triangular(factor)
         whitened = jnp.einsum("kij,knj->kni", whitening, x - self.means[:, None])
         log_norm = matrices.log_diagonal_sum(factor) + 0.5 * self.n_features * LOG_2PI
         log_prob = -0.5 * jnp.sum(whitened**2, axis=-1) - log_norm[:, None]
@@ -153,7 +155,7 @@ class GaussianMixture:
         checks.finite("values", values)
         observed = self.marginal(given.tolist())
         observed.check_densities(f"marginal over axes {given.tolist()}")
-        whitening = matrices.invert_triangular(observed.cholesky)
+        whitening = _invert_triangular(observed.cholesky)
         cross = self.covariances[:, rest[:, None], given] @ matrices.transpose(whitening)
         whitened = jnp.einsum("kij,kj->ki", whitening, values - observed.means)
         weights = jnp.exp(observed.log_posterior(values[None])[0])

@@ -74,10 +74,9 @@ class Plan(Outcome):
     @property
     def marginal_error(self) -> Float[Array, ""]:
         r"""L1 distance of the raw plan's marginals from what optimality asks: a and b, or :math:`a e^{-f/\rho}`, :math:`b e^{-g/\rho}`."""
-        (f, g), matrix = self.potentials, self.matrix
-        gmm0, gmm1, rho, balanced = self.pair.gmm0, self.pair.gmm1, self.pair.rho, self.pair.balanced
-        rows = entropic.row_error(matrix, gmm0.weights, f, rho, balanced)
-        return rows + entropic.row_error(matrix.T, gmm1.weights, g, rho, balanced)
+        pair, (f, g) = self.pair, self.potentials
+        log_a, log_b = pair.gmm0.log_weights, pair.gmm1.log_weights
+        return entropic.marginal_error(self.cost, log_a, log_b, f, g, pair.epsilon, pair.rho, pair.balanced)
 
     @property
     def duality_gap(self) -> Float[Array, ""]:
@@ -247,6 +246,5 @@ class _Sinkhorn:
         g = jnp.where(jnp.isinf(log_b), 0, output.g - offsets[1])
         f = entropic.transform(cost, log_b, g, epsilon, rho, balanced)
         g = entropic.transform(cost.T, log_a, f, epsilon, rho, balanced)
-        matrix = jnp.exp(entropic.log_plan(cost, log_a, log_b, f, g, epsilon))
-        error = entropic.row_error(matrix, jnp.exp(log_a), f, rho, balanced)
-        return Potentials(f, g, error, output.n_iters, error <= tol, jnp.asarray(False))
+        error = entropic.marginal_error(cost, log_a, log_b, f, g, epsilon, rho, balanced)
+        return Potentials(f, g, log_a, log_b, error, output.n_iters, error <= tol, jnp.asarray(False))
