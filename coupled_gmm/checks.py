@@ -8,11 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 
 def known(*values: Any) -> bool:
     """Whether the values can be read now: no tracer among them."""
-    return not any(isinstance(v, jax.core.Tracer) for v in jax.tree.leaves(values))
+    return not any(isinstance(v, Tracer) for v in jax.tree.leaves(values))
 
 
 def array(name: str, value: Any, *shape: int | str) -> jax.Array:
@@ -82,8 +83,8 @@ def scalar(
     if number.dtype.kind not in "fiu" or (number.ndim and not batched):
         raise TypeError(f"{name}: expected one real number, got {type(value).__name__} of shape {number.shape}")
     number = number.astype(jnp.result_type(float))
-    if known(number):
-        host = np.asarray(number)
+    if known(value):  # the value as given: under jit even a constant becomes a tracer once it is converted
+        host = np.asarray(value, np.float64)
         bounds = [] if infinite or at_most is not None else ["finite"]
         bounds += [f"above {above:g}"] if above is not None else []
         bounds += [f"at least {at_least:g}"] if at_least is not None else []
@@ -114,7 +115,7 @@ def key(name: str, value: Any) -> jax.Array:
         raise TypeError(f"{name}: expected a random key, got {type(value).__name__}; pass jax.random.key(0), say")
     if value.ndim != (0 if typed else 1):
         raise ValueError(f"{name}: expected one random key, got an array of shape {value.shape}; pass one of them")
-    return value
+    return jnp.asarray(value)
 
 
 def instance(name: str, value: Any, cls: type) -> None:

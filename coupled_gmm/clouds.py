@@ -67,7 +67,7 @@ def read_weights(path: str | PathLike[str], *, name: str | None = None) -> Float
       FileNotFoundError, ValueError: as `read_cloud`, and a file with more than one column.
     """
     path = _existing(path)
-    if path.suffix in TABLES:
+    if path.suffix in TABLES:  # noqa: SIM108
         weights = read_cloud(path, columns=None if name is None else [name])
     else:
         weights = _read_array(path, name)

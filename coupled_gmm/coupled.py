@@ -113,7 +113,6 @@ class _Carry(NamedTuple):
     history: History
 
 
-
 class Run(NamedTuple):
     """Where a fit ended: the nodes there, its last look at J and its terms, and how it went."""
 
@@ -197,7 +196,7 @@ def _status(carry: _Carry, value: Array, marginal_error: Array, tol: Array, sett
 
 
 def value(
-    problem: MixtureGraph, clouds: list[Array], weights: list[Array | None], ridge: Array, length: int
+    problem: MixtureGraph, clouds: list[Array | None], weights: list[Array | None], ridge: Array, length: int
 ) -> Float[Array, ""]:
     """J at the graph's own nodes, differentiable once in them."""
     data = _prepare(clouds, weights, ridge, length)

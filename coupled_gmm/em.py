@@ -150,7 +150,7 @@ def fit_gmm(
     ridge = checks.scalar("ridge", ridge, at_least=0, batched=True)
     tol = checks.scalar("tol", tol, at_least=0, batched=True)
     init.check_densities("init")
-    length = statistics.chunk_length(len(x), *init.means.shape, None)
+    length = statistics.chunk_length(len(x), init.n_components, init.n_features, None)
     settings = Settings(length, checks.integer("max_steps", max_steps, 1), plan.solve_entropic, None, False)
     return _fit(init, x, w, Controls(ridge, tol, jnp.ones((), jnp.int32), None), settings)
 

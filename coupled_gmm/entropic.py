@@ -190,7 +190,7 @@ def solve(
         return Look(-f * inverse_rho - log_rows, error, matrix, memory)
 
     goal = 0.5 * tol  # room for the rounding of g, which the certificate sees
-    scale = jnp.max(jnp.abs(cost))
+    scale = jnp.max(jnp.where(present[:, None] & (log_b > -jnp.inf), jnp.abs(cost), 0))
     end = anneal(look, init, (), present, a if balanced else 0 * a, scale, epsilon, goal, max_iterations, scale)
     g = transform(cost.T, log_a, end.x, epsilon, rho, balanced)
     f = jnp.where(present, end.x, transform(cost, log_b, g, epsilon, rho, balanced))

@@ -21,7 +21,7 @@ from coupled_gmm.mixture import GaussianMixture
 from coupled_gmm.pair import GaussianMixturePair
 from coupled_gmm.plan import Plan
 from coupled_gmm.result import Outcome
-from coupled_gmm.tree import new, pytree
+from coupled_gmm.tree import new, pytree, taken
 
 
 @pytree
@@ -102,8 +102,8 @@ def _check_cloud(name: str, x: Any, weights_name: str, weights: Any, gmm: Gaussi
     return cloud, weights
 
 
-def _settings(run: _Run, n_points: int, shape: tuple[int, int], solver: plan.Solver) -> Settings:
-    length = statistics.chunk_length(n_points, *shape, run.chunk_size)
+def _settings(run: _Run, n_points: int, n_components: int, n_features: int, solver: plan.Solver) -> Settings:
+    length = statistics.chunk_length(n_points, n_components, n_features, run.chunk_size)
     progress = run.progress is not False and run.progress is not None
     return Settings(length, run.em_steps, solver, run.optimizer, progress)
 
@@ -111,7 +111,7 @@ def _settings(run: _Run, n_points: int, shape: tuple[int, int], solver: plan.Sol
 @functools.partial(jax.jit, static_argnames="settings")
 def _fit_graph(problem: MixtureGraph, clouds: list, weights: list, controls: Controls, settings: Settings) -> GraphFit:
     run = coupled.run(problem, clouds, weights, controls, settings)
-    ends = [jax.tree.map(lambda leaf: leaf[index], run.nodes) for index in (problem.sources, problem.targets)]
+    ends = [taken(run.nodes, index) for index in (problem.sources, problem.targets)]
     pairs = new(
         GaussianMixturePair,
         gmm0=ends[0],
@@ -137,7 +137,7 @@ def _fit_pair(
     problem = MixtureGraph.from_pair(pair, transport_weight, frozen)
     fit = _fit_graph(problem, clouds, weights, controls, settings)
     k0, k1 = problem.sizes
-    stacked = jax.tree.map(lambda leaf: leaf[0], fit.plans)
+    stacked = taken(fit.plans, 0)
     f, g = stacked.potentials
     whole = dataclasses.replace(
         stacked, pair=pair.replace(*fit.gmms), cost=stacked.cost[:k0, :k1], potentials=(f[:k0], g[:k1])
@@ -211,7 +211,9 @@ def fit_graph(
     if all(cloud is None for cloud in clouds):
         raise ValueError("clouds: every one is None; a fit needs at least one cloud")
     checked = [
-        (None, None) if cloud is None else _check_cloud(f"clouds[{i}]", cloud, f"point_weights[{i}]", weight, graph.nodes)
+        (None, None)
+        if cloud is None
+        else _check_cloud(f"clouds[{i}]", cloud, f"point_weights[{i}]", weight, graph.nodes)
         for i, (cloud, weight) in enumerate(zip(clouds, weights, strict=True))
     ]
     for i, gmm in enumerate(graph.split(graph.nodes)):
@@ -220,7 +222,7 @@ def fit_graph(
     pairs = new(GaussianMixturePair, epsilon=graph.epsilon[:1], rho=graph.rho[:1], balanced=graph.balanced)
     solver = plan.solver_for(method, pairs) if graph.n_edges else plan.solve_entropic
     n_points = max(len(cloud) for cloud, _ in checked if cloud is not None)
-    settings = _settings(run, n_points, graph.nodes.means.shape[1:], solver)
+    settings = _settings(run, n_points, max(graph.sizes), graph.nodes.n_features, solver)
     with report.listening(run.progress):
         return _fit_graph(graph, [c for c, _ in checked], [w for _, w in checked], run.controls, settings)
 
@@ -289,7 +291,7 @@ def fit_pair(
     pair.gmm1.check_densities("pair.gmm1")
     n_components = max(pair.gmm0.n_components, pair.gmm1.n_components)
     solver = plan.solver_for(method, pair)
-    settings = _settings(run, max(len(x0), len(x1)), (n_components, pair.n_features), solver)
+    settings = _settings(run, max(len(x0), len(x1)), n_components, pair.n_features, solver)
     frozen = np.array(["gmm0" in freeze, "gmm1" in freeze])
     with report.listening(run.progress):
         return _fit_pair(pair, transport_weight, frozen, [x0, x1], [w0, w1], run.controls, settings)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from coupled_gmm import checks, matrices, mixture
@@ -13,7 +14,7 @@ from coupled_gmm.bures import same_features
 from coupled_gmm.mixture import GaussianMixture
 from coupled_gmm.pair import GaussianMixturePair
 from coupled_gmm.statistics import Parameters
-from coupled_gmm.tree import new, pytree, static
+from coupled_gmm.tree import new, pytree, static, taken
 
 
 @pytree
@@ -78,6 +79,7 @@ class MixtureGraph:
             epsilon = jnp.stack([pair.epsilon for pair in pairs]) if pairs else jnp.ones(0)
         per_edge = functools.partial(_spread, size=len(edges))
         epsilon = per_edge("epsilon", checks.scalar("epsilon", epsilon, above=0, batched=True))
+        balanced = checks.known(tau) and bool(np.all(np.asarray(tau) == 1))
         tau = checks.scalar("tau", tau, above=0, at_most=1)
         v = jnp.ones(n_nodes) if node_weights is None else checks.weights("node_weights", node_weights, n_nodes)
         return cls(
@@ -90,7 +92,7 @@ class MixtureGraph:
             v,
             jnp.asarray([node in frozen for node in range(n_nodes)]),
             tuple(gmm.n_components for gmm in gmms),
-            checks.known(tau) and float(tau) == 1.0,
+            balanced,
         )
 
     @classmethod
@@ -137,7 +139,7 @@ class MixtureGraph:
 
     def split(self, nodes: GaussianMixture) -> list[GaussianMixture]:
         """Stacked nodes as mixtures of their own sizes."""
-        return [unpadded(jax.tree.map(lambda leaf: leaf[i], nodes), size) for i, size in enumerate(self.sizes)]
+        return [unpadded(taken(nodes, i), size) for i, size in enumerate(self.sizes)]
 
 
 def _spread(name: str, value: Array, size: int) -> Array:
@@ -153,9 +155,7 @@ def stack(gmms: Sequence[GaussianMixture]) -> GaussianMixture:
 
 
 def unpadded(gmm: GaussianMixture, size: int) -> GaussianMixture:
-    return new(
-        GaussianMixture, means=gmm.means[:size], covariances=gmm.covariances[:size], weights=gmm.weights[:size]
-    )
+    return new(GaussianMixture, means=gmm.means[:size], covariances=gmm.covariances[:size], weights=gmm.weights[:size])
 
 
 def to_parameters(gmm: GaussianMixture, origin: Float[Array, " d"]) -> Parameters:

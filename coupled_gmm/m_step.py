@@ -23,11 +23,12 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
-from coupled_gmm import bures, entropic, masses, matrices
+from coupled_gmm import bures, entropic, masses
 from coupled_gmm.graph import MixtureGraph
 from coupled_gmm.masses import Response
 from coupled_gmm.plan import Solver, solve_entropic
 from coupled_gmm.statistics import Parameters, Statistics, expected_log_likelihood, maximiser
+from coupled_gmm.tree import taken
 
 _MAX_ITERATIONS = 200  # of a plan within the fit
 _MEMORY = 8
@@ -89,7 +90,7 @@ def transport_terms(
         value = entropic.dual_value(cost, a, b, solved.f, solved.g, epsilon, rho, graph.balanced)
         return value, *jax.lax.stop_gradient((cost, solved))
 
-    sources, targets = (jax.tree.map(lambda leaf: leaf[end], parameters) for end in (graph.sources, graph.targets))
+    sources, targets = taken(parameters, graph.sources), taken(parameters, graph.targets)
     return jax.vmap(edge)(sources, targets, graph.epsilon, graph.rho, potentials)
 
 
@@ -251,6 +252,7 @@ def lbfgs_optimiser(patience: float = 1e-3) -> Optimiser:
         finite = jnp.isfinite(value) & jnp.all(jnp.isfinite(gradient))
         accepted = finite & (value <= line.value + _ARMIJO * line.step * line.slope)
         preconditioned, lbfgs = transformation.update(gradient, line.lbfgs, search.trial)
+        preconditioned = jnp.asarray(preconditioned)
         slope = -jnp.vdot(preconditioned, gradient)
         downhill = slope < 0
         direction = jnp.where(downhill, -preconditioned, -gradient)

@@ -10,8 +10,8 @@ potentials, :math:`a = n / (1 + c_0 (F - s))`, s being such that they sum to 1.
 
 The entropy of the plan is taken against the present masses :math:`a_0 b_0^T`, from which the answer starts. That makes the problem
 concave, and its value a lower bound that is exact at the start: T differs by
-:math:`\epsilon (KL(a | a_0) + KL(b | b_0))`, never negative. So the true objective rises. The plan that comes out is optimal for the new
-masses as well, with potentials :math:`f = F - \epsilon \log (a / a_0)`.
+:math:`\epsilon (KL(a | a_0) + KL(b | b_0))`, never negative. So the true objective rises. The plan that comes out is
+optimal for the new masses as well, with potentials :math:`f = F - \epsilon \log (a / a_0)`.
 """
 
 import jax

@@ -55,7 +55,9 @@ class GaussianMixture:
         weights = checks.weights("weights", weights, n_components)
         dtype = jnp.result_type(means, covariances, weights)
         if checks.known(weights) and abs(float(jnp.sum(weights)) - 1) > 1e-3:
-            raise ValueError(f"weights: must sum to 1 within 1e-3, got {float(jnp.sum(weights)):.6g}; divide by the sum")
+            raise ValueError(
+                f"weights: must sum to 1 within 1e-3, got {float(jnp.sum(weights)):.6g}; divide by the sum"
+            )
         if checks.known(covariances):
             _check_covariances(np.asarray(covariances, np.float64), float(jnp.finfo(dtype).eps))
         covariances = 0.5 * (covariances + matrices.transpose(covariances))

@@ -37,8 +37,8 @@ class GaussianMixturePair:
         Raises:
           TypeError, ValueError: not mixtures, features that disagree, epsilon or tau out of range.
         """
-        tau = checks.scalar("tau", tau, above=0, at_most=1, batched=True)
-        balanced = checks.known(tau) and bool(np.all(np.asarray(tau) == 1))
+        given, tau = tau, checks.scalar("tau", tau, above=0, at_most=1, batched=True)
+        balanced = checks.known(given) and bool(np.all(np.asarray(given) == 1))
         epsilon = _check(gmm0, gmm1, epsilon)
         rho = jnp.where(tau < 1, epsilon * tau / jnp.where(tau < 1, 1 - tau, 1), jnp.inf)
         self._set(gmm0, gmm1, epsilon, rho, balanced)
@@ -48,8 +48,8 @@ class GaussianMixturePair:
         cls, gmm0: GaussianMixture, gmm1: GaussianMixture, epsilon: Any = None, rho: Any = jnp.inf
     ) -> "GaussianMixturePair":
         """A pair from rho itself (above 0, squared data units; infinite is balanced). A traced rho is unbalanced."""
-        rho = checks.scalar("rho", rho, above=0, infinite=True, batched=True)
-        balanced = checks.known(rho) and bool(np.all(np.isinf(np.asarray(rho))))
+        given, rho = rho, checks.scalar("rho", rho, above=0, infinite=True, batched=True)
+        balanced = checks.known(given) and bool(np.all(np.isinf(np.asarray(given))))
         epsilon = _check(gmm0, gmm1, epsilon)
         self = object.__new__(cls)
         self._set(gmm0, gmm1, epsilon, rho, balanced)

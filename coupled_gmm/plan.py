@@ -48,7 +48,9 @@ class Plan(Outcome):
         """Mass from each component of gmm0 to each of gmm1."""
         f, g = self.potentials
         return jnp.exp(
-            entropic.log_plan(self.cost, self.pair.gmm0.log_weights, self.pair.gmm1.log_weights, f, g, self.pair.epsilon)
+            entropic.log_plan(
+                self.cost, self.pair.gmm0.log_weights, self.pair.gmm1.log_weights, f, g, self.pair.epsilon
+            )
         )
 
     @property
@@ -68,12 +70,17 @@ class Plan(Outcome):
 
     @property
     def regularized_cost(self) -> Float[Array, ""]:
-        r""":math:`\langle P, C \rangle + \epsilon KL(P | a b^T) + \rho KL(P 1 | a) + \rho KL(P^T 1 | b)`, the primal objective."""
-        return self._primal(self.matrix)
+        r""":math:`\langle P, C \rangle + \epsilon KL(P | a b^T) + \rho KL(P 1 | a) + \rho KL(P^T 1 | b)`, the primal objective.
+
+        Differentiable in both mixtures, by the envelope theorem.
+        """
+        # With potentials held fixed the derivatives of the dual are right, those of the balanced primal are not.
+        dual = self._dual()
+        return dual + jax.lax.stop_gradient(self._primal(self.matrix) - dual)
 
     @property
     def marginal_error(self) -> Float[Array, ""]:
-        r"""L1 distance of the raw plan's marginals from what optimality asks: a and b, or :math:`a e^{-f/\rho}`, :math:`b e^{-g/\rho}`."""
+        r"""L1 distance of the raw plan's marginals from a and b, or from :math:`a e^{-f/\rho}` and :math:`b e^{-g/\rho}`."""
         pair, (f, g) = self.pair, self.potentials
         log_a, log_b = pair.gmm0.log_weights, pair.gmm1.log_weights
         return entropic.marginal_error(self.cost, log_a, log_b, f, g, pair.epsilon, pair.rho, pair.balanced)
@@ -85,12 +92,9 @@ class Plan(Outcome):
         A balanced plan is first rounded to its marginals (Altschuler, Weed & Rigollet 2017), so that the primal value is
         that of a legal plan.
         """
-        (f, g), pair = self.potentials, self.pair
-        dual = entropic.dual_value(
-            self.cost, pair.gmm0.weights, pair.gmm1.weights, f, g, pair.epsilon, pair.rho, pair.balanced
-        )
+        pair = self.pair
         matrix = _rounded(self.matrix, pair.gmm0.weights, pair.gmm1.weights) if pair.balanced else self.matrix
-        return self._primal(matrix) - dual
+        return self._primal(matrix) - self._dual()
 
     def reweighting(self) -> tuple[Float[Array, " K0"], Float[Array, " K1"]]:
         """Outflow over mass of gmm0's components, inflow over mass of gmm1's; 1 where a component has no mass."""
@@ -112,6 +116,11 @@ class Plan(Outcome):
         rows = matrix.sum(1, keepdims=True)
         conditional = jnp.where(rows > 0, matrix / jnp.where(rows > 0, rows, 1), 0)
         return jnp.exp(self.pair.gmm0.log_posterior(x)) @ (outflow * (conditional @ inflow))
+
+    def _dual(self) -> Array:
+        (f, g), pair = self.potentials, self.pair
+        a, b = pair.gmm0.weights, pair.gmm1.weights
+        return entropic.dual_value(self.cost, a, b, f, g, pair.epsilon, pair.rho, pair.balanced)
 
     def _primal(self, matrix: Array) -> Array:
         a, b = self.pair.gmm0.weights, self.pair.gmm1.weights
@@ -169,7 +178,7 @@ def solve_plan(
         init = (jnp.zeros(k0), jnp.zeros(k1))
     if not isinstance(init, (tuple, list)) or len(init) != 2:
         raise TypeError(f"init: expected potentials (f, g) as in plan.potentials, got {type(init).__name__}")
-    init = tuple(checks.array(f"init[{i}]", p, k).astype(pair.gmm0.dtype) for i, (p, k) in enumerate(zip(init, (k0, k1))))
+    init = [checks.array(f"init[{i}]", init[i], size).astype(pair.gmm0.dtype) for i, size in enumerate((k0, k1))]
     for i, potential in enumerate(init):
         checks.finite(f"init[{i}]", potential, "pass None to start from zero")
     return _solve_plan(pair, init, tol, solver_for(method, pair), limit)
@@ -206,7 +215,15 @@ def solver_for(method: str, pair: GaussianMixturePair) -> Solver:
 
 
 def solve_entropic(
-    cost: Array, log_a: Array, log_b: Array, epsilon: Array, rho: Array, init: Any, tol: Array, limit: int, balanced: bool
+    cost: Array,
+    log_a: Array,
+    log_b: Array,
+    epsilon: Array,
+    rho: Array,
+    init: Any,
+    tol: Array,
+    limit: int,
+    balanced: bool,
 ) -> Potentials:
     """`entropic.solve`, from the side with fewer components: its linear systems are that large."""
     if cost.shape[0] <= cost.shape[1]:
@@ -237,14 +254,14 @@ class _Sinkhorn:
         balanced: bool,
     ) -> Potentials:
         a, b = jnp.exp(log_a / self.tau), jnp.exp(log_b / self.tau)  # 1 / tau = 1 + epsilon / rho
-        geom = geometry.Geometry(cost_matrix=cost, epsilon=epsilon)
+        geom = geometry.Geometry(cost_matrix=cost, epsilon=epsilon)  # pyright: ignore[reportArgumentType]
         problem = linear_problem.LinearProblem(geom, a=a, b=b, tau_a=self.tau, tau_b=self.tau)
-        offsets = tuple(jnp.where(jnp.isinf(log_mass), 0, epsilon * log_mass) for log_mass in (log_a, log_b))
+        offsets = epsilon * log_a, epsilon * log_b  # -inf where there is no mass: OTT's kernel then has no part of it
         limit = max(10, limit // 10 * 10)  # whole blocks of OTT's ten inner iterations
-        solver = sinkhorn.Sinkhorn(threshold=tol, max_iterations=limit)
+        solver = sinkhorn.Sinkhorn(threshold=tol, max_iterations=limit)  # pyright: ignore[reportArgumentType]
         output = solver(problem, init=(init[0] + offsets[0], init[1] + offsets[1]))
         g = jnp.where(jnp.isinf(log_b), 0, output.g - offsets[1])
         f = entropic.transform(cost, log_b, g, epsilon, rho, balanced)
         g = entropic.transform(cost.T, log_a, f, epsilon, rho, balanced)
         error = entropic.marginal_error(cost, log_a, log_b, f, g, epsilon, rho, balanced)
-        return Potentials(f, g, log_a, log_b, error, output.n_iters, error <= tol, jnp.asarray(False))
+        return Potentials(f, g, log_a, log_b, error, jnp.asarray(output.n_iters), error <= tol, jnp.asarray(False))

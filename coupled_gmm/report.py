@@ -34,7 +34,7 @@ def listening(progress: Any) -> Iterator[None]:
             _listeners.remove(progress)
 
 
-def emit(em_steps: int, values: dict[str, jax.Array]) -> None:
+def emit(em_steps: int, values: dict[str, Any]) -> None:
     """From inside a program: one row, with what its listeners need to show it. Rows past the last are not delivered."""
 
     def deliver(running: Any, **row: Any) -> None:

@@ -5,9 +5,9 @@ component's mass, mean and centred second moment; the expected log-likelihood of
 these, so an M-step costs the same for ten points and ten million.
 
 Points lie feature by feature in chunks (d, B), and one scan runs over the chunks of all clouds. Each chunk costs two matrix
-products: whitening by all components at once, :math:`y_k = W_k x - W_k m_k`, and the moments :math:`\sum r y_k x^T`. The reference point of the
-moments is each component's present mean: whitened on one side, raw on the other, their rounding error grows with the
-distance between clusters, not with its square as that of raw second moments does.
+products: whitening by all components at once, :math:`y_k = W_k x - W_k m_k`, and the moments :math:`\sum r y_k x^T`. The
+reference point of the moments is each component's present mean. Whitened on one side, raw on the other, their rounding
+error grows with the distance between clusters, not with its square as that of raw second moments does.
 """
 
 from typing import NamedTuple
@@ -99,9 +99,7 @@ def variances(chunks: Chunks, n_clouds: int) -> Float[Array, "V d"]:
     return total(jnp.einsum("cdb,cb->cd", centred**2, chunks.weights))
 
 
-def e_step(
-    parameters: Parameters, chunks: Chunks, floors: Float[Array, "V d"]
-) -> Statistics:
+def e_step(parameters: Parameters, chunks: Chunks, floors: Float[Array, "V d"]) -> Statistics:
     """Statistics of every node's cloud under its mixture (V nodes stacked); zero for nodes that own no chunk.
 
     `floors` is the variance that ridge adds to each feature: component log-densities are lowered by tr(floor S^-1) / 2.

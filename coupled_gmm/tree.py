@@ -26,6 +26,11 @@ def new(cls: type[T], **fields: Any) -> T:
     return self
 
 
+def taken(tree: T, index: Any) -> T:
+    """Rows of a tree whose leaves are stacked on a leading axis."""
+    return jax.tree.map(lambda leaf: leaf[index], tree)
+
+
 @dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(static, dataclasses.field))
 def pytree(cls: type[T]) -> type[T]:
     """Make `cls` a frozen dataclass and a pytree whose leaves are its fields, save those marked `static`."""
@@ -41,7 +46,7 @@ def pytree(cls: type[T]) -> type[T]:
     def flatten(self: Any):
         return tuple(getattr(self, name) for name in leaves), tuple(getattr(self, name) for name in statics)
 
-    def unflatten(aux: tuple, children: tuple) -> T:
+    def unflatten(aux: Any, children: Any) -> T:
         return new(cls, **dict(zip(leaves, children, strict=True)), **dict(zip(statics, aux, strict=True)))
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)

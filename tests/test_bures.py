@@ -38,7 +38,9 @@ def test_cost_equals_the_closed_form(precision, d):
     rng = np.random.RandomState(d)
     n = 3
     conditions = (1.0, 1e2, 1e4) if precision > 1e-8 else (1e2, 1e8)
-    covariances = np.concatenate([random_covariances(rng, n, d, c) * scale for c in conditions for scale in (1.0, 1e-2)])
+    covariances = np.concatenate(
+        [random_covariances(rng, n, d, c) * scale for c in conditions for scale in (1.0, 1e-2)]
+    )
     covariances[0] *= 0.7  # at condition number 1 all would be equal
     covariances = np.asarray(jnp.asarray(covariances), np.float64)  # as rounded
     gmm = mixture_of(covariances)
@@ -116,7 +118,9 @@ def test_nothing_is_nan(precision, d):
     line = rng.randn(d, 1)
     regular = random_covariances(rng, 1, d)[0]
     corner = np.diag(np.r_[1.0, np.zeros(d - 1)])
-    covariances = np.stack([np.zeros((d, d)), line @ line.T, regular, regular, np.eye(d), corner, 1e-12 * regular, 1e8 * regular])
+    covariances = np.stack(
+        [np.zeros((d, d)), line @ line.T, regular, regular, np.eye(d), corner, 1e-12 * regular, 1e8 * regular]
+    )
     gmm = mixture_of(covariances)
 
     def value(one, other):
@@ -184,7 +188,9 @@ def test_blocked_path_equals_the_small_one(monkeypatch, x64):
     expected = jax.jit(jax.grad(value, (0, 1), has_aux=True))(gmm0, gmm1)
     rows = 3  # does not divide 7
     monkeypatch.setattr(bures, "_BLOCK_BYTES", rows * 4 * gmm1.covariances.size * 8)
-    blocked = jax.jit(jax.grad(lambda one, other: value(one, other), (0, 1), has_aux=True))  # a new function, traced anew
+    blocked = jax.jit(
+        jax.grad(lambda one, other: value(one, other), (0, 1), has_aux=True)
+    )  # a new function, traced anew
     assert "scan" in str(blocked.trace(gmm0, gmm1).jaxpr)
     got = blocked(gmm0, gmm1)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9), got, expected)

@@ -1,5 +1,6 @@
 """The coupled fit: OTT's tutorial row by row, monotone ascent, compilation, transformations, gradients."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,10 +17,11 @@ from scipy.stats import multivariate_normal
 
 import coupled_gmm as cg
 from coupled_gmm import fit as fit_module
+from coupled_gmm.tree import taken
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
-import ott_tutorial  # noqa: E402
+import ott_tutorial
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +123,7 @@ def test_jit_and_vmap_equal_the_loop():
     batch = jax.vmap(run)(scales, weights)
     for i in range(3):
         alone = run(scales[i], weights[i])
-        chex.assert_trees_all_close(jax.tree.map(lambda leaf: leaf[i], batch.pair), alone.pair, rtol=2e-3, atol=2e-4)
+        chex.assert_trees_all_close(taken(batch.pair, i), alone.pair, rtol=2e-3, atol=2e-4)
         chex.assert_trees_all_close(batch.penalized_log_likelihood[i], alone.penalized_log_likelihood, rtol=1e-5)
     chex.assert_trees_all_close(jax.jit(run)(scales[0], weights[0]).pair, run(scales[0], weights[0]).pair, rtol=1e-4)
 
@@ -211,7 +213,8 @@ def test_sinkhorn_gives_the_same_fit():
     for tau in (1.0, 0.8):
         pair = cg.GaussianMixturePair(gmm0, gmm1, epsilon=0.5, tau=tau)
         fits = [
-            cg.fit_pair(x0, x1, pair, transport_weight=0.1, method=method, **STEPS) for method in ("entropic", "sinkhorn")
+            cg.fit_pair(x0, x1, pair, transport_weight=0.1, method=method, **STEPS)
+            for method in ("entropic", "sinkhorn")
         ]
         np.testing.assert_allclose(fits[0].penalized_log_likelihood, fits[1].penalized_log_likelihood, rtol=1e-4)
 
@@ -239,6 +242,33 @@ def test_a_run_that_blows_up_says_so():
     assert not bool(fit.converged)
     with pytest.raises(cg.FitError, match="learning rate"):
         fit.raise_if_failed()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_twenty_fresh_processes_fit_many_points_and_none_hangs(tmp_path):
+    program = tmp_path / "fit.py"
+    program.write_text(
+        "import jax, coupled_gmm as cg\n"
+        "from coupled_gmm.clouds import tutorial_clouds\n"
+        "x0, x1 = tutorial_clouds(jax.random.key(0), 100_000)\n"
+        "start = cg.fit_gmm(x0, cg.init_gmm(jax.random.key(1), x0, 3), max_steps=5).gmm\n"
+        "fit = cg.fit_pair(x0, x1, cg.GaussianMixturePair(start, start, epsilon=0.01), transport_weight=0.01)\n"
+        "fit.raise_if_failed()\n"
+        "print(float(fit.penalized_log_likelihood))\n"
+    )
+    ends = [
+        subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=120, check=True).stdout
+        for _ in range(20)
+    ]
+    assert len(set(ends)) == 1 and np.isfinite(float(ends[0]))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_stored_rows_are_otts(tutorial):
+    rows = np.loadtxt(ROOT / "tests/data/ott_unbalanced.csv", delimiter=",")
+    np.testing.assert_allclose(ott_tutorial.ott_rows(tutorial, "unbalanced"), rows, atol=1.1e-3)
 
 
 def test_progress_delivers_every_row():

@@ -11,7 +11,7 @@ import pytest
 
 import coupled_gmm as cg
 
-N, D, K, STEPS = 60, 2, 3, 5
+N, D, K, STEPS, EVALUATIONS = 60, 2, 3, 5, 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Problem:
             point_weights0=self.w0,
             point_weights1=self.w1,
             em_steps=STEPS,
-            m_steps=STEPS,
+            m_steps=EVALUATIONS,
             **rate,
         )
 
@@ -203,11 +203,9 @@ CASES = [
 ]
 SHAPES = [
     pytest.param(functools.partial(plain, d=1, k0=1, k1=1), WAYS[0], id="d1-one-component"),
-    pytest.param(functools.partial(plain, d=1, k0=1, k1=1), WAYS[3], id="d1-one-component"),
-    pytest.param(functools.partial(plain, d=1), WAYS[2], id="d1"),
+    pytest.param(functools.partial(plain, d=1), WAYS[3], id="d1"),
     pytest.param(functools.partial(plain, k0=1), WAYS[1], id="one-against-three"),
     pytest.param(functools.partial(plain, n=10, d=3, k0=4, k1=2), WAYS[0], id="fewer-points-than-unknowns"),
-    pytest.param(functools.partial(plain, n=10, d=3, k0=4, k1=2), WAYS[3], id="fewer-points-than-unknowns"),
 ]
 
 
@@ -292,7 +290,7 @@ def test_fit_gmm(case, precision):
     assert (np.linalg.eigvalsh(np.asarray(fit.gmm.covariances, np.float64)[present]) > 0).all()
 
 
-@pytest.mark.parametrize(("case", "way"), SHAPES[::2])
+@pytest.mark.parametrize(("case", "way"), SHAPES[1::2])
 def test_fit_gmm_of_other_shapes(case, way):
     with jax.enable_x64(way.x64):
         fit = case().fit_gmm()
@@ -301,7 +299,7 @@ def test_fit_gmm_of_other_shapes(case, way):
 
 
 class TestEqualProblems:
-    @pytest.mark.parametrize("way", [Way(True, 1.0, None), WAYS[1]], ids=str)
+    @pytest.mark.parametrize("way", [WAYS[0], Way(True, 1.0, None), WAYS[1], WAYS[2], WAYS[3]], ids=str)
     @pytest.mark.parametrize("case", [zero_weights, singular_zero_weight])
     def test_without_the_absent(self, case, way):
         """Components and points of weight zero change nothing; without them the program is another."""

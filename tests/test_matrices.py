@@ -36,12 +36,16 @@ def test_cholesky_and_inverse_equal_numpy(precision, d):
 
     inverse = np.asarray(jax.jit(matrices.invert_triangular)(jnp.asarray(factor)), np.float64)
     np.testing.assert_array_equal(inverse, np.tril(inverse))
-    np.testing.assert_allclose(inverse @ factor, np.broadcast_to(np.eye(d), s.shape), atol=20 * condition**0.5 * precision)
+    np.testing.assert_allclose(
+        inverse @ factor, np.broadcast_to(np.eye(d), s.shape), atol=20 * condition**0.5 * precision
+    )
     expected = np.linalg.inv(factor)
     scale = np.abs(expected).max(axis=(1, 2), keepdims=True)
     np.testing.assert_allclose(inverse / scale, expected / scale, atol=20 * condition**0.5 * precision)
     log_norm = jax.jit(matrices.log_diagonal_sum)(jnp.asarray(factor))
-    np.testing.assert_allclose(log_norm, 0.5 * np.linalg.slogdet(factor @ factor.swapaxes(1, 2))[1], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        log_norm, 0.5 * np.linalg.slogdet(factor @ factor.swapaxes(1, 2))[1], rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("d", SIZES)

@@ -62,7 +62,9 @@ class Problem:
 
     def direct(self, i):
         point_weights = self.point_weights[i]
-        return direct(self.clouds[i], point_weights, self.means[i], self.covariances[i], self.weights[i], self.floors[i])
+        return direct(
+            self.clouds[i], point_weights, self.means[i], self.covariances[i], self.weights[i], self.floors[i]
+        )
 
 
 @pytest.mark.parametrize(("k", "d"), [(1, 1), (3, 1), (1, 3), (4, 3)])
@@ -118,7 +120,9 @@ def test_chunks_hold_every_point_once(precision):
         np.testing.assert_allclose(np.asarray(chunks.weights)[mine].sum(), 1, rtol=100 * precision)
     weights = [np.full(60, 1 / 60), problem.point_weights[1] / problem.point_weights[1].sum()]
     expected = [np.cov(x.T, aweights=w, ddof=0).diagonal() for x, w in zip(problem.clouds, weights)]
-    np.testing.assert_allclose(jax.jit(statistics.variances, static_argnums=1)(chunks, 2), expected, rtol=1e3 * precision)
+    np.testing.assert_allclose(
+        jax.jit(statistics.variances, static_argnums=1)(chunks, 2), expected, rtol=1e3 * precision
+    )
 
 
 @pytest.mark.parametrize("n", [1, 511, 513, 10_000, 1_000_000])
@@ -154,14 +158,18 @@ def test_clusters_far_apart_keep_their_covariances(distance):
             fitted = maximiser(fitted, found, floors)
         np.testing.assert_allclose(found.masses[0], 1 / 3, rtol=1e-5)
         np.testing.assert_allclose(found.scatters[0] / scale, truth / scale, atol=1e-3)
-        np.testing.assert_allclose(fitted.factors[0] @ fitted.factors[0].swapaxes(1, 2) / scale, truth / scale, atol=1e-3)
+        np.testing.assert_allclose(
+            fitted.factors[0] @ fitted.factors[0].swapaxes(1, 2) / scale, truth / scale, atol=1e-3
+        )
 
 
 def perturbed(rng, parameters, size):
     """Other parameters nearby: any means, definite covariances, weights that sum to 1."""
     means, factors, log_weights = (np.asarray(a) for a in parameters)
     means = means + size * rng.randn(*means.shape)
-    step = np.tril(size * rng.randn(*factors.shape), -1) + np.exp(size * rng.randn(*factors.shape)) * np.eye(means.shape[-1])
+    step = np.tril(size * rng.randn(*factors.shape), -1) + np.exp(size * rng.randn(*factors.shape)) * np.eye(
+        means.shape[-1]
+    )
     factors = factors @ step
     log_weights = log_weights + size * rng.randn(*log_weights.shape)
     log_weights = log_weights - np.logaddexp.reduce(log_weights, axis=-1, keepdims=True)
@@ -225,7 +233,9 @@ def test_coincident_points_are_held_by_the_floor(precision):
     chunks = statistics.pack([jnp.asarray(x)], [None], 8)
     floors = jnp.asarray([[1e-4, 1e-5]])
     factors = np.stack([np.diag([1e-2, 10**-2.5]), np.eye(2)])
-    parameters = Parameters(*(jnp.asarray(a)[None] for a in (np.array([[0.0, 0], [3.5, 0]]), factors, np.log([0.5, 0.5]))))
+    parameters = Parameters(
+        *(jnp.asarray(a)[None] for a in (np.array([[0.0, 0], [3.5, 0]]), factors, np.log([0.5, 0.5])))
+    )
     found = e_step(parameters, chunks, floors)
     best = maximiser(parameters, found, floors)
     np.testing.assert_allclose(best.factors[0, 0], np.sqrt(np.diag([1e-4, 1e-5])), rtol=1e4 * precision)
