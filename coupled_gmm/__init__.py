@@ -1,6 +1,8 @@
 """Gaussian mixtures, fitted together and transported onto each other."""
 
-from coupled_gmm.bures import BuresCost, bures_cost_matrix
+from typing import TYPE_CHECKING, Any
+
+from coupled_gmm.bures import bures_cost_matrix
 from coupled_gmm.em import MixtureFit, fit_gmm, init_gmm
 from coupled_gmm.fit import GraphFit, PairFit, fit_graph, fit_pair, penalized_log_likelihood
 from coupled_gmm.graph import MixtureGraph
@@ -9,6 +11,9 @@ from coupled_gmm.mixture import GaussianMixture
 from coupled_gmm.pair import GaussianMixturePair
 from coupled_gmm.plan import Plan, solve_plan
 from coupled_gmm.result import FitError, Status
+
+if TYPE_CHECKING:
+    from coupled_gmm.ott_cost import BuresCost
 
 __all__ = [
     "BuresCost",
@@ -31,3 +36,11 @@ __all__ = [
     "save",
     "solve_plan",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "BuresCost":  # OTT takes a second to import, and matplotlib comes with it
+        from coupled_gmm.ott_cost import BuresCost
+
+        return BuresCost
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,12 +9,9 @@ factor U of M. So neither a matrix square root nor its derivative (a Schur decom
 and singular covariances are legal. U comes from a Newton-Schulz iteration; in one and two dimensions from closed forms.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-from ott.geometry import costs
 
 from coupled_gmm import checks, matrices
 from coupled_gmm.mixture import GaussianMixture
@@ -155,40 +152,3 @@ def same_features(gmm0: GaussianMixture, gmm1: GaussianMixture) -> None:
 def pack(gmm: GaussianMixture) -> Float[Array, "K d+d*d"]:
     """Means and flattened covariances side by side, as `BuresCost` and OTT take Gaussians."""
     return jnp.concatenate([gmm.means, gmm.covariances.reshape(gmm.n_components, -1)], axis=-1)
-
-
-@jax.tree_util.register_pytree_node_class
-class BuresCost(costs.CostFn):
-    """Squared Bures-Wasserstein distance as an OTT cost between packed Gaussians (mean, then covariance row by row).
-
-    The exact counterpart of ``ott.geometry.costs.Bures``, for every OTT geometry and solver.
-    """
-
-    def __init__(self, dimension: int):
-        super().__init__()
-        self.dimension = dimension
-
-    def _unpack(self, x: Float[Array, " p"]) -> tuple[Array, Array]:
-        return x[: self.dimension], x[self.dimension :].reshape(self.dimension, self.dimension)
-
-    def __call__(self, x: Float[Array, " p"], y: Float[Array, " p"]) -> Float[Array, ""]:  # pyright: ignore
-        (mean0, covariance0), (mean1, covariance1) = self._unpack(x), self._unpack(y)
-        factor0, factor1 = matrices.cholesky(covariance0), matrices.cholesky(covariance1)
-        return pairwise_cost(mean0[None], factor0[None], mean1[None], factor1[None])[0, 0]
-
-    def norm(self, x: Float[Array, "*b p"]) -> Float[Array, "*b"]:
-        """Squared norm of the mean plus trace of the covariance: the squared distance to the Dirac at the origin."""
-        covariance = x[..., self.dimension :].reshape(*x.shape[:-1], self.dimension, self.dimension)
-        return jnp.sum(x[..., : self.dimension] ** 2, -1) + jnp.trace(covariance, axis1=-2, axis2=-1)
-
-    @classmethod
-    def _padder(cls, dim: int) -> Array:
-        return jnp.zeros((1, dim))
-
-    def tree_flatten(self) -> tuple[tuple, Any]:
-        return (), self.dimension
-
-    @classmethod
-    def tree_unflatten(cls, aux_data: Any, children: tuple) -> "BuresCost":
-        del children
-        return cls(aux_data)

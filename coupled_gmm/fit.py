@@ -219,6 +219,8 @@ def fit_graph(
     for i, gmm in enumerate(graph.split(graph.nodes)):
         if clouds[i] is not None or i not in np.flatnonzero(graph.frozen):
             gmm.check_densities(f"node {i}")
+    if graph.n_nodes == 2 and graph.n_edges == 1 and None not in [cloud for cloud, _ in checked]:
+        graph = dataclasses.replace(graph, matched=checks.known(graph.sources) and int(graph.sources[0]) == 0)
     pairs = new(GaussianMixturePair, epsilon=graph.epsilon[:1], rho=graph.rho[:1], balanced=graph.balanced)
     solver = plan.solver_for(method, pairs) if graph.n_edges else plan.solve_entropic
     n_points = max(len(cloud) for cloud, _ in checked if cloud is not None)

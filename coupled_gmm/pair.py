@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from ott.geometry import pointcloud
 
 from coupled_gmm import bures, checks
 from coupled_gmm.mixture import GaussianMixture
@@ -74,9 +73,13 @@ class GaussianMixturePair:
         """Squared Bures-Wasserstein distances between components, squared data units."""
         return bures.bures_cost_matrix(self.gmm0, self.gmm1)
 
-    def geometry(self) -> pointcloud.PointCloud:
+    def geometry(self) -> "pointcloud.PointCloud":
         """The same costs as an OTT point cloud of packed Gaussians under `BuresCost`, for OTT's solvers."""
-        cost = bures.BuresCost(self.n_features)
+        from ott.geometry import pointcloud  # slow to import, and only needed here
+
+        from coupled_gmm.ott_cost import BuresCost
+
+        cost = BuresCost(self.n_features)
         return pointcloud.PointCloud(bures.pack(self.gmm0), bures.pack(self.gmm1), cost_fn=cost, epsilon=self.epsilon)
 
     def replace(self, gmm0: GaussianMixture, gmm1: GaussianMixture) -> "GaussianMixturePair":

@@ -8,9 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
-from ott.geometry import geometry
-from ott.problems.linear import linear_problem
-from ott.solvers.linear import sinkhorn
 
 from coupled_gmm import checks, entropic
 from coupled_gmm.entropic import Potentials
@@ -46,17 +43,12 @@ class Plan(Outcome):
     @property
     def matrix(self) -> Float[Array, "K0 K1"]:
         """Mass from each component of gmm0 to each of gmm1."""
-        f, g = self.potentials
-        return jnp.exp(
-            entropic.log_plan(
-                self.cost, self.pair.gmm0.log_weights, self.pair.gmm1.log_weights, f, g, self.pair.epsilon
-            )
-        )
+        return jnp.exp(self._log_matrix())
 
     @property
     def normalized_matrix(self) -> Float[Array, "K0 K1"]:
-        """The plan divided by its total mass."""
-        return self.matrix / self.total_mass
+        """The plan divided by its total mass, however little that is."""
+        return jax.nn.softmax(self._log_matrix(), axis=(0, 1))
 
     @property
     def total_mass(self) -> Float[Array, ""]:
@@ -108,14 +100,20 @@ class Plan(Outcome):
     def point_reweighting(self, x: Any) -> Float[Array, " n"]:
         r"""Factor by which the weight of each point changes on its way from gmm0 to gmm1.
 
-        A point leaves component k with its outflow factor and enters l with its inflow factor; the mean over k given the
-        point, and over l given k by the rows of the plan.
+        Leaving component k a point takes its outflow factor; entering l it is divided by the inflow factor, so that the
+        points that enter carry the mass of l. This is the mean over k given the point, and over l by the rows of the plan;
+        over points of gmm0 its mean is the mass of the components of gmm1 that anything enters.
         """
         outflow, inflow = self.reweighting()
         matrix = self.matrix
         rows = matrix.sum(1, keepdims=True)
         conditional = jnp.where(rows > 0, matrix / jnp.where(rows > 0, rows, 1), 0)
-        return jnp.exp(self.pair.gmm0.log_posterior(x)) @ (outflow * (conditional @ inflow))
+        arrival = jnp.where(inflow > 0, 1 / jnp.where(inflow > 0, inflow, 1), 1)
+        return jnp.exp(self.pair.gmm0.log_posterior(x)) @ (outflow * (conditional @ arrival))
+
+    def _log_matrix(self) -> Array:
+        (f, g), pair = self.potentials, self.pair
+        return entropic.log_plan(self.cost, pair.gmm0.log_weights, pair.gmm1.log_weights, f, g, pair.epsilon)
 
     def _dual(self) -> Array:
         (f, g), pair = self.potentials, self.pair
@@ -253,6 +251,10 @@ class _Sinkhorn:
         limit: int,
         balanced: bool,
     ) -> Potentials:
+        from ott.geometry import geometry  # slow to import, and only needed here
+        from ott.problems.linear import linear_problem
+        from ott.solvers.linear import sinkhorn
+
         a, b = jnp.exp(log_a / self.tau), jnp.exp(log_b / self.tau)  # 1 / tau = 1 + epsilon / rho
         geom = geometry.Geometry(cost_matrix=cost, epsilon=epsilon)  # pyright: ignore[reportArgumentType]
         problem = linear_problem.LinearProblem(geom, a=a, b=b, tau_a=self.tau, tau_b=self.tau)

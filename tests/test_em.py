@@ -143,7 +143,7 @@ class TestLaws:
     def test_log_likelihood_never_falls(self, precision, seed):
         w = np.random.RandomState(seed).rand(N)
         init = cg.init_gmm(jax.random.key(seed), cloud(seed), K, point_weights=w, ridge=1e-2)
-        fit = cg.fit_gmm(cloud(seed), init, point_weights=w, max_steps=50, tol=0, ridge=(0.0, 1e-6, 1e-2)[seed % 3])
+        fit = cg.fit_gmm(cloud(seed), init, point_weights=w, tol=0, ridge=(0.0, 1e-6, 1e-2)[seed % 3])
         values = np.array([*fit.history.log_likelihood, fit.log_likelihood], np.float64)
         slack = 1e-9 if precision < 1e-9 else 1e-6 * (1 + abs(values[:-1]))
         assert (np.diff(values) >= -slack).all()
@@ -156,7 +156,7 @@ class TestLaws:
 
     def test_final_log_likelihood_is_that_of_the_mixture(self, x64):
         fit = cg.fit_gmm(cloud(), start(), max_steps=STEPS, tol=0, ridge=0)
-        np.testing.assert_allclose(fit.log_likelihood, np.mean(fit.gmm.log_prob(cloud())), rtol=1e-12)
+        np.testing.assert_allclose(fit.log_likelihood, np.mean(scipy_log_joint(cloud(), *host(fit.gmm))[1]), rtol=1e-12)
 
     def test_one_component_is_the_cloud(self, x64):
         """The first step goes all the way, from anywhere."""
@@ -191,7 +191,7 @@ class TestStatus:
     """Status, history and number of steps tell one story; all with one compiled program."""
 
     def fit(self, tol, max_steps=100):
-        return cg.fit_gmm(cloud(), start(), max_steps=max_steps, tol=tol)
+        return cg.fit_gmm(cloud(), start(), point_weights=np.ones(N), max_steps=max_steps, tol=tol)
 
     @pytest.mark.parametrize("tol", [1e-1, 1e-3, 1e-5])
     def test_converged_only_where_the_tolerance_was_met(self, x64, tol):
@@ -229,7 +229,7 @@ class TestStatus:
         self.fit(0)
         before = em._fit._cache_size()
         for tol, ridge, seed in [(1e-1, 1e-6, 1), (1e-4, 0.0, 2), (0, 1e-2, 3)]:
-            cg.fit_gmm(cloud(seed), start(seed), tol=tol, ridge=ridge)
+            cg.fit_gmm(cloud(seed), start(seed), point_weights=np.ones(N), tol=tol, ridge=ridge)
         assert em._fit._cache_size() == before
 
 

@@ -436,6 +436,7 @@ GRAPHS = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [

@@ -202,10 +202,9 @@ CASES = [
     far_start,
 ]
 SHAPES = [
-    pytest.param(functools.partial(plain, d=1, k0=1, k1=1), WAYS[0], id="d1-one-component"),
-    pytest.param(functools.partial(plain, d=1), WAYS[3], id="d1"),
-    pytest.param(functools.partial(plain, k0=1), WAYS[1], id="one-against-three"),
-    pytest.param(functools.partial(plain, n=10, d=3, k0=4, k1=2), WAYS[0], id="fewer-points-than-unknowns"),
+    pytest.param(functools.partial(plain, d=1, k0=1), WAYS[0], id="d1-one-against-three"),
+    pytest.param(functools.partial(plain, d=1, k0=1, k1=1), WAYS[3], id="d1-one-component"),
+    pytest.param(functools.partial(plain, n=10, d=3, k0=4, k1=2), WAYS[1], id="fewer-points-than-unknowns"),
 ]
 
 
@@ -290,7 +289,7 @@ def test_fit_gmm(case, precision):
     assert (np.linalg.eigvalsh(np.asarray(fit.gmm.covariances, np.float64)[present]) > 0).all()
 
 
-@pytest.mark.parametrize(("case", "way"), SHAPES[1::2])
+@pytest.mark.parametrize(("case", "way"), SHAPES[1:])
 def test_fit_gmm_of_other_shapes(case, way):
     with jax.enable_x64(way.x64):
         fit = case().fit_gmm()
@@ -299,7 +298,7 @@ def test_fit_gmm_of_other_shapes(case, way):
 
 
 class TestEqualProblems:
-    @pytest.mark.parametrize("way", [WAYS[0], Way(True, 1.0, None), WAYS[1], WAYS[2], WAYS[3]], ids=str)
+    @pytest.mark.parametrize("way", WAYS[:2], ids=str)
     @pytest.mark.parametrize("case", [zero_weights, singular_zero_weight])
     def test_without_the_absent(self, case, way):
         """Components and points of weight zero change nothing; without them the program is another."""
