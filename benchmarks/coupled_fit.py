@@ -1,6 +1,6 @@
 """The coupled fit beside OTT's on the same samples and start, and the E-step beside scikit-learn's and gmmx's, in one process.
 
-    python benchmarks/coupled_fit.py [--skip-ott] [--out results.json]
+    python benchmarks/coupled_fit.py [memory] [ott] [e-step] [m-step] [--out results.json]
 
 Times are the best of a few runs, by turns where a peer is compared, so that a slow moment of the machine meets both.
 """
@@ -171,19 +171,19 @@ def separation_and_memory(results: dict) -> None:
     )
 
 
+PARTS = {"memory": separation_and_memory, "ott": against_ott, "e-step": e_step, "m-step": m_step}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--skip-ott", action="store_true", help="leave out OTT's fits (they take minutes)")
+    parser.add_argument("parts", nargs="*", help=f"any of {', '.join(PARTS)}; all of them if none is named")
     parser.add_argument("--out", help="write the numbers to this JSON file")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     console.print(f"jax {jax.__version__} on {jax.devices()[0].platform}, {jax.devices()[0].device_kind}")
     results: dict = {}
-    separation_and_memory(results)
-    if not arguments.skip_ott:
-        against_ott(results)
-    e_step(results)
-    m_step(results)
+    for name in arguments.parts or PARTS:
+        PARTS[name](results)
     if arguments.out:
         with open(arguments.out, "w") as file:
             json.dump(results, file, indent=1)

@@ -118,6 +118,12 @@ def key(name: str, value: Any) -> jax.Array:
     return jnp.asarray(value)
 
 
+def sequence(name: str, value: Any) -> list:
+    if not isinstance(value, (tuple, list, np.ndarray)):
+        raise TypeError(f"{name}: expected a list, got {type(value).__name__}; put it in one")
+    return list(value)
+
+
 def instance(name: str, value: Any, cls: type) -> None:
     if not isinstance(value, cls):
         raise TypeError(f"{name}: expected a {cls.__name__}, got {type(value).__name__}")

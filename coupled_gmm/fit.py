@@ -204,10 +204,14 @@ def fit_graph(
     """
     checks.instance("graph", graph, MixtureGraph)
     run = _check_run(em_steps, m_steps, optimizer, learning_rate, tol, ridge, method, chunk_size, progress)
-    weights = [None] * graph.n_nodes if point_weights is None else list(point_weights)
+    clouds = checks.sequence("clouds", clouds)
+    weights = [None] * graph.n_nodes if point_weights is None else checks.sequence("point_weights", point_weights)
     for name, given in (("clouds", clouds), ("point_weights", weights)):
         if len(given) != graph.n_nodes:
             raise ValueError(f"{name}: expected one for each of the {graph.n_nodes} nodes (or None), got {len(given)}")
+    for i, (cloud, weight) in enumerate(zip(clouds, weights, strict=True)):
+        if cloud is None and weight is not None:
+            raise ValueError(f"point_weights[{i}]: node {i} has no cloud to weigh; pass None, or its cloud")
     if all(cloud is None for cloud in clouds):
         raise ValueError("clouds: every one is None; a fit needs at least one cloud")
     checked = [
@@ -219,7 +223,7 @@ def fit_graph(
     for i, gmm in enumerate(graph.split(graph.nodes)):
         if clouds[i] is not None or i not in np.flatnonzero(graph.frozen):
             gmm.check_densities(f"node {i}")
-    if graph.n_nodes == 2 and graph.n_edges == 1 and None not in [cloud for cloud, _ in checked]:
+    if graph.n_nodes == 2 and graph.n_edges == 1 and all(cloud is not None for cloud in clouds):
         graph = dataclasses.replace(graph, matched=checks.known(graph.sources) and int(graph.sources[0]) == 0)
     pairs = new(GaussianMixturePair, epsilon=graph.epsilon[:1], rho=graph.rho[:1], balanced=graph.balanced)
     solver = plan.solver_for(method, pairs) if graph.n_edges else plan.solve_entropic
@@ -283,8 +287,7 @@ def fit_pair(
     """
     checks.instance("pair", pair, GaussianMixturePair)
     run = _check_run(em_steps, m_steps, optimizer, learning_rate, tol, ridge, method, chunk_size, progress)
-    unknown = [name for name in freeze if name not in ("gmm0", "gmm1")] if not isinstance(freeze, str) else [freeze]
-    if unknown:
+    if not isinstance(freeze, (tuple, list, set, frozenset)) or any(name not in ("gmm0", "gmm1") for name in freeze):
         raise ValueError(f"freeze: expected a collection of 'gmm0' and 'gmm1', got {freeze!r}")
     x0, w0 = _check_cloud("x0", x0, "point_weights0", point_weights0, pair.gmm0)
     x1, w1 = _check_cloud("x1", x1, "point_weights1", point_weights1, pair.gmm1)

@@ -10,7 +10,6 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from coupled_gmm import checks, matrices, mixture
-from coupled_gmm.bures import same_features
 from coupled_gmm.mixture import GaussianMixture
 from coupled_gmm.pair import GaussianMixturePair
 from coupled_gmm.statistics import Parameters
@@ -62,18 +61,32 @@ class MixtureGraph:
           node_weights: v, at least 0, (V,); None is 1 each.
           frozen: nodes that a fit leaves as they are.
         """
+        gmms = checks.sequence("gmms", gmms)
         if not gmms:
             raise ValueError("gmms: the list is empty; a graph needs at least one mixture")
         for i, gmm in enumerate(gmms):
             checks.instance(f"gmms[{i}]", gmm, GaussianMixture)
-            same_features(gmms[0], gmm)
+            if gmm.n_features != gmms[0].n_features:
+                raise ValueError(
+                    f"gmms[{i}]: has {gmm.n_features} features and gmms[0] has {gmms[0].n_features}; "
+                    "mixtures are compared in one space: take a marginal of one"
+                )
         n_nodes = len(gmms)
+
+        def is_node(node: Any) -> bool:
+            return isinstance(node, (int, np.integer)) and not isinstance(node, bool) and bool(0 <= node < n_nodes)
+
+        edges = checks.sequence("edges", edges)
         for edge in edges:
-            if len(edge) != 2 or edge[0] == edge[1] or not all(0 <= node < n_nodes for node in edge):
-                raise ValueError(f"edges: {tuple(edge)} does not join two of the {n_nodes} nodes; use indices from 0")
+            pair = list(edge) if isinstance(edge, (tuple, list, np.ndarray)) else []
+            if len(pair) != 2 or not all(map(is_node, pair)) or pair[0] == pair[1]:
+                raise ValueError(
+                    f"edges: {edge!r} does not join two of the {n_nodes} nodes; use indices from 0, two an edge"
+                )
+        frozen = checks.sequence("frozen", frozen)
         for node in frozen:
-            if not 0 <= node < n_nodes:
-                raise ValueError(f"frozen: there is no node {node}; use indices from 0 to {n_nodes - 1}")
+            if not is_node(node):
+                raise ValueError(f"frozen: there is no node {node!r}; use indices from 0 to {n_nodes - 1}")
         pairs = [GaussianMixturePair(gmms[i], gmms[j], None if epsilon is None else 1.0, tau) for i, j in edges]
         if epsilon is None:
             epsilon = jnp.stack([pair.epsilon for pair in pairs]) if pairs else jnp.ones(0)
@@ -132,8 +145,10 @@ class MixtureGraph:
         """The nodes at fitted parameters, relative to an origin; frozen nodes come back untouched."""
         fitted = to_mixture(parameters, origin)
 
+        kept = self.frozen[:, None] | (self.nodes.weights == 0)
+
         def keep(old: Array, new: Array) -> Array:
-            return jnp.where(jnp.expand_dims(self.frozen, range(1, old.ndim)), old, new)
+            return jnp.where(jnp.expand_dims(kept, range(2, old.ndim)), old, new)
 
         return jax.tree.map(keep, self.nodes, fitted)
 
@@ -159,7 +174,9 @@ def unpadded(gmm: GaussianMixture, size: int) -> GaussianMixture:
 
 
 def to_parameters(gmm: GaussianMixture, origin: Float[Array, " d"]) -> Parameters:
-    return Parameters(gmm.means - origin, gmm.cholesky, gmm.log_weights)
+    absent = jnp.expand_dims(gmm.weights == 0, (-2, -1))
+    factors = jnp.where(absent, jnp.eye(gmm.n_features, dtype=gmm.dtype), gmm.cholesky)
+    return Parameters(gmm.means - origin, factors, gmm.log_weights)
 
 
 def to_mixture(parameters: Parameters, origin: Float[Array, " d"]) -> GaussianMixture:

@@ -261,13 +261,15 @@ def lbfgs_optimiser(patience: float = 1e-3) -> Optimiser:
         # A rejected step goes to the minimum of the parabola through both values and the slope, within bounds.
         bend = value - line.value - line.step * line.slope
         shrink = jnp.where(finite, -0.5 * line.step * line.slope / jnp.where(bend > 0, bend, 1), 0.1)
-        fresh = _Line(value, direction, slope, jnp.ones_like(value), jnp.where(first, slope, line.first_slope), lbfgs)
+        longest = jnp.max(jnp.abs(direction))
+        length = jnp.minimum(1, 2 / jnp.where(longest > 0, longest, 1))
+        fresh = _Line(value, direction, slope, length, jnp.where(first, slope, line.first_slope), lbfgs)
         retry = line._replace(step=line.step * jnp.clip(shrink, 0.1, 0.5))
         line = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), fresh, retry)
         best = jnp.where(accepted, search.trial, search.best)
         rounding = jnp.finfo(value.dtype).eps * (1 + jnp.abs(line.value))
         gain = -line.step * line.slope
-        done = gain <= jnp.maximum(rounding, -patience * line.first_slope)
+        done = (gain <= rounding) | (accepted & (-line.slope <= -patience * line.first_slope))
         return Search(best + line.step * line.direction, best, line, accepted, done | (first & ~finite))
 
     return Optimiser(True, natural_coordinates, init, update)

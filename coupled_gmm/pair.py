@@ -1,6 +1,6 @@
 """Two mixtures and the transport problem between them."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,9 @@ from jaxtyping import Array, Float
 from coupled_gmm import bures, checks
 from coupled_gmm.mixture import GaussianMixture
 from coupled_gmm.tree import new, pytree, static
+
+if TYPE_CHECKING:
+    from ott.geometry import pointcloud
 
 
 @pytree

@@ -1,7 +1,8 @@
 """Pictures of mixtures, coupled fits and plans.
 
 Each function draws what it says and returns the matplotlib figure (or takes the axes to draw on). Figures are free of
-pyplot's global state: nothing leaks when many are drawn. In a notebook, `%matplotlib inline` makes them show themselves. `import coupled_gmm` does not import this module, nor matplotlib.
+pyplot's global state: nothing leaks when many are drawn. In a notebook,
+`%matplotlib inline` makes them show themselves. `import coupled_gmm` does not import this module, nor matplotlib.
 """
 
 import math

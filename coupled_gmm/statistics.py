@@ -183,7 +183,10 @@ def expected_log_likelihood(
 def maximiser(parameters: Parameters, statistics: Statistics, floors: Float[Array, "V d"]) -> Parameters:
     """The M-step without transport: mean, second moment plus floor, mass; kept where a component has no mass."""
     empty = statistics.masses <= 0
-    scatter = statistics.scatters + floors[:, None, :, None] * jnp.eye(floors.shape[-1], dtype=floors.dtype)
+    shift = statistics.means - parameters.means
+    rounding = 16 * jnp.finfo(shift.dtype).eps * jnp.sum(shift**2, axis=-1, keepdims=True)
+    floor = floors[:, None] + rounding
+    scatter = statistics.scatters + floor[..., None] * jnp.eye(floors.shape[-1], dtype=floors.dtype)
     factors = jnp.where(empty[..., None, None], parameters.factors, matrices.cholesky(scatter))
     masses = jnp.where(empty, 1, statistics.masses)
     total = jnp.sum(statistics.masses, axis=-1, keepdims=True)

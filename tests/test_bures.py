@@ -64,7 +64,7 @@ def test_cost_equals_pot(x64):
     np.testing.assert_allclose(cost_matrix(gmm0, gmm1), expected, rtol=1e-10)
 
 
-@pytest.mark.parametrize("d", [1, 2, 4])
+@pytest.mark.parametrize("d", [1, 3])
 def test_ott_sees_the_same_costs(x64, d):
     pair = cg.GaussianMixturePair(random_mixture(2, 3, d), random_mixture(3, 4, d), epsilon=0.1)
     expected = cost_matrix(pair.gmm0, pair.gmm1)
@@ -73,6 +73,9 @@ def test_ott_sees_the_same_costs(x64, d):
     x, y = bures.pack(pair.gmm0), bures.pack(pair.gmm1)
     if d == 1:
         np.testing.assert_allclose(cost(x[1], y[2]), expected[1, 2], rtol=1e-9)
+    dirac = jnp.zeros(d + d * d)
+    np.testing.assert_allclose(cost.norm(x), cost_matrix(pair.gmm0, mixture_of(np.zeros((1, d, d))))[:, 0], rtol=1e-9)
+    assert cost.norm(dirac) == 0
     leaves, structure = jax.tree.flatten(cost)
     assert jax.tree.unflatten(structure, leaves).dimension == d
     assert structure == jax.tree.structure(cg.BuresCost(d)), "a new cost of the same size would recompile"
@@ -111,7 +114,7 @@ def test_gradient_equals_finite_differences(x64, d, kind):
         np.testing.assert_allclose(np.sum(np.asarray(in_covariance[0]) * direction), slope, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("d", [1, 2, 3, 8])
+@pytest.mark.parametrize("d", [1, 2, 5])
 def test_nothing_is_nan(precision, d):
     """Zero, singular, equal, tiny and huge covariances, in values and gradients in either mixture."""
     rng = np.random.RandomState(d)
@@ -144,20 +147,24 @@ def test_large_offsets_do_not_spoil_the_cost():
     np.testing.assert_allclose(cost_matrix(near, far), 3e8, rtol=1e-2)
 
 
-@pytest.mark.parametrize("d", [3, 8, 64])
+@pytest.mark.parametrize("d", [3, 32])
 def test_polar_factor_equals_scipy(precision, d):
     rng = np.random.RandomState(d)
     left, right = np.linalg.qr(rng.randn(2, 3, d, d))[0]
     values = np.geomspace(1, 1e-2, d) * np.array([1.0, 1e-6, 1e6])[:, None]
     m = np.asarray(jnp.asarray(np.einsum("nij,nj,njk->nik", left, values, right)), np.float64)
-    factor = np.asarray(jax.jit(bures.polar)(jnp.asarray(m), jnp.zeros(3)))
     expected = np.stack([scipy_polar(one)[0] for one in m])
-    np.testing.assert_allclose(factor, expected, atol=2e3 * precision)
-    paced = jax.jit(bures.polar)(jnp.asarray(m), jnp.asarray(0.5 * values[:, -1]))
-    np.testing.assert_allclose(paced, expected, atol=2e3 * precision)
-    norm, slope = jax.jit(jax.vmap(jax.value_and_grad(bures.nuclear_norm)))(jnp.asarray(m), jnp.zeros(3))
-    np.testing.assert_allclose(norm, values.sum(1), rtol=100 * precision)
-    np.testing.assert_allclose(slope, expected, atol=2e3 * precision)
+
+    @jax.jit
+    def both(m, smallest):
+        norm, slope = jax.vmap(jax.value_and_grad(bures.nuclear_norm))(m, smallest)
+        return bures.polar(m, smallest), slope, norm
+
+    for smallest in (np.zeros(3), 0.5 * values[:, -1]):
+        factor, slope, norm = both(jnp.asarray(m), jnp.asarray(smallest))
+        np.testing.assert_allclose(factor, expected, atol=2e3 * precision)
+        np.testing.assert_allclose(slope, expected, atol=2e3 * precision)
+        np.testing.assert_allclose(norm, values.sum(1), rtol=100 * precision)
 
 
 def test_polar_factor_of_singular_matrices(precision):
