@@ -107,7 +107,7 @@ def solve(
     present = jnp.concatenate([one.present & jnp.isfinite(log_a), other.present & jnp.isfinite(log_b)])
     centre = jnp.concatenate([jnp.exp(log_a), jnp.zeros_like(log_b)])
     start = jnp.concatenate([init[0], -init[1]])
-    scale = jnp.max(jnp.abs(cost))
+    scale = jnp.max(jnp.where(present[:k0, None] & present[k0:], jnp.abs(cost), 0))
     # At an epsilon above 1 / c masses answer to a step in F by orders of magnitude.
     hottest = jnp.minimum(scale, 1 / jnp.maximum(jnp.max(jnp.stack(response.rates)), jnp.finfo(cost.dtype).tiny))
     end = entropic.anneal(

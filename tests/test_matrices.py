@@ -23,18 +23,24 @@ def covariances_of_rank(rng: np.random.RandomState, d: int, rank: int) -> np.nda
     return factor @ factor.swapaxes(1, 2)
 
 
+@jax.jit
+def factorise(s):
+    factor = matrices.cholesky(s)
+    return factor, matrices.invert_triangular(factor), matrices.log_diagonal_sum(factor)
+
+
 @pytest.mark.parametrize("d", SIZES)
 def test_cholesky_and_inverse_equal_numpy(precision, d):
     condition = 1e4 if precision > 1e-8 else 1e8
-    s = random_covariances(np.random.RandomState(d), 5, d, condition)
+    s = random_covariances(np.random.RandomState(d), 4, d, condition)
     s = np.asarray(jnp.asarray(s), np.float64)  # as rounded
-    factor = np.asarray(jax.jit(matrices.cholesky)(jnp.asarray(s)), np.float64)
+    factor, inverse, log_norm = (np.asarray(a, np.float64) for a in factorise(jnp.asarray(s)))
     np.testing.assert_array_equal(factor, np.tril(factor))
     np.testing.assert_allclose(factor @ factor.swapaxes(1, 2), s, rtol=0, atol=4 * d * precision)
     # Forward errors grow with the condition number of the factor.
     np.testing.assert_allclose(factor, np.linalg.cholesky(s), rtol=0, atol=20 * condition**0.5 * precision)
+    np.testing.assert_allclose(log_norm, 0.5 * np.linalg.slogdet(s)[1], rtol=1e-4, atol=1e-4)
 
-    inverse = np.asarray(jax.jit(matrices.invert_triangular)(jnp.asarray(factor)), np.float64)
     np.testing.assert_array_equal(inverse, np.tril(inverse))
     np.testing.assert_allclose(
         inverse @ factor, np.broadcast_to(np.eye(d), s.shape), atol=20 * condition**0.5 * precision
@@ -42,27 +48,20 @@ def test_cholesky_and_inverse_equal_numpy(precision, d):
     expected = np.linalg.inv(factor)
     scale = np.abs(expected).max(axis=(1, 2), keepdims=True)
     np.testing.assert_allclose(inverse / scale, expected / scale, atol=20 * condition**0.5 * precision)
-    log_norm = jax.jit(matrices.log_diagonal_sum)(jnp.asarray(factor))
-    np.testing.assert_allclose(
-        log_norm, 0.5 * np.linalg.slogdet(factor @ factor.swapaxes(1, 2))[1], rtol=1e-5, atol=1e-5
-    )
 
 
 @pytest.mark.parametrize("d", SIZES)
 def test_singular_covariances_have_singular_factors(precision, d):
     rng = np.random.RandomState(d)
-    cholesky, invert = jax.jit(matrices.cholesky), jax.jit(matrices.invert_triangular)
-    for rank in sorted({0, 1, d // 2, d - 1}):
-        if rank >= d:
-            continue
+    for rank in sorted({0, 1, d // 2, d - 1} - {d}):
         s = np.array(jnp.asarray(covariances_of_rank(rng, d, rank)), np.float64)
         s[0] = 0
         s[1] = np.diag(np.arange(d) % 2)
-        factor = np.asarray(cholesky(jnp.asarray(s)), np.float64)
+        factor, inverse, _ = (np.asarray(a, np.float64) for a in factorise(jnp.asarray(s)))
         scale = max(1.0, np.abs(s).max())
         np.testing.assert_allclose(factor @ factor.swapaxes(1, 2), s, rtol=0, atol=20 * d * precision * scale)
         np.testing.assert_array_equal(factor[0], 0)
-        assert np.isfinite(np.asarray(invert(jnp.asarray(factor)))).all()
+        assert np.isfinite(inverse).all()
 
 
 def test_scale_does_not_matter(precision):
@@ -85,11 +84,11 @@ def test_derivatives_equal_finite_differences(x64, d):
         check_grads(function, (factor,), order=1, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("rank", [0, 1, 2])
-def test_derivatives_at_singular_covariances_are_finite(precision, rank):
-    s = jnp.asarray(covariances_of_rank(np.random.RandomState(rank), 3, rank))
-    gradient = jax.jit(jax.grad(lambda a: jnp.sum(jnp.cos(matrices.cholesky(a)))))(s)
-    assert np.isfinite(np.asarray(gradient)).all()
+def test_derivatives_at_singular_covariances_are_finite(precision):
+    gradient = jax.jit(jax.grad(lambda a: jnp.sum(jnp.cos(matrices.cholesky(a)))))
+    for rank in range(3):
+        s = jnp.asarray(covariances_of_rank(np.random.RandomState(rank), 3, rank))
+        assert np.isfinite(np.asarray(gradient(s))).all()
 
 
 @pytest.mark.parametrize("k", [1, 2, 7, 30])
@@ -137,7 +136,7 @@ def names_in(function, *args):
     return set(primitives(jax.make_jaxpr(function)(*args).jaxpr))
 
 
-@pytest.mark.parametrize("d", [1, 2, 4])
+@pytest.mark.parametrize("d", [2, 4])
 def test_no_lapack_and_no_host_in_public_functions(d):
     gmm0, gmm1 = random_mixture(0, 3, d), random_mixture(1, 4, d)
     pairs = [cg.GaussianMixturePair(gmm0, gmm1, epsilon=0.1, tau=tau) for tau in (1.0, 0.9)]

@@ -391,9 +391,8 @@ def test_one_compilation_over_a_sweep():
     assert plan._solve_plan._cache_size() == before + 2, "balanced is another program, and only that"
 
 
-@pytest.mark.parametrize("tau", [1.0, 0.9])
-def test_vmap_equals_loop(x64, tau):
-    pairs = [make_pair(seed, 3, 4, share, tau) for seed, share in enumerate((1.0, 0.1, 1e-2, 1e-3))]
+def test_vmap_equals_loop(x64):
+    pairs = [make_pair(seed, 3, 4, share) for seed, share in enumerate((1.0, 0.1, 1e-2, 1e-3))]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *pairs)
     batched, said = jax.jit(jax.vmap(lambda p: (found := cg.solve_plan(p, tol=1e-9), read(found))))(stacked)
     assert batched.message == cg.Status.CONVERGED.message

@@ -67,11 +67,11 @@ class Problem:
         )
 
 
-@pytest.mark.parametrize(("k", "d"), [(1, 1), (3, 1), (1, 3), (4, 3)])
+@pytest.mark.parametrize(("k", "d"), [(1, 2), (3, 1), (4, 3)])
 def test_e_step_equals_direct_sums(precision, k, d):
     problem = Problem(10 * k + d, k, d)
     # One chunk, several with padding, chunks longer than a cloud.
-    lengths = (60, 7) if precision > 1e-8 else (97, 20)
+    lengths = (20,) if precision > 1e-8 else (97, 7)
     for length in lengths:
         found = e_step(problem.parameters(), problem.chunks(length), jnp.asarray(problem.floors))
         for i in range(2):
@@ -85,7 +85,7 @@ def test_e_step_equals_direct_sums(precision, k, d):
 
 def test_zero_weights_change_nothing(x64):
     """Points of weight zero, components of weight zero, and a node without a cloud."""
-    problem = Problem(0, 3, 2)
+    problem = Problem(0, 3, 2, sizes=(40, 31))
     problem.weights[0] = [0.3, 0.0, 0.7]
     base = e_step(problem.parameters(), problem.chunks(30), jnp.asarray(problem.floors))
     np.testing.assert_array_equal(base.masses[0, 1], 0)
@@ -227,7 +227,7 @@ def test_empty_components_keep_their_parameters(x64):
         assert np.isfinite(value) and all(np.isfinite(np.asarray(g)).all() for g in gradient)
 
 
-def test_coincident_points_are_held_by_the_floor(precision):
+def test_coincident_points_are_held_by_the_floor():
     """A component on one point: its second moment is zero, and its covariance becomes the floor."""
     x = np.array([[0.0, 0.0]] * 5 + [[3.0, 1.0], [4.0, -1.0], [3.5, 0.5]])
     chunks = statistics.pack([jnp.asarray(x)], [None], 8)
@@ -238,7 +238,7 @@ def test_coincident_points_are_held_by_the_floor(precision):
     )
     found = e_step(parameters, chunks, floors)
     best = maximiser(parameters, found, floors)
-    np.testing.assert_allclose(best.factors[0, 0], np.sqrt(np.diag([1e-4, 1e-5])), rtol=1e4 * precision)
+    np.testing.assert_allclose(best.factors[0, 0], np.sqrt(np.diag([1e-4, 1e-5])), rtol=1e-4)
     np.testing.assert_allclose(found.masses[0, 0], 5 / 8, rtol=1e-6)
 
 

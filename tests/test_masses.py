@@ -1,0 +1,137 @@
+"""Masses and plan solved for together, against the value of the joint problem by a plain Sinkhorn in NumPy float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from coupled_gmm import masses
+from coupled_gmm.masses import Response
+
+solve = jax.jit(masses.solve, static_argnums=6)
+
+
+def log_sum_exp(x, axis):
+    peak = x.max(axis=axis, keepdims=True)
+    return np.squeeze(peak, axis) + np.log(np.exp(x - peak).sum(axis))
+
+
+def transport(cost, a, b, a0, b0, epsilon):
+    """min <P, C> + epsilon KL(P | a0 b0^T) over plans between a and b."""
+    reference = np.log(a0)[:, None] + np.log(b0) - cost / epsilon
+    f, g = np.zeros(len(a)), np.zeros(len(b))
+    for _ in range(20_000):
+        f = np.log(a) - log_sum_exp(reference + g, 1)
+        step = np.log(b) - log_sum_exp(reference + f[:, None], 0) - g
+        g = g + step
+        if np.abs(step).max() < 1e-14:
+            break
+    plan, product = np.exp(reference + f[:, None] + g), a0[:, None] * b0
+    return np.sum(plan * cost) + epsilon * np.sum(plan * np.log(plan / product) - plan + product)
+
+
+def objective(a, b, problem):
+    cost, (n, m), (c0, c1), (a0, b0), epsilon = problem
+    return n @ np.log(a) / c0 + m @ np.log(b) / c1 - transport(cost, a, b, a0, b0, epsilon)
+
+
+def make(seed, k0, k1, share, rates):
+    rng = np.random.RandomState(seed)
+    x, y = rng.randn(k0, 2), rng.randn(k1, 2)
+    cost = ((x[:, None] - y) ** 2).sum(-1)
+    targets, present = ([rng.dirichlet(np.full(k, 3.0)) for k in (k0, k1)] for _ in range(2))
+    return cost, targets, rates, present, share * cost.mean()
+
+
+def solved(problem, free=(True, True), tol=1e-10, limit=500):
+    cost, targets, rates, present, epsilon = problem
+    with np.errstate(divide="ignore"):
+        logs = [jnp.asarray(np.log(p)) for p in present]
+    pair = [tuple(jnp.asarray(v) for v in values) for values in (targets, rates, free)]
+    zeros = tuple(jnp.zeros(k) for k in cost.shape)
+    return solve(jnp.asarray(cost), *logs, jnp.asarray(epsilon), zeros, jnp.asarray(tol), limit, Response(*pair))
+
+
+@pytest.mark.parametrize(("k0", "k1"), [(1, 3), (3, 4)])
+def test_masses_maximise_the_joint_objective(x64, k0, k1):
+    rng = np.random.RandomState(0)
+    for seed, (share, rates) in enumerate(
+        [(1.0, (0.1, 0.1)), (0.3, (1.0, 0.2)), (0.1, (0.05, 0.02)), (0.2, (1e-6, 0.3))]
+    ):
+        problem = make(seed, k0, k1, share, rates)
+        found = solved(problem)
+        assert found.converged, (seed, found.marginal_error)
+        a, b = np.exp(found.log_a), np.exp(found.log_b)
+        np.testing.assert_allclose([a.sum(), b.sum()], 1, atol=1e-9)
+        # The plan is optimal for the new masses, in its own right.
+        cost, epsilon = problem[0], problem[-1]
+        plan = np.outer(a, b) * np.exp((np.asarray(found.f)[:, None] + np.asarray(found.g) - cost) / epsilon)
+        np.testing.assert_allclose(plan.sum(1), a, atol=1e-9)
+        np.testing.assert_allclose(plan.sum(0), b, atol=1e-9)
+        best = objective(a / a.sum(), b / b.sum(), problem)
+        assert best >= objective(*problem[3], problem) - 1e-12
+        for size in (1e-3, 1e-1):
+            for _ in range(4):
+                other = [w * np.exp(size * rng.randn(len(w))) for w in (a, b)]
+                other = [w / w.sum() for w in other]
+                value = objective(*other, problem)
+                assert value <= best + 1e-12
+                # Nothing of first order is left to gain.
+                curvature = sum(1 / c for c in problem[2]) + cost.max() / epsilon * cost.max()
+                assert best - value <= 10 * size**2 * curvature
+
+
+def test_sides_that_are_not_free_keep_their_masses(x64):
+    problem = make(1, 3, 4, 0.3, (0.1, 0.1))
+    for free in ((False, True), (True, False), (False, False)):
+        found = solved(problem, free)
+        assert found.converged
+        for side, log_mass in enumerate((found.log_a, found.log_b)):
+            if not free[side]:
+                np.testing.assert_allclose(np.exp(log_mass), problem[3][side], rtol=1e-12)
+            else:
+                assert np.abs(np.exp(log_mass) - problem[3][side]).max() > 1e-3
+
+
+def test_without_a_price_masses_are_what_the_clouds_ask_for(x64):
+    for rates in ((0.0, 0.0), (1e-12, 1e-12)):
+        problem = make(2, 3, 4, 0.1, rates)
+        found = solved(problem)
+        assert found.converged
+        np.testing.assert_allclose(np.exp(found.log_a), problem[1][0], rtol=1e-9)
+        np.testing.assert_allclose(np.exp(found.log_b), problem[1][1], rtol=1e-9)
+
+
+def test_absent_components_may_be_anywhere(precision):
+    """Padding far from all mass, on either side or both, changes neither masses nor certificates."""
+    tol = 1e-4 if precision > 1e-8 else 1e-9
+    cost, targets, rates, present, epsilon = make(3, 3, 4, 0.05, (0.05, 0.05))
+    for side, k in enumerate((3, 4)):
+        for weights in (targets[side], present[side]):
+            weights[k - 1] = 0
+            weights /= weights.sum()
+    plain = solved((cost, targets, rates, present, epsilon), tol=tol)
+    assert plain.converged
+    for far in (1e4, 1e8):
+        for both in (0.0, far):
+            moved = cost.copy()
+            moved[2], moved[:, 3], moved[2, 3] = far, far, both
+            found = solved((moved, targets, rates, present, epsilon), tol=tol)
+            assert found.converged, (far, both, found.marginal_error, found.n_iterations)
+            np.testing.assert_allclose(np.exp(found.log_a), np.exp(plain.log_a), atol=100 * tol)
+            np.testing.assert_allclose(np.exp(found.log_b), np.exp(plain.log_b), atol=100 * tol)
+            assert all(np.isfinite(np.asarray(p)).all() for p in (found.f, found.g))
+
+
+def test_nearly_equal_masses_converge(x64):
+    """Where transport has its kinks: the same components, the same masses or nearly, and a small epsilon."""
+    rng = np.random.RandomState(0)
+    for imbalance in (0.0, 1e-8, 1e-3):
+        x = 3 * rng.randn(4, 2)
+        cost = ((x[:, None] - x - 1e-3 * rng.randn(4, 4, 2)) ** 2).sum(-1)
+        ask = [np.full(4, 0.25) * (1 + imbalance * rng.uniform(-1, 1, 4)) for _ in range(2)]
+        ask = [w / w.sum() for w in ask]
+        for share in (1e-2, 1e-3):
+            found = solved((cost, ask, (0.05, 0.05), [w.copy() for w in ask], share * cost.mean()), tol=1e-8)
+            assert found.converged, (imbalance, share, found.marginal_error)
+            np.testing.assert_allclose(np.exp(found.log_a), np.exp(found.log_b), atol=2 * imbalance + 1e-6)
