@@ -30,6 +30,19 @@ def _kl(p: Array, q: Array) -> Array:
     return jnp.sum(_xlogy_ratio(p, q) - p + q)
 
 
+@jax.custom_jvp
+def _value_only(log_matrix: Array) -> Array:
+    return log_matrix
+
+
+@_value_only.defjvp
+def _refuse(primals, tangents):
+    raise TypeError(
+        "a plan's matrix and what is read off it can't be differentiated: its potentials are held fixed, and the result would "
+        "be wrong; differentiate plan.regularized_cost, or use jax.lax.stop_gradient(plan)"
+    )
+
+
 @pytree
 class Plan(Outcome):
     r"""A solved transport problem: :math:`P = a b^T \exp((f + g - C) / \epsilon)`, raw, never rounded to its marginals."""
@@ -67,8 +80,8 @@ class Plan(Outcome):
         Differentiable in both mixtures, by the envelope theorem.
         """
         # With potentials held fixed the derivatives of the dual are right, those of the balanced primal are not.
-        dual = self._dual()
-        return dual + jax.lax.stop_gradient(self._primal(self.matrix) - dual)
+        fixed = jax.lax.stop_gradient(self)
+        return self._dual() + fixed._primal(fixed.matrix) - fixed._dual()
 
     @property
     def marginal_error(self) -> Float[Array, ""]:
@@ -113,7 +126,8 @@ class Plan(Outcome):
 
     def _log_matrix(self) -> Array:
         (f, g), pair = self.potentials, self.pair
-        return entropic.log_plan(self.cost, pair.gmm0.log_weights, pair.gmm1.log_weights, f, g, pair.epsilon)
+        log_weights = pair.gmm0.log_weights, pair.gmm1.log_weights
+        return _value_only(entropic.log_plan(self.cost, *log_weights, f, g, pair.epsilon))
 
     def _dual(self) -> Array:
         (f, g), pair = self.potentials, self.pair

@@ -485,3 +485,13 @@ def test_reweighting(x64):
     np.testing.assert_allclose(found.point_reweighting(x), expected, rtol=1e-9)
     balanced = cg.solve_plan(make_pair(4, 3, 4, 0.05), tol=1e-10)
     np.testing.assert_allclose(np.concatenate([*balanced.reweighting(), balanced.point_reweighting(x)]), 1, rtol=1e-8)
+
+
+def test_what_is_read_off_a_plan_refuses_to_be_differentiated(x64):
+    pair = make_pair(4, 3, 4, 0.05)
+
+    def value(gmm0):
+        return cg.solve_plan(pair.replace(gmm0, pair.gmm1)).transport_cost
+
+    with pytest.raises(TypeError, match="differentiate plan"):
+        jax.grad(value)(pair.gmm0)
