@@ -105,10 +105,14 @@ def terms(
 ) -> Terms:
     transport, costs, solved = transport_terms(parameters, graph, potentials, solver, response)
     if response is not None:
-        log_weights = jax.lax.stop_gradient(jnp.stack([solved.log_a[0], solved.log_b[0]]))
-        parameters = parameters._replace(log_weights=log_weights)
+        parameters = parameters._replace(log_weights=_solved_log_weights(solved))
     q = jax.vmap(expected_log_likelihood)(parameters, statistics, floors)
     return Terms(q, transport, costs, solved)
+
+
+def _solved_log_weights(potentials: entropic.Potentials) -> Float[Array, "2 K"]:
+    """The log-weights of a pair's two nodes, where they were solved for with its one plan."""
+    return jax.lax.stop_gradient(jnp.stack([potentials.log_a[0], potentials.log_b[0]]))
 
 
 def _response(statistics: Statistics, graph: MixtureGraph, free: Bool[Array, ""]) -> Response:
@@ -282,7 +286,6 @@ class MStep(NamedTuple):
     initial: Terms
     potentials: entropic.Potentials
     marginal_error: Float[Array, ""]
-    n_evaluations: Int[Array, ""]
 
 
 class _Progress(NamedTuple):
@@ -313,7 +316,7 @@ def m_step(
         q = jax.vmap(expected_log_likelihood)(base, statistics, floors)
         moved = _thawed(graph.frozen, maximiser(base, statistics, floors), base)
         zero = jnp.zeros((), base.means.dtype)
-        return MStep(moved, no_terms(graph)._replace(q=q), potentials, zero, jnp.ones((), jnp.int32))
+        return MStep(moved, no_terms(graph)._replace(q=q), potentials, zero)
     coordinates = optimiser.coordinates(base, statistics, graph)
     may_solve = optimiser.monotone and graph.balanced and graph.matched and solver is solve_entropic
 
@@ -341,7 +344,7 @@ def m_step(
 
         log_weights = now.log_weights
         if may_solve:
-            solved = jnp.stack([found.potentials.log_a[0], found.potentials.log_b[0]])
+            solved = _solved_log_weights(found.potentials)
             log_weights = choose(search.accepted & finite & now.solves_masses, solved, log_weights)
         return _Progress(
             search,
@@ -359,4 +362,4 @@ def m_step(
     start = _Progress(search, no_terms(graph), potentials, base.log_weights, yes, zero, count)
     end = jax.lax.while_loop(unfinished, evaluate, start)
     reached = coordinates.parameters(end.search.best, end.log_weights)
-    return MStep(reached, end.initial, end.potentials, end.marginal_error, end.n)
+    return MStep(reached, end.initial, end.potentials, end.marginal_error)
