@@ -3,6 +3,7 @@
 Types and shapes are always checked. Values are checked where they are known, that is not under a transformation.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -116,6 +117,18 @@ def key(name: str, value: Any) -> jax.Array:
     if value.ndim != (0 if typed else 1):
         raise ValueError(f"{name}: expected one random key, got an array of shape {value.shape}; pass one of them")
     return jnp.asarray(value)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def value_only(x: Any, message: str) -> Any:
+    """`x` itself, that raises TypeError with `message` where it is differentiated: better than a wrong derivative."""
+    del message
+    return x
+
+
+@value_only.defjvp
+def _refuse(message: str, primals: Any, tangents: Any) -> Any:
+    raise TypeError(message)
 
 
 def sequence(name: str, value: Any) -> list:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from coupled_gmm import entropic, m_step, plan, report, statistics
+from coupled_gmm import checks, entropic, m_step, plan, report, statistics
 from coupled_gmm.graph import MixtureGraph, to_parameters
 from coupled_gmm.mixture import GaussianMixture
 from coupled_gmm.result import Status
@@ -48,17 +48,10 @@ class History:
         return jnp.sum(self.transport_terms, axis=-1)
 
 
-@jax.custom_jvp
-def _not_differentiable(x: Any) -> Any:
-    return x
-
-
-@_not_differentiable.defjvp
-def _refuse(primals, tangents):
-    raise TypeError(
-        "a fit can't be differentiated: it is a run of an optimiser, not a value; differentiate "
-        "coupled_gmm.penalized_log_likelihood at the fitted pair instead"
-    )
+_NO_DERIVATIVE = (
+    "a fit can't be differentiated: it is a run of an optimiser, not a value; differentiate "
+    "coupled_gmm.penalized_log_likelihood at the fitted pair instead"
+)
 
 
 class _Data(NamedTuple):
@@ -132,7 +125,7 @@ def run(
     settings: Settings,
 ) -> Run:
     """The program of every fit; trace it inside ``jit``, with `settings` static."""
-    problem, clouds, weights = jax.tree.map(_not_differentiable, (problem, clouds, weights))
+    problem, clouds, weights = checks.value_only((problem, clouds, weights), _NO_DERIVATIVE)
     dtype = problem.nodes.dtype
     controls = jax.tree.map(lambda c: c.astype(dtype) if jnp.issubdtype(c, jnp.floating) else c, controls)
     data = _prepare(clouds, weights, controls.ridge, settings.length)

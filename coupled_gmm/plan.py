@@ -30,17 +30,10 @@ def _kl(p: Array, q: Array) -> Array:
     return jnp.sum(_xlogy_ratio(p, q) - p + q)
 
 
-@jax.custom_jvp
-def _value_only(log_matrix: Array) -> Array:
-    return log_matrix
-
-
-@_value_only.defjvp
-def _refuse(primals, tangents):
-    raise TypeError(
-        "a plan's matrix and what is read off it can't be differentiated: its potentials are held fixed, and the result would "
-        "be wrong; differentiate plan.regularized_cost, or use jax.lax.stop_gradient(plan)"
-    )
+_NO_DERIVATIVE = (
+    "a plan's matrix and what is read off it can't be differentiated: its potentials are held fixed, and the result would "
+    "be wrong; differentiate plan.regularized_cost, or use jax.lax.stop_gradient(plan)"
+)
 
 
 @pytree
@@ -127,7 +120,7 @@ class Plan(Outcome):
     def _log_matrix(self) -> Array:
         (f, g), pair = self.potentials, self.pair
         log_weights = pair.gmm0.log_weights, pair.gmm1.log_weights
-        return _value_only(entropic.log_plan(self.cost, *log_weights, f, g, pair.epsilon))
+        return checks.value_only(entropic.log_plan(self.cost, *log_weights, f, g, pair.epsilon), _NO_DERIVATIVE)
 
     def _dual(self) -> Array:
         (f, g), pair = self.potentials, self.pair
