@@ -6,17 +6,21 @@ from coupled_gmm.bures import bures_cost_matrix
 from coupled_gmm.em import MixtureFit, fit_gmm, init_gmm
 from coupled_gmm.fit import GraphFit, PairFit, fit_graph, fit_pair, penalized_log_likelihood
 from coupled_gmm.graph import MixtureGraph
+from coupled_gmm.interop import from_ott, from_sklearn, to_ott, to_pot, to_sklearn
 from coupled_gmm.io import load, save
+from coupled_gmm.maps import interpolate, map_points, plan_density
 from coupled_gmm.mixture import GaussianMixture
 from coupled_gmm.pair import GaussianMixturePair
-from coupled_gmm.plan import Plan, solve_plan
+from coupled_gmm.plan import CostParts, Plan
 from coupled_gmm.result import FitError, Status
+from coupled_gmm.solvers import mw2_squared, solve_plan
 
 if TYPE_CHECKING:
     from coupled_gmm.ott_cost import BuresCost
 
 __all__ = [
     "BuresCost",
+    "CostParts",
     "FitError",
     "GaussianMixture",
     "GaussianMixturePair",
@@ -30,11 +34,20 @@ __all__ = [
     "fit_gmm",
     "fit_graph",
     "fit_pair",
+    "from_ott",
+    "from_sklearn",
     "init_gmm",
+    "interpolate",
     "load",
+    "map_points",
+    "mw2_squared",
     "penalized_log_likelihood",
+    "plan_density",
     "save",
     "solve_plan",
+    "to_ott",
+    "to_pot",
+    "to_sklearn",
 ]
 
 

@@ -130,6 +130,31 @@ def pairwise_cost(
     return jax.lax.map(jax.checkpoint(row), gaussians, batch_size=rows)
 
 
+def coupling(factors0: Float[Array, "n d d"], factors1: Float[Array, "n d d"]) -> Float[Array, "n d d"]:
+    r"""The U of the optimal coupling of n pairs of centred Gaussians: :math:`L_0 z` goes with :math:`L_1 U^T z`, z standard.
+
+    Their covariance is :math:`L_0 U L_1^T`. U is the polar factor of :math:`L_0^T L_1`; where that is singular,
+    :math:`L_1 U^T z` is the mean of what :math:`L_0 z` goes with, and :math:`L_1 (1 - U^T U) L_1^T` its covariance. In
+    bounded memory.
+    """
+    d = factors0.shape[-1]
+    if d == 1:
+        return jnp.ones_like(factors0)
+    if d == 2:
+        return _rotation(matrices.transpose(factors0) @ factors1)
+
+    def one(pair):
+        factor0, factor1, smallest = pair
+        return polar(matrices.transpose(factor0) @ factor1, smallest)
+
+    pairs = factors0, factors1, 1 / (inverse_norm(factors0) * inverse_norm(factors1))
+    pair_bytes = 4 * d * d * factors0.dtype.itemsize
+    return jax.lax.map(one, pairs, batch_size=max(1, min(len(factors0), _BLOCK_BYTES // pair_bytes)))
+
+
+_pairwise_cost = jax.jit(pairwise_cost)  # called outside of jit, its loop is compiled anew at every call
+
+
 def bures_cost_matrix(gmm0: GaussianMixture, gmm1: GaussianMixture) -> Float[Array, "K0 K1"]:
     """Squared Bures-Wasserstein distances between the components of two mixtures, in squared data units.
 
@@ -138,7 +163,7 @@ def bures_cost_matrix(gmm0: GaussianMixture, gmm1: GaussianMixture) -> Float[Arr
     checks.instance("gmm0", gmm0, GaussianMixture)
     checks.instance("gmm1", gmm1, GaussianMixture)
     same_features(gmm0, gmm1)
-    return pairwise_cost(gmm0.means, gmm0.cholesky, gmm1.means, gmm1.cholesky)
+    return _pairwise_cost(gmm0.means, gmm0.cholesky, gmm1.means, gmm1.cholesky)
 
 
 def same_features(gmm0: GaussianMixture, gmm1: GaussianMixture) -> None:

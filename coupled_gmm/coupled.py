@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from coupled_gmm import checks, entropic, m_step, plan, report, statistics
+from coupled_gmm import checks, entropic, m_step, report, solvers, statistics
 from coupled_gmm.graph import MixtureGraph, to_parameters
 from coupled_gmm.mixture import GaussianMixture
 from coupled_gmm.result import Status
@@ -85,7 +85,7 @@ class Settings(NamedTuple):
 
     length: int
     em_steps: int
-    solver: plan.Solver
+    solver: solvers.Solver
     optimizer: Any
     progress: bool
 
@@ -196,5 +196,5 @@ def value(
     parameters = to_parameters(problem.nodes, data.origin)
     found = statistics.e_step(parameters, data.chunks, data.floors)
     start = m_step.no_terms(problem).potentials
-    transport, _, _ = m_step.transport_terms(parameters, problem, start, plan.solve_entropic)
+    transport, _, _ = m_step.transport_terms(parameters, problem, start, solvers.solve_entropic)
     return problem.node_weights @ found.log_likelihood - problem.edge_weights @ transport

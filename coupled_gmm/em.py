@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from coupled_gmm import checks, coupled, plan, statistics
+from coupled_gmm import checks, coupled, solvers, statistics
 from coupled_gmm.coupled import Controls, Settings
 from coupled_gmm.graph import MixtureGraph
 from coupled_gmm.mixture import GaussianMixture
@@ -151,7 +151,7 @@ def fit_gmm(
     tol = checks.scalar("tol", tol, at_least=0, batched=True)
     init.check_densities("init")
     length = statistics.chunk_length(len(x), init.n_components, init.n_features, None)
-    settings = Settings(length, checks.integer("max_steps", max_steps, 1), plan.solve_entropic, None, False)
+    settings = Settings(length, checks.integer("max_steps", max_steps, 1), solvers.solve_entropic, None, False)
     return _fit(init, x, w, Controls(ridge, tol, jnp.ones((), jnp.int32), None), settings)
 
 

@@ -23,6 +23,7 @@ are legal: U and V do not see them, and they get their c-transform.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -236,6 +237,20 @@ def log_plan(cost: Array, log_a: Array, log_b: Array, f: Array, g: Array, epsilo
     return log_a[:, None] + log_b + (f[:, None] + g - cost) / epsilon
 
 
+def plan_matrix(cost: Array, a: Array, b: Array, f: Array, g: Array, epsilon: Array) -> Float[Array, "K0 K1"]:
+    r""":math:`a b^T \exp((f + g - C) / \epsilon)`, differentiable in a mass of zero too, where the logarithm is not.
+
+    At such a mass potentials may be so large that the exponential must be kept finite, so that it vanishes in the product.
+    """
+    return a[:, None] * b * jnp.exp(jnp.minimum((f[:, None] + g - cost) / epsilon, _largest(cost)))
+
+
+def _largest(x: Array) -> Array:
+    """An exponent that leaves room for a product."""
+    return 0.5 * jnp.log(jnp.finfo(x.dtype).max)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(7,))
 def dual_value(
     cost: Float[Array, "K0 K1"],
     a: Float[Array, " K0"],
@@ -248,14 +263,84 @@ def dual_value(
 ) -> Float[Array, ""]:
     r"""The dual objective :math:`\langle \phi(f), a \rangle + \langle \phi(g), b \rangle + \epsilon (|a||b| - |P|)`.
 
-    :math:`\phi(f) = \rho (1 - e^{-f / \rho})`, or f when balanced. Its derivatives in C, a and b, at fixed potentials, are those of
-    the optimal value (envelope theorem); its error is of second order in that of the potentials.
+    :math:`\phi(f) = \rho (1 - e^{-f / \rho})`, or f when balanced. Differentiated, it is the optimal value: its derivatives at
+    fixed potentials are right (envelope theorem), with an error of the potentials' own order, and theirs follow by `implicit`.
     """
-    f, g = jax.lax.stop_gradient((f, g))
-    # The masses stand outside the exponential, so that the derivative in a mass of zero is that of the formula. At such a
-    # mass potentials may be so large that the exponential must be kept finite, so that it vanishes in the product.
-    largest = 0.5 * jnp.log(jnp.finfo(cost.dtype).max)
-    mass = a @ jnp.exp(jnp.minimum((f[:, None] + g - cost) / epsilon, largest)) @ b
+    mass = jnp.sum(plan_matrix(cost, a, b, f, g, epsilon))
     if not balanced:
-        f, g = (jnp.where(jnp.isinf(rho), p, -rho * jnp.expm1(jnp.minimum(-p / rho, largest))) for p in (f, g))
+        f, g = (jnp.where(jnp.isinf(rho), p, -rho * jnp.expm1(jnp.minimum(-p / rho, _largest(cost)))) for p in (f, g))
     return f @ a + g @ b + epsilon * (jnp.sum(a) * jnp.sum(b) - mass)
+
+
+@dual_value.defjvp
+def _dual_value_jvp(balanced: bool, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    cost, a, b, f, g, epsilon, rho = primals
+    f, g = implicit(cost, a, b, f, g, epsilon, rho, balanced)
+
+    def value(cost: Array, a: Array, b: Array, epsilon: Array, rho: Array) -> Array:
+        return dual_value.fun(cost, a, b, f, g, epsilon, rho, balanced)
+
+    return jax.jvp(value, (cost, a, b, epsilon, rho), (*tangents[:3], *tangents[5:]))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(7,))
+def implicit(
+    cost: Array, a: Array, b: Array, f: Array, g: Array, epsilon: Array, rho: Array, balanced: bool
+) -> tuple[Float[Array, " K0"], Float[Array, " K1"]]:
+    """The potentials f and g themselves; their derivatives, of any order, are those of the problem's solution.
+
+    By the implicit function theorem, from the same linear system as the solver's Newton step. Where balanced, masses move
+    against each other: a derivative in one mass alone is that with the missing mass taken from all in proportion.
+    """
+    del cost, a, b, epsilon, rho, balanced
+    return f, g
+
+
+@implicit.defjvp
+def _implicit_jvp(balanced: bool, primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
+    cost, a, b, f, g, epsilon, rho = primals
+    f, g = implicit(cost, a, b, f, g, epsilon, rho, balanced)
+    inverse_rho = jnp.zeros_like(epsilon) if balanced else 1 / rho
+    rate = jnp.zeros_like(epsilon) if balanced else -tangents[6] / rho**2
+
+    def kernels(cost: Array, epsilon: Array, inverse_rho: Array) -> tuple[Array, Array]:
+        """P / (a b^T) over the row sums, and over the column sums, that are wanted."""
+        log_kernel = (f[:, None] + g - cost) / epsilon
+        by_row, by_column = log_kernel + (f * inverse_rho)[:, None], log_kernel + g * inverse_rho
+        return jnp.exp(jnp.minimum(by_row, _largest(cost))), jnp.exp(jnp.minimum(by_column, _largest(cost)))
+
+    def log_marginals(cost: Array, a: Array, b: Array, epsilon: Array, inverse_rho: Array) -> tuple[Array, Array]:
+        """Logarithms of actual over wanted row and column sums: zero, for absent components as well."""
+        rows, columns = kernels(cost, epsilon, inverse_rho)
+        return jnp.log(rows @ b), jnp.log(a @ columns)
+
+    given = cost, a, b, epsilon, inverse_rho
+    _, missed = jax.jvp(log_marginals, given, (*tangents[:3], tangents[5], rate))
+    rows, columns = kernels(cost, epsilon, inverse_rho)
+    u, v = rows * b, a[:, None] * columns
+    flow = a * jnp.sum(u, axis=1), b * jnp.sum(v, axis=0)
+    u, v = u / jnp.sum(u, axis=1, keepdims=True), v / jnp.sum(v, axis=0)
+    tau = 1 / (1 + epsilon * inverse_rho)
+    # Where balanced, a common shift of f is free; masses weigh it, as they do the sum of the equations, which is empty.
+    free = inverse_rho == 0
+    right0, right1 = -epsilon * missed[0], -epsilon * missed[1]
+    if len(a) <= len(b):
+        in_f, in_g = _eliminated(u, v, right0, right1, tau, jnp.where(free, flow[0] / jnp.sum(flow[0]), 0))
+    else:
+        in_g, in_f = _eliminated(v.T, u.T, right1, right0, tau, jnp.where(free, flow[1] / jnp.sum(flow[1]), 0))
+    return (f, g), (in_f, in_g)
+
+
+def _eliminated(u: Array, v: Array, right0: Array, right1: Array, tau: Array, centre: Array) -> tuple[Array, Array]:
+    """The x and y with x / tau + U y = right0 and V^T x + y / tau = right1."""
+    matrix = jnp.eye(len(u), dtype=u.dtype) / tau - tau * u @ v.T
+    damped = matrix + 10 * jnp.finfo(u.dtype).eps * jnp.eye(len(u), dtype=u.dtype)
+    right = right0 - tau * u @ right1
+    x = jax.lax.custom_linear_solve(
+        lambda x: matrix @ x,
+        right - jnp.sum(centre * right),
+        lambda _, right: matrices.solve_dominant(damped, right),
+        lambda _, right: matrices.solve_dominant(damped.T, right),
+    )
+    x = x - jnp.sum(centre * x)
+    return x, tau * (right1 - v.T @ x)

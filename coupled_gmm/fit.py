@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from coupled_gmm import checks, coupled, plan, report, statistics
+from coupled_gmm import checks, coupled, plan, report, solvers, statistics
 from coupled_gmm.coupled import Controls, History, Settings
 from coupled_gmm.graph import MixtureGraph
 from coupled_gmm.mixture import GaussianMixture
@@ -89,7 +89,7 @@ def _check_run(
         jnp.asarray(checks.integer("m_steps", m_steps, 1)),
         learning_rate,
     )
-    checks.choice("method", method, plan.METHODS)
+    checks.choice("method", method, solvers.ENTROPIC_METHODS)
     if chunk_size is not None:
         checks.integer("chunk_size", chunk_size, 1)
     return _Run(controls, checks.integer("em_steps", em_steps, 1), optimizer, method, chunk_size, progress)
@@ -102,7 +102,7 @@ def _check_cloud(name: str, x: Any, weights_name: str, weights: Any, gmm: Gaussi
     return cloud, weights
 
 
-def _settings(run: _Run, n_points: int, n_components: int, n_features: int, solver: plan.Solver) -> Settings:
+def _settings(run: _Run, n_points: int, n_components: int, n_features: int, solver: solvers.Solver) -> Settings:
     length = statistics.chunk_length(n_points, n_components, n_features, run.chunk_size)
     progress = run.progress is not False and run.progress is not None
     return Settings(length, run.em_steps, solver, run.optimizer, progress)
@@ -226,7 +226,7 @@ def fit_graph(
     if graph.n_nodes == 2 and graph.n_edges == 1 and all(cloud is not None for cloud in clouds):
         graph = dataclasses.replace(graph, matched=checks.known(graph.sources) and int(graph.sources[0]) == 0)
     pairs = new(GaussianMixturePair, epsilon=graph.epsilon[:1], rho=graph.rho[:1], balanced=graph.balanced)
-    solver = plan.solver_for(method, pairs) if graph.n_edges else plan.solve_entropic
+    solver = solvers.solver_for(method, pairs) if graph.n_edges else solvers.solve_entropic
     n_points = max(len(cloud) for cloud, _ in checked if cloud is not None)
     settings = _settings(run, n_points, max(graph.sizes), graph.nodes.n_features, solver)
     with report.listening(run.progress):
@@ -295,7 +295,7 @@ def fit_pair(
     pair.gmm0.check_densities("pair.gmm0")
     pair.gmm1.check_densities("pair.gmm1")
     n_components = max(pair.gmm0.n_components, pair.gmm1.n_components)
-    solver = plan.solver_for(method, pair)
+    solver = solvers.solver_for(method, pair)
     settings = _settings(run, max(len(x0), len(x1)), n_components, pair.n_features, solver)
     frozen = np.array(["gmm0" in freeze, "gmm1" in freeze])
     with report.listening(run.progress):

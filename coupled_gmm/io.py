@@ -135,11 +135,13 @@ def _build(name: str, fields: dict[str, Any]) -> Any:
     cls = _classes().get(name)
     if cls is None:
         raise ValueError(f"holds a {name!r}, which is no class of this package; install the coupled_gmm that wrote it")
-    expected = {field.name for field in dataclasses.fields(cls)}
-    if expected != set(fields):
-        wrong = ", ".join(sorted(expected ^ set(fields)))
+    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+    optional = {name for name, default in defaults.items() if default is not dataclasses.MISSING}  # since an older file
+    wrong = (set(defaults) ^ set(fields)) - (optional - set(fields))
+    if wrong:
+        wrong = ", ".join(sorted(wrong))
         raise ValueError(f"its {name} differs from this package's in {wrong}; install the coupled_gmm that wrote it")
-    return new(cls, **fields)
+    return new(cls, **{name: defaults[name] for name in optional} | fields)
 
 
 def _classes() -> dict[str, Any]:

@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 from coupled_gmm import bures, entropic, masses
 from coupled_gmm.graph import MixtureGraph
 from coupled_gmm.masses import Response
-from coupled_gmm.plan import Solver, solve_entropic
+from coupled_gmm.solvers import Solver, solve_entropic
 from coupled_gmm.statistics import Parameters, Statistics, expected_log_likelihood, maximiser
 from coupled_gmm.tree import taken
 

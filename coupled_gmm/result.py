@@ -60,11 +60,20 @@ class Outcome:
     @property
     def message(self) -> str:
         """The status in words, with the remedy; for a batch, the worst one."""
-        return Status(int(np.max(np.asarray(self.status)))).message
+        return _message(self.status)
 
     def raise_if_failed(self) -> None:
         """Raise `FitError` with the remedy unless the work was done (and converged, where that was asked)."""
-        failed = np.isin(np.asarray(self.status), list(FAILURES))
-        if failed.any():
-            where = f" (in {failed.sum()} of {failed.size} problems)" if failed.size > 1 else ""
-            raise FitError(self.message + where)
+        raise_if_failed(self.status)
+
+
+def raise_if_failed(status: jax.Array) -> None:
+    """Raise `FitError` with the remedy where a status, or one of a batch, is a failure."""
+    failed = np.isin(np.asarray(status), list(FAILURES))
+    if failed.any():
+        where = f" (in {failed.sum()} of {failed.size} problems)" if failed.size > 1 else ""
+        raise FitError(_message(status) + where)
+
+
+def _message(status: jax.Array) -> str:
+    return Status(int(np.max(np.asarray(status)))).message

@@ -12,7 +12,7 @@ from conftest import random_covariances, random_mixture
 from scipy.optimize import linprog
 
 import coupled_gmm as cg
-from coupled_gmm import entropic, plan
+from coupled_gmm import entropic, solvers
 
 SHAPES = [(1, 4), (3, 4), (6, 4)]
 NUMBERS = (
@@ -336,7 +336,7 @@ def test_status_says_what_happened():
     precise = cg.solve_plan(hard, tol=1e-9)
     assert not precise.converged and int(precise.status) == cg.Status.PRECISION
     assert "float64" in precise.message and precise.marginal_error < 1e-3
-    assert precise.n_iterations < plan.MAX_ITERATIONS["entropic"]
+    assert precise.n_iterations < solvers.MAX_ITERATIONS["entropic"]
     with pytest.raises(cg.FitError, match="float64"):
         precise.raise_if_failed()
     cg.solve_plan(make_pair(1, 3, 5, 0.1)).raise_if_failed()
@@ -374,21 +374,21 @@ def test_warm_start_takes_few_iterations(x64, tau):
 
 def test_one_compilation_over_a_sweep():
     gmm0, gmm1 = random_mixture(0, 2, 2), random_mixture(1, 5, 2)
-    before = plan._solve_plan._cache_size()
+    before = solvers._solve_plan._cache_size()
     for epsilon in (1.0, np.float32(0.1), 1, jnp.asarray(0.5)):
         for tau in (0.5, np.float64(0.9), jnp.float32(0.99)):
             cg.solve_plan(cg.GaussianMixturePair(gmm0, gmm1, epsilon, tau))
         for rho in (0.1, 1, np.float32(10.0)):
             cg.solve_plan(cg.GaussianMixturePair.from_rho(gmm0, gmm1, epsilon, rho))
-    assert plan._solve_plan._cache_size() == before + 1
+    assert solvers._solve_plan._cache_size() == before + 1
     pair = cg.GaussianMixturePair(gmm0, gmm1, tau=0.9)
     found = [cg.solve_plan(pair, tol=tol) for tol in (1e-2, 1e-3, np.float32(1e-4), jnp.asarray(1e-3))]
     cg.solve_plan(pair, init=found[0].potentials)
     cg.solve_plan(pair, init=[np.zeros(2), np.zeros(5)])
-    assert plan._solve_plan._cache_size() == before + 1
+    assert solvers._solve_plan._cache_size() == before + 1
     for epsilon in (1.0, None):
         cg.solve_plan(cg.GaussianMixturePair(gmm0, gmm1, epsilon))
-    assert plan._solve_plan._cache_size() == before + 2, "balanced is another program, and only that"
+    assert solvers._solve_plan._cache_size() == before + 2, "balanced is another program, and only that"
 
 
 def test_vmap_equals_loop(x64):

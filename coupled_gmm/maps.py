@@ -1,0 +1,241 @@
+r"""What a plan does to points and to mixtures: transport maps, displacement interpolation, density.
+
+A plan between components is a plan between mixtures: mass :math:`P_{kl}` moves from component k to l along the Gaussian map
+
+.. math:: T_{kl}(x) = m_1^l + L_1 U^T L_0^{-1} (x - m_0^k)
+
+with the Cholesky factors of both and U from `bures.coupling`. Singular covariances are legal: T is then the mean of what x
+goes with. See Delon & Desolneux (2020), sections 4.4 and 6.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from coupled_gmm import bures, checks, matrices
+from coupled_gmm.mixture import LOG_2PI, GaussianMixture
+from coupled_gmm.plan import Plan
+from coupled_gmm.tree import new
+
+_CHUNK_BYTES = 2**22  # what the points of one chunk may occupy, whitened by every component
+
+
+class _Moves(NamedTuple):
+    """The pairs of components between which a plan moves mass: all of them, or those of an exact plan's vertex."""
+
+    source: Int[Array, " n"]
+    target: Int[Array, " n"]
+    spread: Float[Array, "n d d"]  # L1 U^T: what a whitened point becomes
+    coupling: Float[Array, "n d d"]  # U
+
+
+def map_points(
+    plan: Plan, x: Any, *, method: str = "barycentric", key: PRNGKeyArray | None = None
+) -> Float[Array, "n d"]:
+    r"""Images of points of gmm0 in gmm1.
+
+    "barycentric" is the mean of where a point goes, :math:`T_{mean}(x) = \sum_{kl} p_k(x) \pi_{kl} T_{kl}(x)`, with the
+    posterior p of the component given the point, and the rows of the plan over their own sums, :math:`\pi`. "random" is one
+    draw of it: :math:`T_{kl}(x)` with probability :math:`p_k(x) \pi_{kl}`. Only its images of gmm0's points are distributed
+    as gmm1 (reweighted, where the plan is unbalanced).
+
+    Args:
+      plan: a solved plan.
+      x: (n, d), data units. Worked through in chunks: memory does not grow with n beyond the points, their images and, if
+        random, two numbers each.
+      method: "barycentric" or "random".
+      key: a random key, for "random".
+
+    Singular components of gmm0 have no density. Where there are some, all covariances are widened to tell which component a
+    point belongs to, and only for that: by 3e-4 (float32) or 1e-8 (float64) of the mixture's mean variance.
+
+    Raises:
+      TypeError, ValueError: points of another number of features, or not finite; an unknown method; no key.
+    """
+    checks.instance("plan", plan, Plan)
+    checks.choice("method", method, ("barycentric", "random"))
+    x = checks.points("x", x, plan.pair.n_features).astype(plan.pair.gmm0.dtype)
+    if method == "barycentric":
+        return _map_barycentric(plan, x)
+    if key is None:
+        raise ValueError("key: method 'random' draws at random; pass a key such as jax.random.key(0)")
+    return _map_random(plan, x, checks.key("key", key))
+
+
+@jax.jit
+def _map_barycentric(plan: Plan, x: Array) -> Array:
+    moves, whitening = _moves(plan), _Whitening.of(plan.pair.gmm0)
+    forward, _ = plan.conditionals()
+    share = forward[moves.source, moves.target]
+    spread = jax.ops.segment_sum(share[:, None, None] * moves.spread, moves.source, plan.pair.gmm0.n_components)
+    spread = spread @ whitening.correction
+    means = forward @ plan.pair.gmm1.means
+
+    def image(point: Array) -> Array:
+        whitened, posterior = whitening.of_point(point)
+        return posterior @ means + jnp.einsum("ki,kji->j", posterior[:, None] * whitened, spread)
+
+    return _in_chunks(image, x, whitening.matrix.size // x.shape[1])
+
+
+@jax.jit
+def _map_random(plan: Plan, x: Array, key: Array) -> Array:
+    moves, whitening = _moves(plan), _Whitening.of(plan.pair.gmm0)
+    forward, _ = plan.conditionals()
+    index = jnp.zeros(forward.shape, jnp.int32).at[moves.source, moves.target].set(jnp.arange(len(moves.source)))
+    spread = moves.spread @ whitening.correction[moves.source]
+    means = plan.pair.gmm1.means
+
+    def image(point_and_draws: tuple[Array, Array]) -> Array:
+        point, draws = point_and_draws
+        whitened, posterior = whitening.of_point(point)
+        source = _drawn(posterior, draws[0])
+        target = _drawn(forward[source], draws[1])
+        return means[target] + spread[index[source, target]] @ whitened[source]
+
+    draws = jax.random.uniform(key, (len(x), 2), x.dtype)
+    return _in_chunks(image, (x, draws), whitening.matrix.size // x.shape[1])
+
+
+def _drawn(probabilities: Array, draw: Array) -> Array:
+    """The outcome that a number in [0, 1) stands for; never one of probability zero."""
+    sums = jnp.cumsum(probabilities)
+    return jnp.sum(sums <= draw * (1 - 4 * jnp.finfo(draw.dtype).eps) * sums[-1])
+
+
+def _in_chunks(function: Any, points: Any, numbers: int) -> Array:
+    """A function of one point over all of them, so many at a time that `numbers` for each fit the cache."""
+    leaves = jax.tree.leaves(points)
+    n = len(leaves[0])
+    n_chunks = math.ceil(n * numbers * leaves[0].dtype.itemsize / _CHUNK_BYTES)
+    size = math.ceil(n / n_chunks)
+    padding = n_chunks * size - n
+
+    def chunked(leaf: Array) -> Array:
+        return jnp.pad(leaf, ((0, padding), (0, 0)), mode="edge").reshape(n_chunks, size, -1)
+
+    images = jax.lax.map(jax.vmap(function), jax.tree.map(chunked, points))
+    return images.reshape(n_chunks * size, -1)[:n]
+
+
+class _Whitening(NamedTuple):
+    """How points are seen by the components of a mixture."""
+
+    matrix: Float[Array, "K d d"]
+    shift: Float[Array, "K d"]
+    centre: Float[Array, " d"]
+    log_scale: Float[Array, " K"]
+    correction: Float[Array, "K d d"]  # to L^-1 of the component as it is, where it was widened
+
+    @classmethod
+    def of(cls, gmm: GaussianMixture) -> "_Whitening":
+        d, factor, present = gmm.n_features, gmm.cholesky, gmm.weights > 0
+        singular = jnp.any(jnp.diagonal(factor, axis1=-2, axis2=-1) == 0, axis=-1)
+        variance = jnp.trace(gmm.covariance()) / d
+        floor = jnp.sqrt(jnp.finfo(gmm.dtype).eps) * jnp.where(variance > 0, variance, 1)
+        wide = jnp.any(singular & present) | ~present
+        identity = jnp.eye(d, dtype=gmm.dtype)
+        widened = matrices.cholesky(gmm.covariances + jnp.where(wide, floor, 0)[:, None, None] * identity)
+        matrix = matrices.invert_triangular(widened)
+        correction = jnp.where(singular[:, None, None], matrices.invert_triangular(factor) @ widened, identity)
+        centre = gmm.mean()
+        shift = jnp.einsum("kij,kj->ki", matrix, gmm.means - centre)
+        log_norm = matrices.log_diagonal_sum(widened) + 0.5 * d * LOG_2PI
+        return cls(matrix, shift, centre, gmm.log_weights - log_norm, correction)
+
+    def of_point(self, x: Float[Array, " d"]) -> tuple[Float[Array, "K d"], Float[Array, " K"]]:
+        """The whitened point, and the probability of each component given the point."""
+        whitened = jnp.einsum("kij,j->ki", self.matrix, x - self.centre) - self.shift
+        return whitened, jax.nn.softmax(self.log_scale - 0.5 * jnp.sum(whitened**2, axis=-1))
+
+
+def _moves(plan: Plan) -> _Moves:
+    gmm0, gmm1 = plan.pair.gmm0, plan.pair.gmm1
+    k0, k1 = gmm0.n_components, gmm1.n_components
+    # A vertex moves mass in no more cells than its tree has.
+    cells = jnp.arange(k0 * k1) if plan.vertex is None else jax.lax.top_k(plan.vertex.ravel(), k0 + k1 - 1)[1]
+    source, target = cells // k1, cells % k1
+    factors1 = gmm1.cholesky[target]
+    coupling = bures.coupling(gmm0.cholesky[source], factors1)
+    return _Moves(source, target, factors1 @ matrices.transpose(coupling), coupling)
+
+
+def interpolate(plan: Plan, t: Any) -> GaussianMixture:
+    r"""The mixture at t on the way from gmm0 to gmm1: mass :math:`P_{kl}` on the Bures geodesic from component k to l.
+
+    Of an exact plan it is the MW2 geodesic: :math:`MW_2(p_s, p_t) = |t - s| MW_2(p_0, p_1)`. Where masses of components change
+    on the way (an unbalanced plan) they do so linearly, from those of gmm0 to those of gmm1.
+
+    Args:
+      plan: a solved plan.
+      t: in [0, 1].
+
+    Returns:
+      A mixture of K0 + K1 - 1 components for an exact plan, K0 K1 for an entropic one; many may have weight zero.
+
+    Raises:
+      TypeError, ValueError: not a plan; t out of range.
+    """
+    checks.instance("plan", plan, Plan)
+    return _interpolate(plan, checks.scalar("t", t, at_least=0, at_most=1).astype(plan.pair.gmm0.dtype))
+
+
+@jax.jit
+def _interpolate(plan: Plan, t: Array) -> GaussianMixture:
+    moves, (gmm0, gmm1) = _moves(plan), (plan.pair.gmm0, plan.pair.gmm1)
+    source, target, spread, coupling = moves
+    forward, backward = plan.conditionals()
+    weights = (1 - t) * gmm0.weights[:, None] * forward + t * gmm1.weights * backward
+    factors1 = gmm1.cholesky[target]
+    # What the coupling leaves open has a covariance of its own.
+    gap = jnp.eye(gmm0.n_features, dtype=gmm0.dtype) - matrices.transpose(coupling) @ coupling
+    rest = t**2 * factors1 @ gap @ matrices.transpose(factors1)
+    covariances = matrices.gram((1 - t) * gmm0.cholesky[source] + t * spread) + 0.5 * (rest + matrices.transpose(rest))
+    return new(
+        GaussianMixture,
+        means=(1 - t) * gmm0.means[source] + t * gmm1.means[target],
+        covariances=covariances,
+        weights=weights[source, target],
+    )
+
+
+def plan_density(plan: Plan, x: Any, y: Any, *, atol: Any) -> Float[Array, "n m"]:
+    r"""Density of the plan between the mixtures, at x, of what goes to y or nearer to it than `atol`:
+
+    .. math:: \sum_{kl} P_{kl} N(x; m_0^k, S_0^k) 1[|T_{kl}(x) - y| < atol]
+
+    The plan lives on graphs of maps, hence the tolerance. As POT's ``gmm_ot_plan_density``.
+
+    Args:
+      plan: a solved plan.
+      x, y: (n, d) and (m, d), data units.
+      atol: above 0, data units.
+
+    Raises:
+      TypeError, ValueError: points of another number of features; atol out of range; gmm0 has a singular component of
+        positive weight, and so no density.
+    """
+    checks.instance("plan", plan, Plan)
+    d = plan.pair.n_features
+    x, y = (checks.points(name, points, d).astype(plan.pair.gmm0.dtype) for name, points in (("x", x), ("y", y)))
+    plan.pair.gmm0.check_densities("plan.pair.gmm0")
+    return _plan_density(plan, x, y, checks.scalar("atol", atol, above=0))
+
+
+@jax.jit
+def _plan_density(plan: Plan, x: Array, y: Array, atol: Array) -> Array:
+    moves, (gmm0, gmm1) = _moves(plan), (plan.pair.gmm0, plan.pair.gmm1)
+    whitening = matrices.invert_triangular(gmm0.cholesky)
+    density = jnp.where(gmm0.weights > 0, jnp.exp(gmm0.component_log_prob(x)), 0).T
+    mass = plan.matrix
+
+    def add(total: Array, move: tuple) -> tuple[Array, None]:
+        source, target, spread = move
+        image = gmm1.means[target] + (x - gmm0.means[source]) @ (spread @ whitening[source]).T
+        near = jnp.sum((image[:, None] - y) ** 2, axis=-1) < atol**2
+        return total + mass[source, target] * density[source][:, None] * near, None
+
+    return jax.lax.scan(add, jnp.zeros((len(x), len(y)), x.dtype), moves[:3])[0]
