@@ -85,7 +85,11 @@ def _map_barycentric(plan: Plan, x: Array) -> Array:
 def _map_random(plan: Plan, x: Array, key: Array) -> Array:
     moves, whitening = _moves(plan), _Whitening.of(plan.pair.gmm0)
     forward, _ = plan.conditionals()
-    index = jnp.zeros(forward.shape, jnp.int32).at[moves.source, moves.target].set(jnp.arange(len(moves.source)))
+    index = (
+        jnp.zeros(forward.shape, jnp.int32)
+        .at[moves.source, moves.target]
+        .set(jnp.arange(len(moves.source), dtype=jnp.int32))
+    )
     spread = moves.spread @ whitening.correction[moves.source]
     means = plan.pair.gmm1.means
 
