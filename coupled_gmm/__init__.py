@@ -2,9 +2,11 @@
 
 from typing import TYPE_CHECKING, Any
 
+from coupled_gmm.barycenter import BarycenterFit, barycenter
 from coupled_gmm.bures import bures_cost_matrix
 from coupled_gmm.em import MixtureFit, fit_gmm, init_gmm
 from coupled_gmm.fit import GraphFit, PairFit, fit_graph, fit_pair, penalized_log_likelihood
+from coupled_gmm.flow import FlowFit, flow
 from coupled_gmm.graph import MixtureGraph
 from coupled_gmm.interop import from_ott, from_sklearn, to_ott, to_pot, to_sklearn
 from coupled_gmm.io import load, save
@@ -12,6 +14,7 @@ from coupled_gmm.maps import interpolate, map_points, plan_density
 from coupled_gmm.mixture import GaussianMixture
 from coupled_gmm.pair import GaussianMixturePair
 from coupled_gmm.plan import CostParts, Plan
+from coupled_gmm.reduction import reduce_gmm
 from coupled_gmm.result import FitError, Status
 from coupled_gmm.solvers import mw2_squared, solve_plan
 
@@ -19,9 +22,11 @@ if TYPE_CHECKING:
     from coupled_gmm.ott_cost import BuresCost
 
 __all__ = [
+    "BarycenterFit",
     "BuresCost",
     "CostParts",
     "FitError",
+    "FlowFit",
     "GaussianMixture",
     "GaussianMixturePair",
     "GraphFit",
@@ -30,10 +35,12 @@ __all__ = [
     "PairFit",
     "Plan",
     "Status",
+    "barycenter",
     "bures_cost_matrix",
     "fit_gmm",
     "fit_graph",
     "fit_pair",
+    "flow",
     "from_ott",
     "from_sklearn",
     "init_gmm",
@@ -43,6 +50,7 @@ __all__ = [
     "mw2_squared",
     "penalized_log_likelihood",
     "plan_density",
+    "reduce_gmm",
     "save",
     "solve_plan",
     "to_ott",

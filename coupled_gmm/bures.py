@@ -12,13 +12,14 @@ iteration; in one and two dimensions from closed forms.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from coupled_gmm import checks, matrices
 from coupled_gmm.mixture import GaussianMixture
 
 # What the pairs of one block of a cost matrix may occupy: a core's cache, or enough to fill a GPU.
 _CPU_BLOCK_BYTES, _GPU_BLOCK_BYTES = 2**20, 2**28
+_BARYCENTER_STEPS = 100
 _KEPT_BYTES = 2**26  # what all may, for their polar factors to be kept for the gradient, not computed again
 _LOW = 0.05  # no step of the polar iteration makes a large singular value less than twice this
 
@@ -178,6 +179,47 @@ def coupling(factors0: Float[Array, "n d d"], factors1: Float[Array, "n d d"]) -
     pairs = factors0, factors1, 1 / (inverse_norm(factors0) * inverse_norm(factors1))
     size = _divisor(len(factors0), _block_bytes() // (4 * d * d * factors0.dtype.itemsize))
     return jax.lax.map(one, pairs, batch_size=size)
+
+
+def averaged(
+    start: Float[Array, "G d d"],
+    factors: Float[Array, "n d d"],
+    group: Int[Array, " n"],
+    shares: Float[Array, " n"],
+) -> Float[Array, "G d d"]:
+    r"""Where G centred Gaussians go on average: :math:`\sum_j \alpha_j L_j U_j^T` over the Gaussians j of each one's group.
+
+    A square root of :math:`T S T` with T the mean of the optimal maps. Shares of a group sum to 1.
+    """
+    spread = factors @ matrices.transpose(coupling(start[group], factors))
+    return jax.ops.segment_sum(shares[:, None, None] * spread, group, len(start))
+
+
+def barycenter(
+    start: Float[Array, "G d d"],
+    factors: Float[Array, "n d d"],
+    group: Int[Array, " n"],
+    shares: Float[Array, " n"],
+) -> Float[Array, "G d d"]:
+    r"""Cholesky factors of the Bures barycenters of G groups of centred Gaussians, all at once.
+
+    :math:`S \leftarrow T S T`, the fixed point of Alvarez-Esteban, del Barrio, Cuesta-Albertos & Matran (2016), which no step
+    leads away from: until no S moves by more than rounding. A singular start stays singular: begin with the mean covariance.
+    """
+    tol = 10 * jnp.finfo(start.dtype).eps
+
+    def unfinished(carry: tuple[Array, Array, Array]) -> Array:
+        return (carry[1] > tol) & (carry[2] < _BARYCENTER_STEPS)
+
+    def step(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        factor, _, count = carry
+        moved = matrices.gram(averaged(factor, factors, group, shares))
+        size = jnp.max(jnp.abs(moved), axis=(-2, -1))
+        change = jnp.max(jnp.abs(moved - matrices.gram(factor)), axis=(-2, -1)) / jnp.where(size > 0, size, 1)
+        return matrices.cholesky(moved), jnp.max(change), count + 1
+
+    first = start, jnp.asarray(jnp.inf, start.dtype), jnp.zeros((), jnp.int32)
+    return jax.lax.while_loop(unfinished, step, first)[0]
 
 
 _pairwise_cost = jax.jit(pairwise_cost)  # called outside of jit, its loop is compiled anew at every call

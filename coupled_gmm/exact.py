@@ -66,7 +66,8 @@ def solve(
     present = (a > 0)[:, None] & (b > 0)
     price = jnp.where(present, cost, 0)  # cells without mass may be in the tree, and must not lend it their size
     tolerance = _TOLERANCE * jnp.finfo(cost.dtype).eps * jnp.max(jnp.abs(price))
-    units, small = _whole_units(a, b), _small_masses(len(a), len(b), cost.dtype)
+    unit = 2.0 ** -jnp.finfo(a.dtype).nmant * jnp.sum(a)
+    units, small = _whole_units(a, b, unit), _small_masses(len(a), len(b), cost.dtype)
     basis = _corner(units, small, len(a), len(b))
     if start is not None:
         legal = _legal(_product(start.inverse, units), _product(start.inverse, small))
@@ -103,8 +104,9 @@ def solve(
     zero = jnp.zeros((), jnp.int32)
     first = _State(basis, price[basis.rows, basis.columns], flow, tie, zero, jnp.asarray(False))
     end = jax.lax.while_loop(unfinished, pivot, first)
-    # The masses as they are, not in units: a flow of a unit may come out as a rounding error below zero.
-    exact_flow = jnp.maximum(_product(end.basis.inverse, jnp.concatenate([a, b])), 0)
+    # The masses as they are: what they are more than whole units flows as well, and may leave less than nothing of a unit.
+    excess = _product(end.basis.inverse, jnp.concatenate([a, b]) - unit * units)
+    exact_flow = jnp.maximum(unit * end.flow + excess, 0)
     matrix = jnp.zeros_like(cost).at[end.basis.rows, end.basis.columns].set(exact_flow)
     f, _ = _potentials(end.basis, end.prices, len(a))
     f, g = _feasible(cost, a, b, f)
@@ -132,9 +134,8 @@ def solve_on_host(
     return Vertex(matrix, f, g, jnp.zeros((), jnp.int32), optimal)
 
 
-def _whole_units(a: Array, b: Array) -> Float[Array, " K0+K1"]:
+def _whole_units(a: Array, b: Array, unit: Array) -> Float[Array, " K0+K1"]:
     """Masses as whole numbers of the smallest unit that their sum can hold, both sides of one sum."""
-    unit = 2.0 ** -jnp.finfo(a.dtype).nmant * jnp.sum(a)
     a, b = jnp.round(a / unit), jnp.round(b / unit)
     b = b.at[jnp.argmax(b)].add(jnp.sum(a) - jnp.sum(b))
     return jnp.concatenate([a, b])

@@ -83,8 +83,7 @@ class GaussianMixture:
     @property
     def log_weights(self) -> Float[Array, " K"]:
         """Logarithms of the weights: -inf, with zero gradient, where a weight is zero."""
-        present = self.weights > 0
-        return jnp.where(present, jnp.log(jnp.where(present, self.weights, 1)), -jnp.inf)
+        return log_weights(self.weights)
 
     def component_log_prob(self, x: Any) -> Float[Array, "n K"]:
         r""":math:`\log N(x; m_k, S_k)`, (n, K), without weights; NaN for a singular component of weight zero.
@@ -183,6 +182,12 @@ class GaussianMixture:
         if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= axis < self.n_features for axis in chosen):
             raise ValueError(f"axes: expected distinct features between 0 and {self.n_features - 1}, got {chosen}")
         return chosen
+
+
+def log_weights(weights: Float[Array, "*b K"]) -> Float[Array, "*b K"]:
+    """Logarithms: -inf, with zero gradient, where a weight is zero."""
+    present = weights > 0
+    return jnp.where(present, jnp.log(jnp.where(present, weights, 1)), -jnp.inf)
 
 
 def padded(gmm: GaussianMixture, n_components: int) -> GaussianMixture:

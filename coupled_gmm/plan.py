@@ -142,14 +142,15 @@ class Plan(Outcome):
 
     @property
     def duality_gap(self) -> Float[Array, ""]:
-        """Primal minus dual objective, at least 0 up to rounding: a bound on how far the cost is from optimal.
+        """Primal minus dual objective, at least 0 up to rounding: a bound on how far `regularized_cost` is from optimal.
 
-        A balanced plan is first rounded to its marginals (Altschuler, Weed & Rigollet 2017), so that the primal value is
-        that of a legal plan.
+        A balanced plan also counts as rounded to its marginals (Altschuler, Weed & Rigollet 2017), so that the optimum lies
+        between that legal plan's cost and the dual's; the raw plan's own may lie outside.
         """
         fixed = jax.lax.stop_gradient(self)
-        matrix = _rounded(fixed.matrix, *fixed._masses) if self.pair.balanced else fixed.matrix
-        return fixed._parts(matrix).total - fixed._dual()
+        raw, dual = fixed._parts(fixed.matrix).total, fixed._dual()
+        legal = fixed._parts(_rounded(fixed.matrix, *fixed._masses)).total if self.pair.balanced else raw
+        return jnp.maximum(legal, raw) - jnp.minimum(dual, raw)
 
     def reweighting(self) -> tuple[Float[Array, " K0"], Float[Array, " K1"]]:
         """Outflow over mass of gmm0's components, inflow over mass of gmm1's; 1 where a component has no mass."""

@@ -13,12 +13,13 @@ import matplotlib
 import numpy as np
 from matplotlib import patheffects
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
 from matplotlib.ticker import MaxNLocator
 
-from coupled_gmm import checks
+from coupled_gmm import checks, maps
 from coupled_gmm.mixture import GaussianMixture
 
 # Okabe & Ito's palette: told apart with any colour vision.
@@ -67,7 +68,7 @@ def plot_mixture(
         line = ":" if shown.weights[k] < _NEGLIGIBLE else "-"
         for sds in n_sds:
             style = {"edgecolor": colors[k], "facecolor": "none", "linewidth": 2, "linestyle": line}
-            ax.add_patch(_ellipse(means[k], covariances[k], sds, **style))
+            ax.add_patch(_ellipse(means[k], covariances[k], sds, path_effects=_HALO, **style))
         if labels:
             ax.annotate(str(k), means[k], ha="center", va="center", fontsize=11, fontweight="bold", path_effects=_HALO)
     ax.autoscale_view()
@@ -81,10 +82,13 @@ def _ellipse(mean: np.ndarray, covariance: np.ndarray, sds: float, **style: Any)
     variances, directions = np.linalg.eigh(covariance)
     width, height = 2 * sds * np.sqrt(np.maximum(variances, 0))
     angle = math.degrees(math.atan2(directions[1, 0], directions[0, 0]))
-    return Ellipse((mean[0], mean[1]), width, height, angle=angle, path_effects=_HALO, **style)
+    return Ellipse((mean[0], mean[1]), width, height, angle=angle, **style)
 
 
-def _draw_densities(ax: Axes, gmm: GaussianMixture, colors: Sequence[Any]) -> None:
+def _draw_densities(
+    ax: Axes, gmm: GaussianMixture, colors: Sequence[Any], *, base: float = 0, height: float | None = None
+) -> None:
+    """Densities of one feature upon the level `base`; a height scales the mixture's peak to it, downward if negative."""
     means, variances = np.asarray(gmm.means)[:, 0], np.asarray(gmm.covariances)[:, 0, 0]
     weights, sds = np.asarray(gmm.weights), np.sqrt(variances)
     drawn = [k for k in _present(gmm) if variances[k] > 0]
@@ -94,10 +98,111 @@ def _draw_densities(ax: Axes, gmm: GaussianMixture, colors: Sequence[Any]) -> No
     parts = {
         k: weights[k] * np.exp(-0.5 * ((x - means[k]) / sds[k]) ** 2) / (sds[k] * math.sqrt(2 * math.pi)) for k in drawn
     }
+    whole = np.sum(list(parts.values()), axis=0)
+    scale = 1 if height is None else height / whole.max()
     for k, density in parts.items():
-        ax.fill_between(x, density, color=colors[k], alpha=0.35, linewidth=0)
-        ax.plot(x, density, color=colors[k], linewidth=2, label=f"component {k}")
-    ax.plot(x, sum(parts.values()), color="black", linewidth=1, linestyle="--", label="mixture")
+        ax.fill_between(x, base, base + scale * density, color=colors[k], alpha=0.35, linewidth=0)
+        ax.plot(x, base + scale * density, color=colors[k], linewidth=2, label=f"component {k}")
+    ax.plot(x, base + scale * whole, color="black", linewidth=1, linestyle="--", label="mixture")
+
+
+def plot_links(
+    ax: Axes,
+    plan: Any,
+    *,
+    axes: tuple[int, int] = (0, 1),
+    n_sds: Sequence[float] = (2,),
+    colors: Sequence[Any] = PALETTE[:2],
+    width: float = 14,
+    least: float = 1e-3,
+    labels: bool = True,
+) -> None:
+    """Draw a plan's two mixtures, and the mass between their components as straight links from mean to mean.
+
+    Where d = 1, mixture 0 stands upright, mixture 1 hangs below it upside down, each scaled to its peak, and links cross
+    the gap between them.
+
+    Args:
+      ax: matplotlib axes to draw on.
+      plan: a solved plan.
+      axes: where d > 2, the two features to show.
+      n_sds: standard deviations at which ellipses are drawn.
+      colors: one for each mixture.
+      width: of a link, in points per unit of mass.
+      least: links of a smaller part of all that the plan moves are left out.
+      labels: whether components' numbers are written at their means.
+
+    Raises:
+      ValueError: axes that do not fit the features.
+    """
+    gmms, matrix = (plan.pair.gmm0, plan.pair.gmm1), np.asarray(plan.matrix, np.float64)
+    for i, gmm in enumerate(gmms):
+        shades = [colors[i]] * gmm.n_components
+        if gmm.n_features == 1:
+            _draw_densities(ax, gmm, shades, base=-i, height=1 - 2 * i)
+            ax.set_yticks([])
+        else:
+            plot_mixture(ax, gmm, axes=axes, n_sds=n_sds, colors=shades, labels=labels)
+    if plan.pair.n_features == 1:
+        ends = [np.stack([np.asarray(gmm.means)[:, 0], np.full(gmm.n_components, -i)], 1) for i, gmm in enumerate(gmms)]
+    else:
+        ends = [np.asarray(gmm.means)[:, list(axes)] for gmm in gmms]
+    cells = [(k, m) for k, m in np.argwhere(matrix > 0) if matrix[k, m] >= least * matrix.sum()]
+    lines = [(ends[0][k], ends[1][m]) for k, m in cells]
+    style = {"colors": "black", "alpha": 0.6, "capstyle": "round"}
+    ax.add_collection(LineCollection(lines, linewidths=[width * matrix[cell] for cell in cells], **style))
+    ax.autoscale_view()
+
+
+def plot_interpolation(
+    plan: Any,
+    times: Sequence[float] = (0, 0.25, 0.5, 0.75, 1),
+    *,
+    axes: tuple[int, int] = (0, 1),
+    n_sds: Sequence[float] = (1, 2),
+    colors: Sequence[Any] = PALETTE[:2],
+) -> Figure:
+    """The mixtures on the way from gmm0 to gmm1: a panel a time, the fuller a component's ink the greater its weight.
+
+    Args:
+      plan: a solved plan.
+      times: each in [0, 1].
+      axes: where d > 2, the two features to show.
+      n_sds: standard deviations at which ellipses are drawn; densities where d = 1.
+      colors: of gmm0 and gmm1; in between they are mixed.
+
+    Returns:
+      The figure.
+
+    Raises:
+      ValueError: no times, or times out of range; axes that do not fit the features.
+    """
+    if len(times) == 0:
+        raise ValueError("times: expected at least one number between 0 and 1, got none")
+    d = plan.pair.n_features
+    first, last = (np.array(to_rgb(color)) for color in colors)
+    figure = Figure(figsize=(max(2.6 * len(times), 4), 3), layout="constrained")
+    panels = figure.subplots(1, len(times), sharex=True, sharey=True, squeeze=False)[0]
+    for ax, t in zip(panels, times, strict=True):
+        gmm = maps.interpolate(plan, t)
+        color = tuple((1 - t) * first + t * last)
+        if d == 1:
+            _draw_densities(ax, gmm, [color] * gmm.n_components)
+        else:
+            _draw_inked(ax, gmm.marginal(_two_features(axes, d)), color, n_sds)
+        _tidy(ax)
+        ax.set_title(f"t = {t:g}", fontsize=11)
+    return figure
+
+
+def _draw_inked(ax: Axes, gmm: GaussianMixture, color: Any, n_sds: Sequence[float]) -> None:
+    means, covariances, weights = (np.asarray(leaf) for leaf in (gmm.means, gmm.covariances, gmm.weights))
+    for k in _present(gmm):
+        ink = weights[k] / weights.max()
+        style = {"facecolor": (*color, 0.5 * ink), "edgecolor": (*color, ink), "linewidth": 1}
+        for sds in n_sds:
+            ax.add_patch(_ellipse(means[k], covariances[k], sds, **style))
+    ax.autoscale_view()
 
 
 def plot_clouds(

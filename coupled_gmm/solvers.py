@@ -19,7 +19,7 @@ from coupled_gmm.result import Status, raise_if_failed
 ENTROPIC_METHODS = ("entropic", "sinkhorn")
 METHODS = (*ENTROPIC_METHODS, "exact")
 MAX_ITERATIONS = {"entropic": 500, "sinkhorn": 20_000, "exact": 100_000}
-_SMALL = 64  # components up to which exact plans are solved inside XLA
+SMALL = 64  # components up to which exact plans are solved inside XLA
 
 
 def solve_plan(
@@ -83,7 +83,7 @@ def _solve_plan(pair: GaussianMixturePair, init: Any, tol: Array, solver: "Solve
 def _solve_exactly(pair: GaussianMixturePair, tol: Array, max_iterations: int) -> Plan:
     cost = pair.cost_matrix()
     problem = jax.lax.stop_gradient((cost, pair.gmm0.weights, pair.gmm1.weights))
-    if max(cost.shape) <= _SMALL:
+    if max(cost.shape) <= SMALL:
         vertex, _ = exact.solve(*problem, max_iterations)
     else:
         vertex = exact.solve_on_host(*problem, max_iterations)

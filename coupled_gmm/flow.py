@@ -1,0 +1,245 @@
+r"""A mixture that flows to others down the sum of its squared distances MW2, its path kept.
+
+By default steps follow the Bures-Wasserstein geometry. A component of mean m and covariance :math:`S = L L^T` goes a part s
+of the way to where the plans send it,
+
+.. math:: m \leftarrow (1 - s) m + s \bar m, \qquad L \leftarrow (1 - s) L + s \sum_j \alpha_j L_j U_j^T :
+
+at the present plans that lowers the loss, and covariances stay positive definite by themselves. Weights then take a
+multiplicative step down their potentials, :math:`w \propto w e^{-\eta \phi}`, halved until the loss falls.
+
+With an optax optimiser the parameters are means, covariances (projected back to positive definite) and logits of weights,
+as in POT's example of a flow.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from coupled_gmm import bures, checks, matrices, star
+from coupled_gmm.mixture import GaussianMixture
+from coupled_gmm.result import Outcome, Status
+from coupled_gmm.star import Free, Plans, Star
+from coupled_gmm.tree import new, pytree, taken
+
+_HALVINGS = 12
+_FLOOR = 1e-6  # of the source's mean variance: no covariance is projected to less
+_NO_DERIVATIVE = (
+    "a flow can't be differentiated: its plans are held fixed; differentiate mw2_squared, or use jax.lax.stop_gradient"
+)
+
+
+@pytree
+class FlowHistory:
+    """The loss before each step."""
+
+    loss: Float[Array, " steps"]
+
+
+@pytree
+class FlowFit(Outcome):
+    """Where a flow ended, its loss there, and the mixtures on its way, stacked: the source first."""
+
+    gmm: GaussianMixture
+    loss: Float[Array, ""]
+    path: GaussianMixture
+    status: Int[Array, ""]
+    history: FlowHistory
+
+
+def flow(
+    source: GaussianMixture,
+    target: GaussianMixture | Sequence[GaussianMixture],
+    *,
+    steps: int = 100,
+    step_size: Any = 0.1,
+    optimizer: Any = None,
+    method: str = "exact",
+    epsilon: Any = None,
+    coefficients: Any = None,
+    mean_rate: Any = 1.0,
+) -> FlowFit:
+    r"""Steps of a mixture down :math:`\sum_b \lambda_b MW_2^2(p, p_b)`; one target is the usual case.
+
+    Args:
+      source: where the flow starts.
+      target: a mixture, or several.
+      steps: at least 1.
+      step_size: above 0. By default, at most 1: the part of the way that a component goes to where the plans send it. With an
+        optax factory, the learning rate. A leaf: sweeping it recompiles nothing.
+      optimizer: None for Bures-Wasserstein steps, down which the loss never rises; an optax factory (``optax.adam``), or a
+        built optax transformation, which has its own rate, of parameters (means, covariances, logits of weights).
+      method: "exact" plans, or "entropic" ones: the loss is then the regularised cost.
+      epsilon: for entropic plans, above 0, squared data units; None is 1e-2 of the mean cost at the start.
+      coefficients: one a target, at least 0, not all 0, divided by their sum; None counts all equally.
+      mean_rate: above 0; the optimiser's updates of means are multiplied by it (POT's example has 2).
+
+    Raises:
+      TypeError, ValueError: an argument of the wrong kind, shape or range.
+    """
+    checks.instance("source", source, GaussianMixture)
+    targets, coefficients, epsilon = star.check("target", target, coefficients, method, epsilon)
+    if source.n_features != targets[0].n_features:
+        raise ValueError(f"source: has {source.n_features} features, and the target has {targets[0].n_features}")
+    built = isinstance(optimizer, optax.GradientTransformation)
+    if optimizer is not None and not built and not callable(optimizer):
+        raise TypeError(
+            "optimizer: expected None, an optax factory such as optax.adam, or a built optax transformation, "
+            f"got {type(optimizer).__name__}"
+        )
+    at_most = 1 if optimizer is None else None
+    rates = (
+        checks.scalar("step_size", step_size, above=0, at_most=at_most),
+        checks.scalar("mean_rate", mean_rate, above=0),
+    )
+    settings = _Settings(checks.integer("steps", steps, 1), optimizer, built, method)
+    return _flow(source, targets, coefficients, epsilon, rates, settings)
+
+
+class _Settings(NamedTuple):
+    steps: int
+    optimizer: Any
+    built: bool
+    method: str
+
+
+@functools.partial(jax.jit, static_argnames="settings")
+def _flow(
+    source: GaussianMixture,
+    targets: list[GaussianMixture],
+    coefficients: Array,
+    epsilon: Array | None,
+    rates: tuple[Array, Array],
+    settings: _Settings,
+) -> FlowFit:
+    arguments = source, targets, coefficients, epsilon
+    source, targets, coefficients, epsilon = star.one_precision(arguments, _NO_DERIVATIVE)
+    rates = rates[0].astype(source.dtype), rates[1].astype(source.dtype)
+    fixed = star.between(targets, coefficients, epsilon, Free.of(source), settings.method)
+    walk = _walk if settings.optimizer is None else _optimise
+    path, losses, solved = walk(fixed, source, rates, settings)
+    path = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), source, path)
+    status = jnp.where(solved, Status.STEPS_DONE, Status.PLAN_NOT_CONVERGED)
+    status = jnp.where(jnp.all(jnp.isfinite(losses)), status, Status.NOT_FINITE)
+    return FlowFit(taken(path, -1), losses[-1], path, status, FlowHistory(losses[:-1]))
+
+
+def _walk(
+    fixed: Star, source: GaussianMixture, rates: tuple[Array, Array], settings: _Settings
+) -> tuple[GaussianMixture, Float[Array, " steps+1"], Bool[Array, ""]]:
+    """Bures-Wasserstein steps: mixtures after each step, the losses before them and at the end, whether plans were solved."""
+    part, _ = rates
+
+    def step(carry: tuple, _: None) -> tuple[tuple, tuple]:
+        free, plans, eta = carry
+        cells = star.cells(fixed, plans)
+        shares = star.shares(fixed, cells, len(free.weights))
+        means, factors = fixed.means[cells.problem, cells.target], fixed.factors[cells.problem, cells.target]
+        middle = jax.ops.segment_sum(shares[:, None] * means, cells.source, len(free.weights))
+        spread = bures.averaged(free.factors, factors, cells.source, shares)
+        moved = matrices.gram((1 - part) * free.factors + part * spread)
+        present = free.weights > 0
+        free = Free(
+            jnp.where(present[:, None], (1 - part) * free.means + part * middle, free.means),
+            jnp.where(present[:, None, None], matrices.cholesky(moved), free.factors),
+            free.weights,
+        )
+        cost = star.costs(fixed, free)
+        kept = star.solve(fixed, cost, free.weights, plans.memory)
+        weights, next_plans, eta = _reweighted(fixed, cost, free.weights, kept, eta)
+        free = free._replace(weights=weights)
+        return (free, next_plans, eta), (free.mixture(), plans.objective, plans.solved)
+
+    free = Free.of(source)
+    plans = star.solve(fixed, star.costs(fixed, free), free.weights, star.no_memory(fixed, source.n_components))
+    (_, end, _), (path, losses, solved) = jax.lax.scan(step, (free, plans, jnp.ones_like(part)), length=settings.steps)
+    return path, jnp.append(losses, end.objective), jnp.all(solved) & end.solved
+
+
+def _reweighted(
+    fixed: Star, cost: Float[Array, "B n K"], weights: Float[Array, " n"], plans: Plans, eta: Array
+) -> tuple[Float[Array, " n"], Plans, Array]:
+    """Weights that lower the objective, with their plans, or the ones that were; and the step to try next."""
+    slope = fixed.coefficients @ plans.potentials
+    slope = jnp.where(weights > 0, slope - weights @ jnp.where(weights > 0, slope, 0), 0)
+    steepest = jnp.max(jnp.abs(slope))
+    slope = slope / jnp.where(steepest > 0, steepest, 1)
+
+    def rejected(carry: tuple) -> Bool[Array, ""]:
+        _, found, _, halvings = carry
+        return ~(found.objective < plans.objective) & (halvings < _HALVINGS)
+
+    def attempt(carry: tuple) -> tuple:
+        _, _, eta, halvings = carry
+        tried = weights * jnp.exp(-eta * slope)
+        tried = tried / jnp.sum(tried)
+        return tried, star.solve(fixed, cost, tried, plans.memory), 0.5 * eta, halvings + 1
+
+    start = weights, plans, eta, jnp.zeros((), jnp.int32)
+    tried, found, eta, _ = jax.lax.while_loop(rejected, attempt, start)
+    better = found.objective < plans.objective
+    chosen = jax.tree.map(lambda new, old: jnp.where(better, new, old), (tried, found), (weights, plans))
+    return *chosen, jnp.minimum(4 * eta, 1)
+
+
+def _optimise(
+    fixed: Star, source: GaussianMixture, rates: tuple[Array, Array], settings: _Settings
+) -> tuple[GaussianMixture, Float[Array, " steps+1"], Bool[Array, ""]]:
+    """The same with an optax optimiser on means, covariances and logits."""
+    step_size, mean_rate = rates
+    optimizer = settings.optimizer if settings.built else settings.optimizer(step_size)
+    floor = _FLOOR * jnp.mean(jnp.trace(source.covariances, axis1=1, axis2=2)) / source.n_features
+    present = source.weights > 0
+
+    def mixture(parameters: tuple) -> GaussianMixture:
+        means, covariances, logits = parameters
+        # An absent component's logit is masked: infinite, it would make every gradient NaN.
+        mass = jnp.where(present, jnp.exp(logits - jnp.max(jnp.where(present, logits, -jnp.inf))), 0)
+        return new(GaussianMixture, means=means, covariances=covariances, weights=mass / jnp.sum(mass))
+
+    def evaluated(parameters: tuple, memory: Any) -> tuple[Plans, tuple]:
+        free, pull_back = jax.vjp(lambda parameters: Free.of(mixture(parameters)), parameters)
+        cost, costs_back = jax.vjp(lambda free: star.costs(fixed, free), free)
+        plans = star.solve(fixed, cost, free.weights, memory)
+        # By the envelope theorem: costs count by the plans, masses by their potentials.
+        (in_free,) = costs_back(fixed.coefficients[:, None, None] * plans.matrix)
+        in_free = in_free._replace(weights=fixed.coefficients @ plans.potentials)
+        return plans, pull_back(in_free)[0]
+
+    def step(carry: tuple, _: None) -> tuple[tuple, tuple]:
+        parameters, state, memory = carry
+        plans, gradient = evaluated(parameters, memory)
+        updates, state = optimizer.update(gradient, state, parameters)
+        moves: Any = updates  # optax's type hides that it is a tuple
+        means, covariances, logits = (old + move for old, move in zip(parameters, moves, strict=True))
+        means = means + (mean_rate - 1) * moves[0]
+        parameters = means, _definite(covariances, floor), logits
+        return (parameters, state, plans.memory), (mixture(parameters), plans.objective, plans.solved)
+
+    logits = jnp.where(present, jnp.log(jnp.where(present, source.weights, 1)), 0)
+    parameters = source.means, source.covariances, logits
+    memory = star.no_memory(fixed, source.n_components)
+    carry = parameters, optimizer.init(parameters), memory
+    (parameters, _, memory), (path, losses, solved) = jax.lax.scan(step, carry, length=settings.steps)
+    end = Free.of(mixture(parameters))
+    plans = star.solve(fixed, star.costs(fixed, end), end.weights, memory)
+    return path, jnp.append(losses, plans.objective), jnp.all(solved) & plans.solved
+
+
+def _definite(covariances: Float[Array, "n d d"], floor: Array) -> Float[Array, "n d d"]:
+    """The nearest matrices with no eigenvalue under a floor: of X = S - floor, the positive part (X + |X|) / 2.
+
+    |X| is U^T X with the polar factor U, so no eigenvectors are needed.
+    """
+    identity = jnp.eye(covariances.shape[-1], dtype=covariances.dtype)
+    rest = 0.5 * (covariances + matrices.transpose(covariances)) - floor * identity
+    factor = bures.polar(rest, jnp.zeros(len(rest), rest.dtype))
+    positive = 0.5 * (rest + matrices.transpose(factor) @ rest)
+    positive = 0.5 * (positive + matrices.transpose(positive)) + floor * identity
+    definite = jnp.all(jnp.diagonal(matrices.cholesky(rest), axis1=-2, axis2=-1) > 0, axis=-1)
+    return jnp.where(definite[:, None, None], covariances, positive)
