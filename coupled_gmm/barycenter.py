@@ -74,7 +74,8 @@ def barycenter(
       projection: "joint", which never raises the objective, or POT's "bures" and "euclidean".
       method: "exact" plans, or "entropic" ones: the objective is then the sum of regularised costs.
       epsilon: for entropic plans, above 0, squared data units; None is 1e-2 of the mean cost at the start.
-      learn_weights: whether the weights are part of what is sought; with exact plans only.
+      learn_weights: whether the weights are part of what is sought, once the barycenter for those of the start is found; with
+        exact plans only. Components may end with none.
       max_steps: at least 1.
       tol: at least 0; converged when a step changes the objective by no more than this part of it. 0 does all steps.
 
@@ -126,6 +127,7 @@ class _State(NamedTuple):
     count: Int[Array, ""]  # of evaluations
     converged: Bool[Array, ""]
     solved: Bool[Array, ""]
+    learning: Bool[Array, ""]
     done: Bool[Array, ""]
 
 
@@ -160,10 +162,12 @@ def _descend(fixed: Star, free: Free, tol: Array, settings: _Settings) -> _State
         free, count = state.free, state.count
         cost = star.costs(fixed, free)
         if settings.learn_weights:
-            free = free._replace(weights=_best_weights(fixed, cost, allowed))
+            best = _best_weights(fixed, cost, allowed)
+            free = free._replace(weights=jnp.where(state.learning, best, free.weights))
         plans = star.solve(fixed, cost, free.weights, state.memory)
         change = jnp.abs(state.values[count - 1] - plans.objective)
-        converged = (count > 0) & (tol > 0) & (change <= tol * jnp.abs(plans.objective))
+        still = (count > 0) & (tol > 0) & (change <= tol * jnp.abs(plans.objective))
+        converged = still & (state.learning | (not settings.learn_weights))
         done = converged | (count == settings.max_steps) | ~jnp.isfinite(plans.objective)
         moved = _project(fixed, free, plans, settings.projection)
         return _State(
@@ -173,13 +177,16 @@ def _descend(fixed: Star, free: Free, tol: Array, settings: _Settings) -> _State
             count=count + 1,
             converged=converged,
             solved=state.solved & plans.solved,
+            learning=state.learning | still,
             done=done,
         )
 
     no, dtype = jnp.asarray(False), free.means.dtype
     values = jnp.full(settings.max_steps + 1, jnp.nan, dtype)
     memory = star.no_memory(fixed, len(free.weights))
-    first = _State(free, memory, values, jnp.zeros((), jnp.int32), no, ~no, no)
+    # Learnt at once, the weights of a start far off leave most components empty, and those can't move any more.
+    learning = jnp.asarray(len(fixed.weights) == 1)
+    first = _State(free, memory, values, jnp.zeros((), jnp.int32), no, ~no, learning, no)
     return jax.lax.while_loop(lambda state: ~state.done, step, first)
 
 

@@ -10,6 +10,8 @@ decomposition, which JAX lacks on GPU) is needed, and singular covariances are l
 iteration; in one and two dimensions from closed forms.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -64,9 +66,17 @@ def _rotation(m: Float[Array, "*b 2 2"]) -> Float[Array, "*b 2 2"]:
     return jnp.stack([jnp.stack([cosine, -sine], -1), jnp.stack([sine, cosine], -1)], -2)
 
 
-@jax.custom_jvp
+def _widened(factor: Float[Array, "*b d d"]) -> Float[Array, "*b D D"]:
+    """With zeros to the next multiple of 8, where XLA's batched products on CPU are up to 6 times quicker for it."""
+    d = factor.shape[-1]
+    missing = -d % 8
+    wide = missing if 4 <= d < 8 or (d > 8 and missing <= 2) else 0
+    return jnp.pad(factor, [(0, 0)] * (factor.ndim - 2) + [(0, wide)] * 2)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _turned_cost(
-    factor0: Float[Array, "d d"], factors1: Float[Array, "n d d"], smallest: Float[Array, " n"]
+    factor0: Float[Array, "D D"], factors1: Float[Array, "n D D"], smallest: Float[Array, " n"], d: int
 ) -> Float[Array, " n"]:
     r"""The squared distance as :math:`|L_0 - L_1 U^T|^2`, which does not cancel where the two are close.
 
@@ -76,7 +86,6 @@ def _turned_cost(
     u, turned = _turned(factor0, factors1, smallest)
     distance = jnp.sum((factor0 - turned) ** 2, axis=(-2, -1))
     missing = jnp.sum(factors1**2, axis=(-2, -1)) - jnp.sum(turned**2, axis=(-2, -1))
-    d = factor0.shape[-1]
     singular = d - jnp.sum(u**2, axis=(-2, -1)) > 8 * d * jnp.finfo(u.dtype).eps
     return distance + jnp.where(singular, jnp.maximum(missing, 0), 0)
 
@@ -87,12 +96,12 @@ def _turned(factor0: Array, factors1: Array, smallest: Array) -> tuple[Array, Ar
 
 
 @_turned_cost.defjvp
-def _turned_cost_jvp(primals, tangents):
+def _turned_cost_jvp(d, primals, tangents):
     factor0, factors1, _ = primals
     u, turned = _turned(*primals)
     change = jnp.sum((factor0 - turned) * tangents[0], axis=(-2, -1))
     change += jnp.sum((factors1 - factor0 @ u) * tangents[1], axis=(-2, -1))
-    return _turned_cost(*primals), 2 * change
+    return _turned_cost(*primals, d), 2 * change
 
 
 def factor_cost(
@@ -109,7 +118,8 @@ def factor_cost(
     if d == 2:
         turned = factors1 @ matrices.transpose(_rotation(matrices.transpose(factor0) @ factors1))
         return jnp.sum((factor0 - turned) ** 2, axis=(-2, -1))
-    return _turned_cost(factor0, factors1, jax.lax.stop_gradient(1 / inverse_norms))
+    smallest = jax.lax.stop_gradient(1 / inverse_norms)
+    return _turned_cost(_widened(factor0), _widened(factors1), smallest, d)
 
 
 def inverse_norm(factor: Float[Array, "*b d d"]) -> Float[Array, "*b"]:
@@ -172,11 +182,11 @@ def coupling(factors0: Float[Array, "n d d"], factors1: Float[Array, "n d d"]) -
     if d == 2:
         return _rotation(matrices.transpose(factors0) @ factors1)
 
-    def one(pair):
+    def one(pair: tuple[Array, Array, Array]) -> Float[Array, "d d"]:
         factor0, factor1, smallest = pair
-        return polar(matrices.transpose(factor0) @ factor1, smallest)
+        return polar(matrices.transpose(factor0) @ factor1, smallest)[:d, :d]
 
-    pairs = factors0, factors1, 1 / (inverse_norm(factors0) * inverse_norm(factors1))
+    pairs = _widened(factors0), _widened(factors1), 1 / (inverse_norm(factors0) * inverse_norm(factors1))
     size = _divisor(len(factors0), _block_bytes() // (4 * d * d * factors0.dtype.itemsize))
     return jax.lax.map(one, pairs, batch_size=size)
 

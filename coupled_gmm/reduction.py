@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
-from coupled_gmm import barycenter, bures, checks
-from coupled_gmm.barycenter import BarycenterFit
+from coupled_gmm import bures, checks
+from coupled_gmm.barycenter import BarycenterFit, reduced
 from coupled_gmm.mixture import GaussianMixture
 from coupled_gmm.tree import new
 
@@ -46,7 +46,7 @@ def reduce_gmm(
         raise ValueError(f"n_components: {n_components} are more than the mixture's {gmm.n_components}; ask for fewer")
     keys = jax.random.split(key, checks.integer("n_init", n_init, 1))
     starts = _starts(keys, gmm, n_components)
-    return barycenter.reduced(gmm, starts, max_steps, tol)
+    return reduced(gmm, starts, max_steps, tol)
 
 
 @functools.partial(jax.jit, static_argnames="n_components")
