@@ -66,12 +66,14 @@ class Look(NamedTuple):
     error: Float[Array, ""]
     matrix: Float[Array, "n n"]
     memory: Any = ()  # carried to the next look
+    merit: Any = None  # a convex function that the solution minimises, and the sum of its terms' sizes
 
 
 class _State(NamedTuple):
     x: Float[Array, " n"]
     last: Float[Array, " n"]  # where the step to x was taken from
     worst: Float[Array, ""]  # |R| there
+    merit: Float[Array, ""]
     trust: Float[Array, ""]
     best: Float[Array, " n"]  # of those seen at the target epsilon
     error: Float[Array, ""]
@@ -121,10 +123,14 @@ def anneal(
         # Rounding of potentials and costs alone can leave an error of this size (measured, it is several times less).
         floor = 2 * eps_machine * scale / eps
 
-        overshot = worst > jnp.maximum(2 * state.worst, 2 * floor)
+        overshot, merit, most = worst > jnp.maximum(2 * state.worst, 2 * floor), state.merit, 1
+        if found.merit is not None:  # decides where it is more than rounding
+            (merit, size), most = found.merit, jnp.inf
+            rise, noise = merit - state.merit, 4 * eps_machine * size
+            overshot = (rise > noise) | (overshot & (rise > -noise))
         wider = (state.trust < _TRUST) | (longest(x - state.last) > 0.5 * eps * state.trust)
         trust = state.trust * jnp.where(overshot, 0.5, jnp.where(wider, 2, 1))
-        damping = jnp.clip(worst / trust, 10 * eps_machine, 1)
+        damping = jnp.clip(worst / trust, 10 * eps_machine, most)
         step = matrices.solve_dominant(found.matrix + damping * jnp.eye(len(x), dtype=x.dtype), found.residual)
         step = step - jnp.sum(centre * step)
         distance = longest(step)
@@ -140,6 +146,7 @@ def anneal(
             x=jnp.where(overshot, 0.5 * (x + state.last), jnp.where(stays, x, x + eps * step)),
             last=jnp.where(overshot, state.last, x),
             worst=jnp.where(overshot, state.worst, jnp.where(stays, jnp.inf, worst)),
+            merit=jnp.where(overshot, state.merit, jnp.where(stays, jnp.inf, merit)),
             trust=jnp.where(stays, _TRUST, trust),
             best=jnp.where(better, x, state.best),
             error=jnp.where(better, found.error, state.error),
@@ -156,7 +163,7 @@ def anneal(
 
     zero, no = jnp.zeros((), jnp.int32), jnp.asarray(False)
     infinite, trust = jnp.asarray(jnp.inf, init.dtype), jnp.asarray(_TRUST, init.dtype)
-    start = _State(init, init, infinite, trust, init, infinite, epsilon, zero, zero, no, no, memory)
+    start = _State(init, init, infinite, infinite, trust, init, infinite, epsilon, zero, zero, no, no, memory)
     end = jax.lax.while_loop(unfinished, iterate, start)
     return Annealed(end.best, end.iteration, (end.error <= goal) | (end.tries >= _TRIES), end.memory)
 

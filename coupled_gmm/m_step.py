@@ -85,7 +85,8 @@ def transport_terms(
         else:
             parts = jax.lax.stop_gradient((cost, one.log_weights, other.log_weights, epsilon, (start.f, start.g)))
             solved = masses.solve(*parts, tol, _MAX_ITERATIONS, response)
-            one, other = one._replace(log_weights=solved.log_a), other._replace(log_weights=solved.log_b)
+            one = one._replace(log_weights=jnp.where(response.free[0], solved.log_a, one.log_weights))
+            other = other._replace(log_weights=jnp.where(response.free[1], solved.log_b, other.log_weights))
         a, b = jnp.exp(one.log_weights), jnp.exp(other.log_weights)
         value = entropic.dual_value(cost, a, b, solved.f, solved.g, epsilon, rho, graph.balanced)
         return value, *jax.lax.stop_gradient((cost, solved))
@@ -105,7 +106,9 @@ def terms(
 ) -> Terms:
     transport, costs, solved = transport_terms(parameters, graph, potentials, solver, response)
     if response is not None:
-        parameters = parameters._replace(log_weights=_solved_log_weights(solved))
+        free = jnp.stack(response.free)[:, None]
+        log_weights = jnp.where(free, _solved_log_weights(solved), parameters.log_weights)
+        parameters = parameters._replace(log_weights=log_weights)
     q = jax.vmap(expected_log_likelihood)(parameters, statistics, floors)
     return Terms(q, transport, costs, solved)
 
@@ -324,6 +327,9 @@ def m_step(
         free = now.solves_masses & (now.n > 0)
         response = _response(statistics, graph, free) if may_solve else None
         parameters = coordinates.parameters(x, now.log_weights)
+        if may_solve:  # solved-for weights are no unknowns of the search
+            fixed = jax.lax.stop_gradient(parameters.log_weights)
+            parameters = parameters._replace(log_weights=jnp.where(now.solves_masses, fixed, parameters.log_weights))
         found = terms(parameters, statistics, floors, graph, now.potentials, solver, response)
         return -objective(found, graph), found
 

@@ -6,7 +6,8 @@ Given costs and the masses n, m that the clouds ask for, maximise over masses a,
 
 T has kinks in the masses: where they agree, or nearly, no gradient says how far they should part. As a saddle point in
 masses and potentials the problem is smooth, and its equations are those of `entropic` with masses that answer to their
-potentials, :math:`a = n / (1 + c_0 (F - s))`, s being such that they sum to 1.
+potentials, :math:`a = n / (1 + c_0 (F - s))`, s being such that they sum to 1. With the masses put in, it is a convex
+function of the potentials that is minimised: it tells good steps from bad, where the residual alone may go round in circles.
 
 The entropy of the plan is taken against the present masses :math:`a_0 b_0^T`, from which the answer starts. That makes the problem
 concave, and its value a lower bound that is exact at the start: T differs by
@@ -21,6 +22,8 @@ from jaxtyping import Array, Bool, Float
 from coupled_gmm import entropic
 from coupled_gmm.entropic import Look, Potentials
 from coupled_gmm.tree import pytree
+
+_LEVEL_STEPS = 4  # of Newton's method for s, from the last one: the merit must be that of masses that sum to 1
 
 
 @pytree
@@ -47,8 +50,9 @@ class _Side:
         and nearly linear in it, closes in from below.
         """
         has = self.target > 0
-        height = jnp.where(has, self.rate * potential, jnp.inf)
-        height = jnp.where(has, height - jnp.min(height), 0)
+        # Subtracted first: fused with the product, the least height would be rounded away from 0, and below it.
+        lowest = jnp.min(jnp.where(has, potential, jnp.inf))
+        height = jnp.where(has, self.rate * (potential - lowest), 0)
         least = jnp.max(jnp.where(has & (height == 0), self.target, 0))
 
         def newton(_, level):
@@ -57,10 +61,16 @@ class _Side:
             slope = jnp.sum(share / (level + height)) / total**2
             return jnp.clip(level + (1 - 1 / total) / slope, least, 1)
 
-        level = jax.lax.fori_loop(0, steps, newton, level, unroll=steps == 1)
+        level = jax.lax.fori_loop(0, steps, newton, level, unroll=steps == _LEVEL_STEPS)
         depth = level + height
         log_mass = jnp.where(has, jnp.log(jnp.where(has, self.target, 1) / depth), -jnp.inf)
         return jnp.where(self.free, log_mass, self.given), jnp.where(self.free, self.rate / depth, 0), level
+
+    def worth(self, potential: Array, log_mass: Array) -> Float[Array, " 2*K"]:
+        r"""The terms of :math:`n \log a / c - \langle F, a \rangle`, which the answer a maximises: convex in F."""
+        has = self.free & (self.target > 0)
+        gain = jnp.where(has, self.target * jnp.where(has, log_mass, 0), 0) / self.rate
+        return jnp.concatenate([gain, -jnp.where(self.present, jnp.exp(log_mass) * potential, 0)])
 
 
 def _answer_matrix(mass: Float[Array, " K"], slope: Float[Array, " K"]) -> Float[Array, "K K"]:
@@ -83,12 +93,14 @@ def solve(
     """Potentials and masses; `log_a` and `log_b` are the present masses, which stay where a side is not free."""
     one, other = _Side(response, 0, log_a), _Side(response, 1, log_b)
     k0 = len(log_a)
+    # A component that no cloud asks for gives up what it has.
+    log_a, log_b = (jnp.where(side.present, side.given, -jnp.inf) for side in (one, other))
 
     # The unknowns are F and -G: in these the Newton matrix has no positive entry off its diagonal.
     def look(x: Array, eps: Array, levels: tuple[Array, Array]) -> Look:
         f, g = x[:k0], -x[k0:]
-        wanted_a, slope_a, level_a = one.answer(f, levels[0], 1)
-        wanted_b, slope_b, level_b = other.answer(g, levels[1], 1)
+        wanted_a, slope_a, level_a = one.answer(f, levels[0], _LEVEL_STEPS)
+        wanted_b, slope_b, level_b = other.answer(g, levels[1], _LEVEL_STEPS)
         log_plan = log_a[:, None] + log_b + (f[:, None] + g - cost) / eps
         log_rows, log_columns = jax.nn.logsumexp(log_plan, axis=1), jax.nn.logsumexp(log_plan, axis=0)
         u = jnp.exp(log_plan - jnp.where(one.present, log_rows, 0)[:, None])
@@ -101,7 +113,9 @@ def solve(
         matrix = jnp.eye(len(x), dtype=x.dtype) + jnp.block(
             [[eps * _answer_matrix(a, slope_a), -u], [-v, eps * _answer_matrix(b, slope_b)]]
         )
-        return Look(jnp.concatenate([residual_a, -residual_b]), error, matrix, (level_a, level_b))
+        merit = jnp.concatenate([one.worth(f, wanted_a), other.worth(g, wanted_b), eps * jnp.exp(log_rows)])
+        merit = jnp.sum(merit), jnp.sum(jnp.abs(merit))
+        return Look(jnp.concatenate([residual_a, -residual_b]), error, matrix, (level_a, level_b), merit)
 
     unit = jnp.ones((), cost.dtype)
     present = jnp.concatenate([one.present & jnp.isfinite(log_a), other.present & jnp.isfinite(log_b)])

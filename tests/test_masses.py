@@ -1,5 +1,7 @@
 """Masses and plan solved for together, against the value of the joint problem by a plain Sinkhorn in NumPy float64."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -135,3 +137,38 @@ def test_nearly_equal_masses_converge(x64):
             found = solved((cost, ask, (0.05, 0.05), [w.copy() for w in ask], share * cost.mean()), tol=1e-8)
             assert found.converged, (imbalance, share, found.marginal_error)
             np.testing.assert_allclose(np.exp(found.log_a), np.exp(found.log_b), atol=2 * imbalance + 1e-6)
+
+
+@pytest.mark.parametrize("precision_bits", [32, 64])
+def test_masses_that_must_move_far_are_found(precision_bits):
+    """Eight components of the photographs' pixels, whose clouds ask for quite other masses than the pooled start's.
+
+    Here the residual of the log-marginals alone leads round in circles.
+    """
+    data = np.load(Path(__file__).parent / "data" / "photograph_masses.npz")
+    with jax.enable_x64(precision_bits == 64):
+        cost, a, n, m = (jnp.asarray(data[name], jnp.result_type(float)) for name in ("cost", "a", "n", "m"))
+        zeros, yes = jnp.zeros(8), jnp.asarray(True)
+        for epsilon in (1e-3, 6e-3, 1e-2, 0.1):
+            for rate in (0.003, 0.03, 0.1, 0.3, 1.0, 3.0):
+                response = Response((n, m), (jnp.asarray(rate),) * 2, (yes, yes))
+                log_a = jnp.log(a)
+                end = solve(cost, log_a, log_a, jnp.asarray(epsilon), (zeros, zeros), jnp.asarray(1e-4), 200, response)
+                assert bool(end.converged), (epsilon, rate, end.marginal_error, end.n_iterations)
+
+
+def test_components_that_no_cloud_asks_for_give_up_their_mass(x64):
+    """A target of exactly zero beside a tiny one, in a batch: fused arithmetic must not round a least height below zero."""
+    data = np.load(Path(__file__).parent / "data" / "photograph_masses.npz")
+    cost, a, n, m = (jnp.asarray(data[name], jnp.float32) for name in ("cost", "a", "n", "m"))
+    m = m.at[jnp.array([1, 7])].set(0).at[5].set(8e-9)
+    m, zeros, yes = m / m.sum(), jnp.zeros(8, jnp.float32), jnp.asarray(True)
+    response = Response((n, m), (jnp.float32(0.1),) * 2, (yes, yes))
+
+    def one(log_a, epsilon):
+        return masses.solve(cost, log_a, log_a, epsilon, (zeros, zeros), jnp.float32(1e-4), 200, response)
+
+    ends = jax.jit(jax.vmap(one))(jnp.log(jnp.stack([a, n])), jnp.asarray([6e-3, 1e-2], jnp.float32))
+    assert ends.converged.all()
+    np.testing.assert_array_equal(np.exp(ends.log_b[:, [1, 7]]), 0)
+    np.testing.assert_allclose(np.exp(ends.log_b).sum(1), 1, rtol=1e-5)
