@@ -132,6 +132,7 @@ class _State(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames="settings")
+@matrices.precise
 def _barycenter(
     gmms: list[GaussianMixture],
     starts: GaussianMixture,
@@ -167,6 +168,7 @@ def _descend(fixed: Star, free: Free, tol: Array, settings: _Settings) -> _State
         plans = star.solve(fixed, cost, free.weights, state.memory)
         change = jnp.abs(state.values[count - 1] - plans.objective)
         still = (count > 0) & (tol > 0) & (change <= tol * jnp.abs(plans.objective))
+        settled = still | (change <= 16 * jnp.finfo(change.dtype).eps * jnp.abs(plans.objective))
         converged = still & (state.learning | (not settings.learn_weights))
         done = converged | (count == settings.max_steps) | ~jnp.isfinite(plans.objective)
         moved = _project(fixed, free, plans, settings.projection)
@@ -177,7 +179,7 @@ def _descend(fixed: Star, free: Free, tol: Array, settings: _Settings) -> _State
             count=count + 1,
             converged=converged,
             solved=state.solved & plans.solved,
-            learning=state.learning | still,
+            learning=state.learning | settled | (count + 1 == settings.max_steps),
             done=done,
         )
 

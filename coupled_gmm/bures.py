@@ -96,6 +96,7 @@ def _turned(factor0: Array, factors1: Array, smallest: Array) -> tuple[Array, Ar
 
 
 @_turned_cost.defjvp
+@matrices.precise
 def _turned_cost_jvp(d, primals, tangents):
     factor0, factors1, _ = primals
     u, turned = _turned(*primals)
@@ -137,6 +138,7 @@ def inverse_norm(factor: Float[Array, "*b d d"]) -> Float[Array, "*b"]:
     return jnp.where(singular, jnp.inf, jnp.sqrt(size) * jnp.sum(power**2, axis=(-2, -1)) ** (1 / 16))
 
 
+@matrices.precise
 def pairwise_cost(
     means0: Float[Array, "K0 d"],
     factors0: Float[Array, "K0 d d"],

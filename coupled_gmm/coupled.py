@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from coupled_gmm import checks, entropic, m_step, report, solvers, statistics
+from coupled_gmm import checks, entropic, m_step, matrices, report, solvers, statistics
 from coupled_gmm.graph import MixtureGraph, to_parameters
 from coupled_gmm.mixture import GaussianMixture
 from coupled_gmm.result import Status
@@ -117,6 +117,7 @@ class Run(NamedTuple):
     history: History
 
 
+@matrices.precise
 def run(
     problem: MixtureGraph,
     clouds: list[Array | None],
@@ -188,6 +189,7 @@ def _status(carry: _Carry, value: Array, marginal_error: Array, tol: Array, sett
     return jnp.where(jnp.isfinite(value), status, Status.NOT_FINITE)
 
 
+@matrices.precise
 def value(
     problem: MixtureGraph, clouds: list[Array | None], weights: list[Array | None], ridge: Array, length: int
 ) -> Float[Array, ""]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from coupled_gmm import checks, coupled, solvers, statistics
+from coupled_gmm import checks, coupled, matrices, solvers, statistics
 from coupled_gmm.coupled import Controls, Settings
 from coupled_gmm.graph import MixtureGraph
 from coupled_gmm.mixture import GaussianMixture
@@ -65,6 +65,7 @@ def _check_distinct(x: np.ndarray, n_components: int) -> None:
 
 
 @functools.partial(jax.jit, static_argnames=("n_components", "n_init"))
+@matrices.precise
 def _init(key: Array, x: Array, w: Array, ridge: Array, n_components: int, n_init: int) -> GaussianMixture:
     w = w / jnp.sum(w)
     centre = w @ x
@@ -156,6 +157,7 @@ def fit_gmm(
 
 
 @functools.partial(jax.jit, static_argnames="settings")
+@matrices.precise
 def _fit(init: GaussianMixture, x: Array, w: Array | None, controls: Controls, settings: Settings) -> MixtureFit:
     problem = MixtureGraph.single(init)
     run = coupled.run(problem, [x], [w], controls, settings)

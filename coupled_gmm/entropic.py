@@ -280,6 +280,7 @@ def dual_value(
 
 
 @dual_value.defjvp
+@matrices.precise
 def _dual_value_jvp(balanced: bool, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     cost, a, b, f, g, epsilon, rho = primals
     f, g = implicit(cost, a, b, f, g, epsilon, rho, balanced)
@@ -304,6 +305,7 @@ def implicit(
 
 
 @implicit.defjvp
+@matrices.precise
 def _implicit_jvp(balanced: bool, primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
     cost, a, b, f, g, epsilon, rho = primals
     f, g = implicit(cost, a, b, f, g, epsilon, rho, balanced)

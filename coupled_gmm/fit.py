@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from coupled_gmm import checks, coupled, plan, report, solvers, statistics
+from coupled_gmm import checks, coupled, matrices, plan, report, solvers, statistics
 from coupled_gmm.coupled import Controls, History, Settings
 from coupled_gmm.graph import MixtureGraph
 from coupled_gmm.mixture import GaussianMixture
@@ -109,6 +109,7 @@ def _settings(run: _Run, n_points: int, n_components: int, n_features: int, solv
 
 
 @functools.partial(jax.jit, static_argnames="settings")
+@matrices.precise
 def _fit_graph(problem: MixtureGraph, clouds: list, weights: list, controls: Controls, settings: Settings) -> GraphFit:
     run = coupled.run(problem, clouds, weights, controls, settings)
     ends = [taken(run.nodes, index) for index in (problem.sources, problem.targets)]
@@ -125,6 +126,7 @@ def _fit_graph(problem: MixtureGraph, clouds: list, weights: list, controls: Con
 
 
 @functools.partial(jax.jit, static_argnames="settings")
+@matrices.precise
 def _fit_pair(
     pair: GaussianMixturePair,
     transport_weight: Array,

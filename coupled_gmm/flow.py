@@ -109,6 +109,7 @@ class _Settings(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames="settings")
+@matrices.precise
 def _flow(
     source: GaussianMixture,
     targets: list[GaussianMixture],

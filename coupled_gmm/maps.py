@@ -66,6 +66,7 @@ def map_points(
 
 
 @jax.jit
+@matrices.precise
 def _map_barycentric(plan: Plan, x: Array) -> Array:
     moves, whitening = _moves(plan), _Whitening.of(plan.pair.gmm0)
     forward, _ = plan.conditionals()
@@ -82,6 +83,7 @@ def _map_barycentric(plan: Plan, x: Array) -> Array:
 
 
 @jax.jit
+@matrices.precise
 def _map_random(plan: Plan, x: Array, key: Array) -> Array:
     moves, whitening = _moves(plan), _Whitening.of(plan.pair.gmm0)
     forward, _ = plan.conditionals()
@@ -188,6 +190,7 @@ def interpolate(plan: Plan, t: Any) -> GaussianMixture:
 
 
 @jax.jit
+@matrices.precise
 def _interpolate(plan: Plan, t: Array) -> GaussianMixture:
     moves, (gmm0, gmm1) = _moves(plan), (plan.pair.gmm0, plan.pair.gmm1)
     source, target, spread, coupling = moves
@@ -230,6 +233,7 @@ def plan_density(plan: Plan, x: Any, y: Any, *, atol: Any) -> Float[Array, "n m"
 
 
 @jax.jit
+@matrices.precise
 def _plan_density(plan: Plan, x: Array, y: Array, atol: Array) -> Array:
     moves, (gmm0, gmm1) = _moves(plan), (plan.pair.gmm0, plan.pair.gmm1)
     whitening = matrices.invert_triangular(gmm0.cholesky)

@@ -5,11 +5,30 @@ side can wait for each other for ever. Nothing here calls LAPACK. A loop over d 
 which for the small d of mixtures is also as quick, and runs unchanged on GPU.
 """
 
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+F = TypeVar("F", bound=Callable)
 _UNROLL = 4  # below this size the column loop is laid out flat, and XLA fuses it
+
+
+def precise(function: F) -> F:
+    """The function with all its matrix products, and those of its derivatives, in the full precision of their factors.
+
+    GPUs otherwise round the factors of float32 products to 10 bits, which no iteration here would survive.
+    """
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with jax.default_matmul_precision("highest"):
+            return function(*args, **kwargs)
+
+    return cast(F, wrapped)
 
 
 def _column_loop(d: int, body, init):
@@ -50,6 +69,7 @@ def cholesky(s: Float[Array, "*b d d"]) -> Float[Array, "*b d d"]:
 
 
 @cholesky.defjvp
+@precise
 def _cholesky_jvp(primals, tangents):
     # dL = L F(L^-1 dS L^-T); see Murray (2016), "Differentiation of the Cholesky decomposition".
     (s,), (ds,) = primals, tangents
@@ -60,6 +80,7 @@ def _cholesky_jvp(primals, tangents):
 
 
 @jax.custom_jvp
+@precise
 def invert_triangular(factor: Float[Array, "*b d d"]) -> Float[Array, "*b d d"]:
     """The inverse of a lower triangular matrix; a zero on the diagonal gives a zero row (and no NaN)."""
     d = factor.shape[-1]
@@ -79,6 +100,7 @@ def invert_triangular(factor: Float[Array, "*b d d"]) -> Float[Array, "*b d d"]:
 
 
 @invert_triangular.defjvp
+@precise
 def _invert_triangular_jvp(primals, tangents):
     (factor,), (dfactor,) = primals, tangents
     inverse = invert_triangular(factor)

@@ -61,7 +61,8 @@ class GaussianMixture:
         if checks.known(covariances):
             _check_covariances(np.asarray(covariances, np.float64), float(jnp.finfo(dtype).eps))
         covariances = 0.5 * (covariances + matrices.transpose(covariances))
-        return cls(means.astype(dtype), covariances.astype(dtype), (weights / jnp.sum(weights)).astype(dtype))
+        # A copy of the means: JAX may take over the memory of a NumPy array, and its owner may write to that.
+        return cls(jnp.array(means, dtype), covariances.astype(dtype), (weights / jnp.sum(weights)).astype(dtype))
 
     @property
     def n_components(self) -> int:
@@ -85,6 +86,7 @@ class GaussianMixture:
         """Logarithms of the weights: -inf, with zero gradient, where a weight is zero."""
         return log_weights(self.weights)
 
+    @matrices.precise
     def component_log_prob(self, x: Any) -> Float[Array, "n K"]:
         r""":math:`\log N(x; m_k, S_k)`, (n, K), without weights; NaN for a singular component of weight zero.
 
@@ -117,6 +119,7 @@ class GaussianMixture:
         joint = self._joint_log_prob(x)
         return joint - jax.nn.logsumexp(joint, axis=-1, keepdims=True)
 
+    @matrices.precise
     def sample(self, key: PRNGKeyArray, n: int) -> Float[Array, "n d"]:
         """n independent draws; the key decides them."""
         key = checks.key("key", key)
@@ -130,6 +133,7 @@ class GaussianMixture:
         """Mean of the whole mixture."""
         return self.weights @ self.means
 
+    @matrices.precise
     def covariance(self) -> Float[Array, "d d"]:
         """Covariance of the whole mixture: within plus between components."""
         spread = self.means - self.mean()
@@ -141,6 +145,7 @@ class GaussianMixture:
         index = np.asarray(self._check_axes(axes))
         return GaussianMixture(self.means[:, index], self.covariances[:, index[:, None], index], self.weights)
 
+    @matrices.precise
     def condition(self, axes: Sequence[int], values: Any) -> "GaussianMixture":
         """The mixture over the other features, given `values` (len(axes),) of the features `axes`.
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from coupled_gmm import checks, entropic
+from coupled_gmm import checks, entropic, matrices
 from coupled_gmm.entropic import Potentials
 from coupled_gmm.exact import Vertex
 from coupled_gmm.pair import GaussianMixturePair
@@ -161,6 +161,7 @@ class Plan(Outcome):
 
         return ratio(matrix.sum(1), a), ratio(matrix.sum(0), b)
 
+    @matrices.precise
     def point_reweighting(self, x: Any) -> Float[Array, " n"]:
         r"""Factor by which the weight of each point changes on its way from gmm0 to gmm1.
 
@@ -193,6 +194,7 @@ class Plan(Outcome):
         return CostParts(transport, entropy, rho * _kl(matrix.sum(1), a), rho * _kl(matrix.sum(0), b))
 
 
+@matrices.precise
 def from_potentials(pair: GaussianMixturePair, cost: Array, solution: Potentials) -> Plan:
     """The plan of potentials that a solver returned, with its status."""
     unmet = jnp.where(solution.stalled, Status.PRECISION, Status.NOT_CONVERGED)
@@ -214,15 +216,13 @@ def from_vertex(pair: GaussianMixturePair, cost: Array, vertex: Vertex, tol: Arr
     return Plan(pair, cost, (vertex.f, vertex.g), status, vertex.n_iterations, vertex.matrix)
 
 
-def _xlogy_ratio(p: Array, q: Array) -> Array:
-    """p log(p / q), zero where p is."""
-    safe = jnp.where((p > 0) & (q > 0), p, 1) / jnp.where((p > 0) & (q > 0), q, 1)
-    return p * jnp.log(safe)
-
-
 def _kl(p: Array, q: Array) -> Array:
-    """Generalised Kullback-Leibler divergence: sum p log(p / q) - p + q."""
-    return jnp.sum(_xlogy_ratio(p, q) - p + q)
+    """Generalised Kullback-Leibler divergence: sum p log(p / q) - p + q, which cancels where p is near q: there by log1p."""
+    present = (p > 0) & (q > 0)
+    ratio = jnp.where(present, p, 1) / jnp.where(present, q, 1)
+    near = present & (jnp.abs(p - q) < 0.5 * q)
+    x = jnp.where(near, p - q, 0) / jnp.where(near, q, 1)
+    return jnp.sum(jnp.where(near, q * ((1 + x) * jnp.log1p(x) - x), p * jnp.log(ratio) - p + q))
 
 
 def _distance(matrix: Array, a: Array, b: Array) -> Array:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
-from coupled_gmm import bures, checks
+from coupled_gmm import bures, checks, matrices
 from coupled_gmm.barycenter import BarycenterFit, reduced
 from coupled_gmm.mixture import GaussianMixture
 from coupled_gmm.tree import new
@@ -44,12 +44,14 @@ def reduce_gmm(
     checks.instance("gmm", gmm, GaussianMixture)
     if checks.integer("n_components", n_components, 1) > gmm.n_components:
         raise ValueError(f"n_components: {n_components} are more than the mixture's {gmm.n_components}; ask for fewer")
+    max_steps, tol = checks.integer("max_steps", max_steps, 1), checks.scalar("tol", tol, at_least=0)
     keys = jax.random.split(key, checks.integer("n_init", n_init, 1))
     starts = _starts(keys, gmm, n_components)
     return reduced(gmm, starts, max_steps, tol)
 
 
 @functools.partial(jax.jit, static_argnames="n_components")
+@matrices.precise
 def _starts(keys: Array, gmm: GaussianMixture, n_components: int) -> GaussianMixture:
     """Components chosen one by one, each with a probability of its mass times its squared distance to those chosen before."""
     cost = bures.pairwise_cost(gmm.means, gmm.cholesky, gmm.means, gmm.cholesky)

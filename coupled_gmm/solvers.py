@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from coupled_gmm import checks, entropic, exact
+from coupled_gmm import checks, entropic, exact, matrices
 from coupled_gmm.entropic import Potentials
 from coupled_gmm.mixture import GaussianMixture
 from coupled_gmm.pair import GaussianMixturePair
@@ -73,6 +73,7 @@ def solve_plan(
 
 
 @functools.partial(jax.jit, static_argnames=("solver", "max_iterations"))
+@matrices.precise
 def _solve_plan(pair: GaussianMixturePair, init: Any, tol: Array, solver: "Solver", max_iterations: int) -> Plan:
     cost = pair.cost_matrix()
     problem = (cost, pair.gmm0.log_weights, pair.gmm1.log_weights, pair.epsilon, pair.rho, init, tol.astype(cost.dtype))
@@ -80,6 +81,7 @@ def _solve_plan(pair: GaussianMixturePair, init: Any, tol: Array, solver: "Solve
 
 
 @functools.partial(jax.jit, static_argnames="max_iterations")
+@matrices.precise
 def _solve_exactly(pair: GaussianMixturePair, tol: Array, max_iterations: int) -> Plan:
     cost = pair.cost_matrix()
     problem = jax.lax.stop_gradient((cost, pair.gmm0.weights, pair.gmm1.weights))
@@ -115,6 +117,7 @@ def mw2_squared(gmm0: GaussianMixture, gmm1: GaussianMixture, *, epsilon: Any = 
 
 
 @functools.partial(jax.jit, static_argnames="exactly")
+@matrices.precise
 def _mw2_squared(pair: GaussianMixturePair, exactly: bool) -> tuple[Array, Array]:
     if exactly:
         plan = _solve_exactly(pair, jnp.asarray(1e-4), MAX_ITERATIONS["exact"])

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import random_covariances, random_mixture
 from jax.test_util import check_grads
@@ -164,3 +165,42 @@ def test_no_lapack_and_no_host_in_public_functions(d):
     assert not found & LAPACK
     control = names_in(jax.jit(lambda s: jax.lax.map(jnp.linalg.eigvalsh, s)), gmm0.covariances)
     assert control & LAPACK, "the search does not find what it looks for"
+
+
+def products(jaxpr):
+    """Precisions of all matrix products in a jaxpr and in those inside it, with what they are."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation.params["precision"], str(equation)
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from products(inner)
+
+
+def test_products_are_in_full_precision():
+    """A GPU rounds the factors of float32 products to 10 bits unless it is told not to."""
+    gmm0, gmm1 = random_mixture(0, 3, 4), random_mixture(1, 4, 4)
+    x = np.random.RandomState(0).randn(20, 4).astype(np.float32)
+    pair = cg.GaussianMixturePair(gmm0, gmm1, epsilon=0.1)
+    plan = cg.solve_plan(pair, method="exact")
+    key = jax.random.key(0)
+    programs = {
+        "density": lambda gmm: jax.grad(lambda g: jnp.sum(g.log_prob(x)))(gmm),
+        "exact": jax.grad(lambda gmm: cg.mw2_squared(gmm, gmm1)),
+        "entropic": jax.grad(lambda gmm: cg.mw2_squared(gmm, gmm1, epsilon=0.1)),
+        "map": lambda gmm: cg.map_points(plan, x),
+        "draw": lambda gmm: cg.map_points(plan, x, method="random", key=key),
+        "interpolate": lambda gmm: cg.interpolate(plan, 0.5),
+        "barycenter": lambda gmm: cg.barycenter([gmm, gmm1], gmm, max_steps=2),
+        "flow": lambda gmm: cg.flow(gmm, gmm1, steps=2),
+        "adam": lambda gmm: cg.flow(gmm, gmm1, steps=2, optimizer=optax.adam),
+        "fit": lambda gmm: cg.fit_pair(x, x, pair.replace(gmm, gmm1), transport_weight=0.1),
+        "likelihood": jax.grad(lambda gmm: cg.penalized_log_likelihood(pair.replace(gmm, gmm1), x, x, transport_weight=0.1)),
+    }  # fmt: skip
+    highest = (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)
+    for name, program in programs.items():
+        found = list(products(jax.make_jaxpr(program)(gmm0).jaxpr))
+        assert found, name
+        low = [what for precision, what in found if precision != highest]
+        assert not low, (name, low[:3])
