@@ -1,12 +1,11 @@
-"""The command line: ``coupled-gmm fit CONFIG.toml`` and ``coupled-gmm show DIR``.
+"""The command line: ``coupled-gmm fit``, ``barycenter`` and ``flow``, each of a CONFIG.toml, and ``coupled-gmm show DIR``.
 
-Exit status: 0 done; 1 the fit failed, or did not converge where it was asked to; 2 bad input or configuration, a line
+Exit status: 0 done; 1 the job failed, or did not converge where it was asked to; 2 bad input or configuration, a line
 on standard error for each mistake.
 """
 
 import contextlib
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,17 +17,25 @@ from jaxtyping import Array
 from rich.console import Console
 
 import coupled_gmm as cg
-from coupled_gmm import checks, clouds, runs
-from coupled_gmm.config import TUTORIAL_SIZE, ConfigError, Data, FitConfig, Start, is_file, load_config
-from coupled_gmm.config import Fit as FitSection
+from coupled_gmm import checks, clouds, config, mixtures, runs, tables
+from coupled_gmm.config import BarycenterConfig, FitConfig, FlowConfig, Job, load_config
 from coupled_gmm.progress import ProgressBar
 from coupled_gmm.result import Status
+from coupled_gmm.sections import ConfigError, at, blame
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 _WIDTH = 120  # of tables where standard output is no terminal
+# Arguments whose key has another name, or stands in another section.
+_FIT_KEYS = {"x": "data", "x0": "data.cloud0", "x1": "data.cloud1", "point_weights": "data.weights0"}
+_FIT_KEYS |= {"point_weights0": "data.weights0", "point_weights1": "data.weights1", "ridge": "fit.ridge"}
+_FIT_KEYS |= {"init": "fit.ridge", "gmm": "fit.ridge", "pair.gmm0": "fit.ridge", "pair.gmm1": "fit.ridge"}
+_BARYCENTER_KEYS = {"init": "start.mixtures"}
+_FLOW_KEYS = {"source": "source"}
 
 Points = tuple[Array, Array]
 Weights = tuple[Array | None, Array | None]
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="The configuration.", show_default=False)]
+Out = Annotated[Path | None, typer.Option(metavar="DIR", help="Run folder, in place of output.directory.")]
 
 
 def main() -> None:
@@ -38,69 +45,161 @@ def main() -> None:
 
 @app.callback()
 def _commands() -> None:
-    """Fit Gaussian mixtures to point clouds together, so that they stay close in optimal transport."""
+    """Gaussian mixtures fitted together, and optimal transport between them."""
 
 
 @app.command()
-def fit(
-    config: Annotated[Path, typer.Argument(help="The fit's configuration, a TOML file.", show_default=False)],
-    out: Annotated[Path | None, typer.Option(help="Run folder, in place of output.directory.")] = None,
-) -> None:
-    """Fit two mixtures to two clouds, and keep the run in a folder."""
-    console = _console()
-    with _exit_status():
-        settings = load_config(config)
-        if out is not None:
-            output = settings.output.model_copy(update={"directory": str(out)})
-            settings = settings.model_copy(update={"output": output})
-        with jax.enable_x64(settings.fit.precision == "float64"):
-            _fit(config, settings, console)
+def fit(path: ConfigFile, out: Out = None) -> None:
+    """Fit two mixtures to two clouds, so that they stay close."""
+    _run(path, out, FitConfig, _read_data, _fit)
+
+
+@app.command()
+def barycenter(path: ConfigFile, out: Out = None) -> None:
+    """Find the mixture closest to several: their barycenter."""
+    _run(path, out, BarycenterConfig, _read_members, _barycenter)
+
+
+@app.command()
+def flow(path: ConfigFile, out: Out = None) -> None:
+    """Let a mixture flow to others, and keep its path."""
+    _run(path, out, FlowConfig, _read_ends, _flow)
 
 
 @app.command()
 def show(
-    directory: Annotated[Path, typer.Argument(help="A folder that `coupled-gmm fit` wrote.", show_default=False)],
+    directory: Annotated[Path, typer.Argument(help="A folder that a run wrote.", show_default=False)],
 ) -> None:
     """Print the tables of a run."""
-    with _exit_status(), jax.enable_x64(True):  # float64 runs are shown as they were; float32 stays float32
+    with _exit_status("run"), jax.enable_x64(True):  # float64 runs are shown as they were; float32 stays float32
         result = runs.read(directory)
-        runs.print_summary(console := _console(), result)
+        tables.print_summary(console := _console(), result)
         _say(console, result.message)
 
 
-def _fit(path: Path, settings: FitConfig, console: Console) -> None:
-    with console.status("reading the clouds"):
-        points, weights = _read_data(path, settings)
-    folder = _make_folder(path, settings)
+def _run(
+    path: Path,
+    out: Path | None,
+    job: type[Job],
+    read: Callable[[Path, Job], tuple[Any, Any]],
+    solve: Callable[[Path, Job, Any, Any, Console], tuple[Job, Any]],
+) -> None:
+    """A job from its configuration to its folder.
+
+    Args:
+      path: of the configuration.
+      out: the run folder, if not the configured one.
+      job: the configuration's class.
+      read: what the configuration names: what is fitted to, and the rest.
+      solve: from both, the configuration with what was chosen on the way, and the result.
+    """
+    console = _console()
+    with _exit_status(job.command):
+        settings = load_config(path, job)
+        if out is not None:
+            output = settings.output.model_copy(update={"directory": str(out)})
+            settings = settings.model_copy(update={"output": output})
+        with jax.enable_x64(getattr(settings, job.command).precision == "float64"):
+            with console.status("reading"):
+                given, rest = read(path, settings)
+            folder = _make_folder(path, settings)
+            settings, result = solve(path, settings, given, rest, console)
+            with console.status("writing the run folder"):
+                runs.write(folder, settings, result, given)
+            tables.print_summary(console, result)
+        _say(console, f"run folder: {folder}")
+        result.raise_if_failed()
+        _say(console, result.message)
+
+
+def _fit(path: Path, settings: FitConfig, points: Points, weights: Weights, console: Console) -> tuple[FitConfig, Any]:
     sizes = " and ".join(f"{len(x):,}" for x in points)
     _say(console, f"clouds: {sizes} points of {points[0].shape[1]} features, {points[0].dtype}")
-    with console.status("fitting the start"), _blame(path, "start", Start):
+    with console.status("fitting the start"), blame(path, "start", config.Start, _FIT_KEYS):
         pooled = _pooled_start(settings, points, weights)
     components = settings.start.n_components
     _say(console, f"start: one mixture of {components} for both clouds, {int(pooled.n_steps)} EM steps")
-    with _blame(path, "fit", FitSection):
+    with blame(path, "fit", config.Fit, _FIT_KEYS):
         pair = _pair(settings.fit, pooled.gmm)
         with ProgressBar(console) as bar:
             result = _fit_pair(settings.fit, pair, points, weights, bar)
     if settings.fit.epsilon is None:
         chosen = settings.fit.model_copy(update={"epsilon": float(f"{float(pair.epsilon):.9g}")})
         settings = settings.model_copy(update={"fit": chosen})
-    with console.status("writing the run folder"):
-        runs.write(folder, settings, result, points)
-    runs.print_summary(console, result)
-    _say(console, f"run folder: {folder}")
-    result.raise_if_failed()
-    _say(console, result.message)
+    return settings, result
+
+
+def _read_members(path: Path, settings: BarycenterConfig) -> tuple[list[cg.GaussianMixture], list[cg.GaussianMixture]]:
+    """The mixtures, and the starts."""
+    start, precision = settings.start, settings.barycenter.precision
+    gmms = mixtures.read_all(path, "mixtures", settings.mixtures, precision)
+    if start.mixtures is not None:
+        return gmms, mixtures.read_all(path, "start.mixtures", start.mixtures, precision)
+    return gmms, mixtures.drawn(path, settings, gmms)
+
+
+def _barycenter(
+    path: Path,
+    settings: BarycenterConfig,
+    gmms: list[cg.GaussianMixture],
+    starts: list[cg.GaussianMixture],
+    console: Console,
+) -> tuple[BarycenterConfig, cg.BarycenterFit]:
+    section = settings.barycenter
+    _say(console, f"mixtures: {_described(gmms)}")
+    _say(console, f"start: {_described(starts) if len(starts) == 1 else f'{len(starts)} mixtures'}")
+    same = ("projection", "method", "epsilon", "learn_weights", "max_steps", "tol")
+    options = {name: getattr(section, name) for name in same}
+    coefficients = [member.coefficient for member in settings.mixtures]
+    with (
+        console.status("compiling and running the descent"),
+        blame(path, "barycenter", config.Barycenter, _BARYCENTER_KEYS),
+    ):
+        result = jax.block_until_ready(cg.barycenter(gmms, starts, coefficients=coefficients, **options))
+    if len(starts) > 1:
+        _say(console, f"best of {len(starts)} starts: number {int(result.start)}, counted from 0")
+    return settings, result
+
+
+def _read_ends(path: Path, settings: FlowConfig) -> tuple[list[cg.GaussianMixture], cg.GaussianMixture]:
+    """The targets, and the source."""
+    precision = settings.flow.precision
+    source = mixtures.read(path, "source", settings.source, precision)
+    return mixtures.read_all(path, "targets", settings.targets, precision), source
+
+
+def _flow(
+    path: Path,
+    settings: FlowConfig,
+    targets: list[cg.GaussianMixture],
+    source: cg.GaussianMixture,
+    console: Console,
+) -> tuple[FlowConfig, cg.FlowFit]:
+    section = settings.flow
+    _say(console, f"source: {_described([source])}")
+    _say(console, f"targets: {_described(targets)}")
+    options = {name: getattr(section, name) for name in ("steps", "step_size", "method", "epsilon")}
+    options["coefficients"] = [member.coefficient for member in settings.targets]
+    if section.optimizer == "adam":
+        options |= {"optimizer": optax.adam, "mean_rate": 1.0 if section.mean_rate is None else section.mean_rate}
+    with console.status("compiling and running the flow"), blame(path, "flow", config.Flow, _FLOW_KEYS):
+        return settings, jax.block_until_ready(cg.flow(source, targets, **options))
+
+
+def _described(gmms: list[cg.GaussianMixture]) -> str:
+    *sizes, last = [str(gmm.n_components) for gmm in gmms]
+    listed = f"{', '.join(sizes)} and {last}" if sizes else last
+    return f"{listed} components of {gmms[0].n_features} features, {gmms[0].dtype}"
 
 
 def _read_data(path: Path, settings: FitConfig) -> tuple[Points, Weights]:
     """Both clouds and their weights, in the precision of the fit."""
     data, dtype = settings.data, jnp.dtype(settings.fit.precision)
     if data.source == "tutorial":
-        x0, x1 = clouds.tutorial_clouds(jax.random.key(data.seed or 0), data.n or TUTORIAL_SIZE)
+        x0, x1 = clouds.tutorial_clouds(jax.random.key(data.seed or 0), data.n or config.TUTORIAL_SIZE)
         return (x0, x1), (None, None)
     if data.source == "photographs":
-        with _blame(path, "data", Data):
+        with blame(path, "data", config.Data, _FIT_KEYS):
             x0, x1 = clouds.photograph_clouds(data.n, data.seed or 0)
         return (jnp.asarray(x0, dtype), jnp.asarray(x1, dtype)), (None, None)
     (x0, w0), (x1, w1) = (_read_side(path, data, side, dtype) for side in "01")
@@ -110,21 +209,21 @@ def _read_data(path: Path, settings: FitConfig) -> tuple[Points, Weights]:
     return (x0, x1), (w0, w1)
 
 
-def _read_side(path: Path, data: Data, side: str, dtype: Any) -> tuple[Array, Array | None]:
+def _read_side(path: Path, data: config.Data, side: str, dtype: Any) -> tuple[Array, Array | None]:
     file, name = getattr(data, f"cloud{side}"), getattr(data, f"weights{side}")
-    inside = None if is_file(name) else name
-    with _at(path, f"data.cloud{side}"):
+    inside = None if config.is_file(name) else name
+    with at(path, f"data.cloud{side}"):
         exclude = [] if inside is None else [inside]
         x = clouds.read_cloud(file, columns=data.columns, exclude=exclude, key=getattr(data, f"key{side}"))
         x = checks.points(file, x.astype(dtype))
     if name is None:
         return x, None
-    with _at(path, f"data.weights{side}"):
+    with at(path, f"data.weights{side}"):
         source = name if inside is None else file
         return x, checks.weights(source, clouds.read_weights(source, name=inside).astype(dtype), len(x))
 
 
-def _make_folder(path: Path, settings: FitConfig) -> Path:
+def _make_folder(path: Path, settings: FitConfig | BarycenterConfig | FlowConfig) -> Path:
     folder = Path(settings.output.directory or "")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -149,14 +248,14 @@ def _pooled_start(settings: FitConfig, points: Points, weights: Weights) -> Any:
     return found
 
 
-def _pair(section: FitSection, gmm: cg.GaussianMixture) -> cg.GaussianMixturePair:
+def _pair(section: config.Fit, gmm: cg.GaussianMixture) -> cg.GaussianMixturePair:
     if section.rho is not None:
         return cg.GaussianMixturePair.from_rho(gmm, gmm, section.epsilon, section.rho)
     return cg.GaussianMixturePair(gmm, gmm, section.epsilon, 1.0 if section.tau is None else section.tau)
 
 
 def _fit_pair(
-    section: FitSection, pair: cg.GaussianMixturePair, points: Points, weights: Weights, progress: Any
+    section: config.Fit, pair: cg.GaussianMixturePair, points: Points, weights: Weights, progress: Any
 ) -> cg.PairFit:
     same = ("transport_weight", "em_steps", "m_steps", "learning_rate", "tol", "freeze", "ridge", "method")
     return cg.fit_pair(
@@ -182,7 +281,7 @@ def _say(console: Console, text: str) -> None:
 
 
 @contextlib.contextmanager
-def _exit_status() -> Iterator[None]:
+def _exit_status(job: str) -> Iterator[None]:
     """What went wrong as a status and lines on standard error; a traceback only for our own mistakes."""
     try:
         yield
@@ -190,39 +289,8 @@ def _exit_status() -> Iterator[None]:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from error
     except cg.FitError as error:
-        typer.echo(f"the fit failed: {error}", err=True)
+        typer.echo(f"the {job} failed: {error}", err=True)
         raise typer.Exit(1) from error
-
-
-@contextlib.contextmanager
-def _at(path: Path, key: str) -> Iterator[None]:
-    """Refusals of a file that `key` names, as a line about that key."""
-    try:
-        yield
-    except (ValueError, TypeError, OSError) as error:
-        raise ConfigError(f"{path}: {key}: {error}") from error
-
-
-# Arguments whose key has another name, or stands in another section.
-_KEYS = {"x": "data", "x0": "data.cloud0", "x1": "data.cloud1", "point_weights": "data.weights0"}
-_KEYS |= {"point_weights0": "data.weights0", "point_weights1": "data.weights1", "ridge": "fit.ridge"}
-_KEYS |= {"init": "fit.ridge", "gmm": "fit.ridge", "pair.gmm0": "fit.ridge", "pair.gmm1": "fit.ridge"}
-
-
-@contextlib.contextmanager
-def _blame(path: Path, section: str, model: Any) -> Iterator[None]:
-    """The core's refusal of an argument, as a line about the key that set it; other errors are ours and pass."""
-    try:
-        yield
-    except (ValueError, TypeError) as error:
-        named = re.match(r"([\w.]+): (.*)", str(error), re.DOTALL)
-        if named is None or isinstance(error, ConfigError):
-            raise
-        argument, message = named.groups()
-        key = f"{section}.{argument}" if argument in model.model_fields else _KEYS.get(argument)
-        if key is None:
-            raise
-        raise ConfigError(f"{path}: {key}: {message}") from error
 
 
 if __name__ == "__main__":

@@ -1,90 +1,94 @@
-"""The configuration of a coupled fit: TOML, validated whole before anything runs.
+"""The configurations of the command line's jobs: TOML, validated whole before anything runs.
 
-Each mistake is one line, ``FILE: SECTION.KEY: what is wrong; what to do``, and all lines of a file come in one
-`ConfigError`. Data files are found from the folder of the configuration, the output folder from the working directory.
+Files that a configuration names are found from its own folder, the output folder from the working directory.
 """
 
-import difflib
-import tomllib
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, ClassVar, Literal, Self, TypeVar
 
-import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
 from coupled_gmm.clouds import FORMATS
-
-
-class ConfigError(ValueError):
-    """A configuration, or data it names, that can't be used: a line for each mistake, with the file and the key."""
-
+from coupled_gmm.sections import ConfigError, File, Section, check, found, read, refuse
 
 TUTORIAL_SIZE = 10_000
+RANDOM_STARTS = 10
 
 Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Precision = Literal["float32", "float64"]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+def is_file(weights: str | None) -> bool:
+    """Whether data.weights names a file, not a column: it ends as a file that can be read does."""
+    return weights is not None and Path(weights).suffix in FORMATS
 
 
-def _refuse(key: str, message: str) -> PydanticCustomError:
-    return PydanticCustomError("refused", "{text}", {"key": key, "text": message})  # pyright: ignore[reportArgumentType]
+def _cloud(name: str, info: ValidationInfo) -> str:
+    if not is_file(name):
+        raise refuse(f"can't read {name!r}; use a file that ends in one of {', '.join(FORMATS)}")
+    return found(name, info)
 
 
-class Data(_Section):
+def _weights(name: str, info: ValidationInfo) -> str:
+    return found(name, info) if is_file(name) else name
+
+
+CloudFile = Annotated[str, AfterValidator(_cloud)]
+Weights = Annotated[str, AfterValidator(_weights)]
+
+
+class Data(Section):
     """A built-in source, or two files."""
 
     source: Literal["tutorial", "photographs"] | None = None
     n: Count | None = None  # points in each cloud of a built-in source
-    seed: Annotated[int, Field(ge=0)] | None = None
-    cloud0: str | None = None
-    cloud1: str | None = None
+    seed: Seed | None = None
+    cloud0: CloudFile | None = None
+    cloud1: CloudFile | None = None
     columns: Annotated[list[str], Field(min_length=1)] | None = None
     key0: str | None = None  # the array of a .npz
     key1: str | None = None
-    weights0: str | None = None  # a column or .npz array beside the cloud, or a file of its own
-    weights1: str | None = None
+    weights0: Weights | None = None  # a column or .npz array beside the cloud, or a file of its own
+    weights1: Weights | None = None
 
     @model_validator(mode="after")
-    def _one_source(self) -> "Data":
+    def _one_source(self) -> Self:
         if self.source is None:
             for key in ("cloud0", "cloud1"):
                 if getattr(self, key) is None:
-                    raise _refuse(key, "missing; name a file, or set source to 'tutorial' or 'photographs'")
+                    raise refuse("missing; name a file, or set source to 'tutorial' or 'photographs'", key)
             for key in ("n", "seed"):
                 if getattr(self, key) is not None:
-                    raise _refuse(key, "is for built-in sources; remove it, or set source")
+                    raise refuse("is for built-in sources; remove it, or set source", key)
         else:
             for key in ("cloud0", "cloud1", "columns", "key0", "key1", "weights0", "weights1"):
                 if getattr(self, key) is not None:
-                    raise _refuse(key, f"is for clouds from files; remove it, or remove source = {self.source!r}")
+                    raise refuse(f"is for clouds from files; remove it, or remove source = {self.source!r}", key)
         return self
 
-    @model_validator(mode="after")
-    def _readable_formats(self) -> "Data":
-        for key in ("cloud0", "cloud1"):
-            path = getattr(self, key)
-            if path is not None and Path(path).suffix not in FORMATS:
-                raise _refuse(key, f"can't read {path!r}; use a file that ends in one of {', '.join(FORMATS)}")
-        return self
+    def completed(self) -> Self:
+        """With the defaults of built-in sources written out."""
+        if self.source is None:
+            return self
+        n = TUTORIAL_SIZE if self.source == "tutorial" and self.n is None else self.n
+        return self.model_copy(update={"n": n, "seed": self.seed or 0})
 
 
-class Start(_Section):
+class Start(Section):
     """The pooled fit: one mixture for both clouds together, from which the two mixtures start."""
 
     n_components: Count
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     n_init: Count = 1
     max_steps: Count = 100
     tol: NonNegative = 1e-5
 
 
-class Fit(_Section):
+class Fit(Section):
     """The coupled fit; the names are those of `fit_pair` and `GaussianMixturePair`."""
 
     transport_weight: NonNegative
@@ -96,117 +100,191 @@ class Fit(_Section):
     optimizer: Literal["default", "adam"] = "default"
     learning_rate: Positive | None = None
     tol: NonNegative = 0.0
-    freeze: list[Literal["gmm0", "gmm1"]] = []
+    freeze: list[Literal["gmm0", "gmm1"]] = Field(default=[])
     ridge: NonNegative = 1e-6
     method: Literal["entropic", "sinkhorn"] = "entropic"
     chunk_size: Count | None = None
-    precision: Literal["float32", "float64"] = "float32"
+    precision: Precision = "float32"
 
     @model_validator(mode="after")
-    def _consistent(self) -> "Fit":
+    def _consistent(self) -> Self:
         if self.tau is not None and self.rho is not None:
-            raise _refuse("rho", "tau and rho say the same thing; keep one of them")
+            raise refuse("tau and rho say the same thing; keep one of them", "rho")
         if self.optimizer == "default" and self.learning_rate is not None:
-            raise _refuse("learning_rate", "the default optimizer has none; remove it, or set optimizer = 'adam'")
+            raise refuse("the default optimizer has none; remove it, or set optimizer = 'adam'", "learning_rate")
         if self.optimizer == "adam" and self.learning_rate is None:
-            raise _refuse("learning_rate", "missing; optimizer = 'adam' needs it, for example 1e-3")
+            raise refuse("missing; optimizer = 'adam' needs it, for example 1e-3", "learning_rate")
         return self
 
 
-class Output(_Section):
+class Mixture(Section):
+    """A mixture from a file, built in, or by its moments."""
+
+    file: File | None = None  # a mixture, or a fit that ended in one
+    example: Literal["left", "right", "top", "middle"] | None = None
+    means: list[list[float]] | None = None
+    covariances: list[list[list[float]]] | None = None
+    weights: list[float] | None = None
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        moments = {key: getattr(self, key) is not None for key in ("means", "covariances", "weights")}
+        ways = [key for key in ("file", "example") if getattr(self, key) is not None]
+        ways += [key for key, given in moments.items() if given][:1]
+        if not ways:
+            raise refuse("missing; name a file, or an example, or give means, covariances and weights", "file")
+        if len(ways) > 1:
+            raise refuse(f"the mixture has {ways[0]} already; keep one of them", ways[1])
+        if ways[0] in moments and not all(moments.values()):
+            lacking = next(key for key, given in moments.items() if not given)
+            raise refuse("missing; a mixture by its moments has means, covariances and weights", lacking)
+        return self
+
+
+class Member(Mixture):
+    """One of several mixtures that pull; coefficients are divided by their sum."""
+
+    coefficient: NonNegative = 1.0
+
+
+def _counting(members: list[Member]) -> list[Member]:
+    if not any(member.coefficient for member in members):
+        raise refuse("all coefficients are zero; at least one must be positive")
+    return members
+
+
+Members = Annotated[list[Member], Field(min_length=1), AfterValidator(_counting)]
+
+
+class BarycenterStart(Section):
+    """Mixtures to start from, or how to draw some from the components of those given."""
+
+    mixtures: Annotated[list[Mixture], Field(min_length=1)] | None = None
+    n_components: Count | None = None
+    seed: Seed | None = None
+    n_init: Count | None = None
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if self.mixtures is None and self.n_components is None:
+            raise refuse("missing; say how many to draw, or give [[start.mixtures]]", "n_components")
+        for key in ("n_components", "seed", "n_init"):
+            if self.mixtures is not None and getattr(self, key) is not None:
+                raise refuse("is for starts that are drawn; remove it, or remove [[start.mixtures]]", key)
+        return self
+
+    def completed(self) -> Self:
+        """With the defaults of drawn starts written out."""
+        if self.mixtures is not None:
+            return self
+        return self.model_copy(update={"seed": self.seed or 0, "n_init": self.n_init or RANDOM_STARTS})
+
+
+class Plans(Section):
+    """How plans to the given mixtures are solved."""
+
+    method: Literal["exact", "entropic"] = "exact"
+    epsilon: Positive | None = None
+    precision: Precision = "float32"
+
+    @model_validator(mode="after")
+    def _blurred(self) -> Self:
+        if self.method == "exact" and self.epsilon is not None:
+            raise refuse("exact plans have none; remove it, or set method = 'entropic'", "epsilon")
+        return self
+
+
+class Barycenter(Plans):
+    """The descent; the names are those of `barycenter`."""
+
+    projection: Literal["joint", "bures", "euclidean"] = "joint"
+    learn_weights: bool = False
+    max_steps: Count = 100
+    tol: NonNegative = 1e-7
+
+
+class Flow(Plans):
+    """The steps; the names are those of `flow`."""
+
+    steps: Count = 100
+    step_size: Positive = 0.1
+    optimizer: Literal["geometric", "adam"] = "geometric"
+    mean_rate: Positive | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.optimizer == "geometric" and self.mean_rate is not None:
+            raise refuse("geometric steps have none; remove it, or set optimizer = 'adam'", "mean_rate")
+        return self
+
+
+class Output(Section):
     """What the run folder holds."""
 
     directory: str | None = None  # None: runs/NAME-OF-THE-CONFIGURATION
     pictures: bool = True
+
+
+class FitOutput(Output):
     max_points_drawn: Count = 5000
 
 
-class FitConfig(_Section):
+class _Job(Section):
     """All of a configuration; build it with `load_config`."""
 
+    command: ClassVar[str]  # the section that the command is named after
+
+    def completed(self) -> Self:
+        """With defaults written out that depend on other keys."""
+        return self
+
+
+class FitConfig(_Job):
+    command = "fit"
     data: Data
     start: Start
     fit: Fit
+    output: FitOutput = FitOutput()
+
+    def completed(self) -> Self:
+        return self.model_copy(update={"data": self.data.completed()})
+
+
+class BarycenterConfig(_Job):
+    command = "barycenter"
+    mixtures: Members
+    start: BarycenterStart
+    barycenter: Barycenter = Barycenter()
+    output: Output = Output()
+
+    def completed(self) -> Self:
+        return self.model_copy(update={"start": self.start.completed()})
+
+
+class FlowConfig(_Job):
+    command = "flow"
+    source: Mixture
+    targets: Members
+    flow: Flow = Flow()
     output: Output = Output()
 
 
-def load_config(path: str | PathLike[str]) -> FitConfig:
-    """A checked configuration from a TOML file; data paths are absolute, defaults that depend on others filled in.
+Job = TypeVar("Job", FitConfig, BarycenterConfig, FlowConfig)
+JOBS = (FitConfig, BarycenterConfig, FlowConfig)
+
+
+def load_config(path: str | PathLike[str], job: type[Job]) -> Job:
+    """A checked configuration from a TOML file; paths are absolute, defaults that depend on others filled in.
 
     Raises:
-      ConfigError: the file is missing or no TOML, or keys are unknown, missing or wrong; a line for each mistake.
+      ConfigError: the file is missing or no TOML, or of another job, or keys are unknown, missing or wrong; a line for
+        each mistake.
     """
     path = Path(path)
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such file; check the name and the folder") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: can't be read ({error}); give a text file") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}; correct that line") from error
-    try:
-        config = FitConfig.model_validate(values)
-    except ValidationError as error:
-        lines = [f"{path}: {_line(details)}" for details in error.errors()]
-        raise ConfigError("\n".join(lines)) from error
-    return _located(config, path)
-
-
-def dump_config(config: FitConfig) -> str:
-    """The configuration as TOML that `load_config` reads back; keys without a value are left out."""
-    return tomli_w.dumps(config.model_dump(exclude_none=True))
-
-
-def _located(config: FitConfig, path: Path) -> FitConfig:
-    def absolute(name: str | None) -> str | None:
-        return name if name is None else str((path.parent / name).resolve())
-
-    data, output = config.data, config.output
-    if data.source is not None:
-        effective = {"n": data.n or TUTORIAL_SIZE} if data.source == "tutorial" else {}
-        data = data.model_copy(update={**effective, "seed": data.seed or 0})
-    files = {key: absolute(getattr(data, key)) for key in ("cloud0", "cloud1")}
-    for key in ("weights0", "weights1"):
-        name = getattr(data, key)
-        files[key] = absolute(name) if is_file(name) else name
-    directory = output.directory or str(Path("runs") / path.stem)
-    return config.model_copy(
-        update={"data": data.model_copy(update=files), "output": output.model_copy(update={"directory": directory})}
-    )
-
-
-def is_file(weights: str | None) -> bool:
-    """Whether data.weights names a file, not a column: it ends as a file that can be read does."""
-    return weights is not None and Path(weights).suffix in FORMATS
-
-
-def _line(details: ErrorDetails) -> str:
-    """One of pydantic's errors in our own words."""
-    location = [str(part) for part in details["loc"]]
-    context, given = details.get("ctx", {}), details["input"]
-    match details["type"]:
-        case "refused":
-            return f"{'.'.join([*location, context['key']])}: {context['text']}"
-        case "extra_forbidden":
-            return f"{'.'.join(location)}: unknown key; {_known_keys(location)}"
-        case "missing" if len(location) == 1:
-            return f"{location[0]}: missing; add a section [{location[0]}]"
-        case "missing":
-            return f"{'.'.join(location)}: missing; add it to [{location[0]}]"
-        case "model_type":
-            return f"{'.'.join(location)}: must be a section [{'.'.join(location)}], got {given!r}"
-    message = details["msg"].replace("Input should be", "must be").replace("List should have", "must have")
-    return f"{'.'.join(location)}: {message}, got {given!r}"
-
-
-def _known_keys(location: list[str]) -> str:
-    """What may stand where an unknown key does, and which was probably meant."""
-    model: Any = FitConfig
-    for part in location[:-1]:
-        model = model.model_fields[part].annotation
-    names = list(model.model_fields)
-    close = difflib.get_close_matches(location[-1].lower(), names, n=1)
-    guess = f"did you mean {close[0]!r}? " if close else ""
-    where = f"[{location[0]}] has" if len(location) > 1 else "the sections are"
-    return f"{guess}{where} {', '.join(names)}"
+    values = read(path)
+    other = next((one.command for one in JOBS if one.command in values), job.command)
+    if job.command not in values and other != job.command:
+        raise ConfigError(f"{path}: {other}: is not for `coupled-gmm {job.command}`; run `coupled-gmm {other}`")
+    config = check(path, values, job).completed()
+    directory = config.output.directory or str(Path("runs") / path.stem)
+    return config.model_copy(update={"output": config.output.model_copy(update={"directory": directory})})

@@ -35,7 +35,7 @@ _MESSAGES = {
         "(jax.config.update('jax_enable_x64', True)), or raise epsilon or tol"
     ),
     Status.NOT_FINITE: (
-        "a value was not finite: raise ridge, lower the learning rate, or check the start for singular covariances"
+        "a value was not finite: raise ridge, lower the learning rate or step size, or check the start for singular covariances"
     ),
     Status.PLAN_NOT_CONVERGED: (
         "a transport plan missed its marginals during the fit (history.marginal_error): raise epsilon, or use float64"

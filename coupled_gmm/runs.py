@@ -1,36 +1,47 @@
-"""A run folder: what a fit leaves on disk, and the tables that sum it up."""
+"""A run folder: what a job leaves on disk."""
 
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import polars as pl
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from coupled_gmm import io
-from coupled_gmm.config import ConfigError, FitConfig, dump_config
+from coupled_gmm.barycenter import BarycenterFit
+from coupled_gmm.config import BarycenterConfig, FitConfig, FlowConfig
 from coupled_gmm.fit import PairFit
+from coupled_gmm.flow import FlowFit
+from coupled_gmm.mixture import GaussianMixture
+from coupled_gmm.sections import ConfigError, dump
 
 FIT = "fit.npz"
+Run = PairFit | BarycenterFit | FlowFit
 _COLUMNS = ("q0", "q1", "transport", "objective", "penalized_log_likelihood", "marginal_error")
 _RGB = ("red", "green", "blue")
-_LARGEST_MATRIX = 12  # columns that a terminal has room for; larger plans are listed
 
 
-def write(folder: Path, config: FitConfig, fit: PairFit, clouds: tuple[Any, Any]) -> None:
-    """Everything about a run: fit.npz, history.csv, plan.csv, config.toml, and the pictures if they are wanted."""
+def write(folder: Path, config: FitConfig | BarycenterConfig | FlowConfig, fit: Run, given: Any) -> None:
+    """Everything about a run: fit.npz, history.csv, tables of the plan or mixture, config.toml, pictures if wanted.
+
+    Args:
+      folder: exists.
+      config: as run.
+      fit: what came out.
+      given: of a coupled fit both clouds, of a barycenter or flow the mixtures that pulled; those are kept as well.
+    """
     io.save(folder / FIT, fit)
-    (folder / "config.toml").write_text(dump_config(config), encoding="utf-8")
-    _history(fit).write_csv(folder / "history.csv")
-    _plan(fit).write_csv(folder / "plan.csv")
+    (folder / "config.toml").write_text(dump(config), encoding="utf-8")
+    for name, table in _tables(fit).items():
+        table.write_csv(folder / name)
+    if not isinstance(fit, PairFit):
+        io.save(folder / "given.npz", given)
     if config.output.pictures and _finite(fit):
-        _draw(folder, config, fit, clouds)
+        _draw(folder, config, fit, given)
 
 
-def read(folder: str | PathLike[str]) -> PairFit:
+def read(folder: str | PathLike[str]) -> Run:
     """The fit in a run folder.
 
     Raises:
@@ -38,20 +49,37 @@ def read(folder: str | PathLike[str]) -> PairFit:
     """
     path = Path(folder) / FIT
     if not path.exists():
-        raise ConfigError(f"{folder}: no run folder (there is no {FIT} in it); give one that `coupled-gmm fit` wrote")
+        raise ConfigError(f"{folder}: no run folder (there is no {FIT} in it); give one that `coupled-gmm` wrote")
     try:
         fit = io.load(path)
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
-    if not isinstance(fit, PairFit):
-        raise ConfigError(f"{path}: holds a {type(fit).__name__}, no coupled fit; name the folder of a run")
+    if not isinstance(fit, Run):
+        raise ConfigError(f"{path}: holds a {type(fit).__name__}, no run's result; name the folder of a run")
     return fit
 
 
-def _history(fit: PairFit) -> pl.DataFrame:
-    steps = int(fit.n_steps)
-    columns = {name: np.asarray(getattr(fit.history, name))[:steps] for name in _COLUMNS}
-    return pl.DataFrame({"step": np.arange(len(columns["q0"])), **columns})
+def _tables(fit: Run) -> dict[str, pl.DataFrame]:
+    match fit:
+        case PairFit():
+            columns = {name: np.asarray(getattr(fit.history, name))[: int(fit.n_steps)] for name in _COLUMNS}
+            rest = {"plan.csv": _plan(fit)}
+        case BarycenterFit():
+            columns, rest = {"objective": _objectives(fit)}, {"mixture.csv": _components(fit.gmm)}
+        case FlowFit():
+            columns, rest = {"loss": _losses(fit)}, {"mixture.csv": _components(fit.gmm)}
+    steps = np.arange(len(next(iter(columns.values()))))
+    return {"history.csv": pl.DataFrame({"step": steps, **columns}), **rest}
+
+
+def _objectives(fit: BarycenterFit) -> np.ndarray:
+    """At the start and after each step."""
+    return np.asarray(fit.history.objective)[: int(fit.n_steps) + 1]
+
+
+def _losses(fit: FlowFit) -> np.ndarray:
+    """Before each step and, which the history does not hold, at the end."""
+    return np.append(np.asarray(fit.history.loss), np.asarray(fit.loss))
 
 
 def _plan(fit: PairFit) -> pl.DataFrame:
@@ -60,13 +88,48 @@ def _plan(fit: PairFit) -> pl.DataFrame:
     return pl.DataFrame({"from": np.arange(len(matrix)), **{f"to_{k}": column for k, column in enumerate(matrix.T)}})
 
 
-def _finite(fit: PairFit) -> bool:
-    gmms = (fit.pair.gmm0, fit.pair.gmm1)
-    return all(np.isfinite(leaf).all() for gmm in gmms for leaf in (gmm.means, gmm.covariances, gmm.weights))
+def _components(gmm: GaussianMixture) -> pl.DataFrame:
+    """A row a component: its weight, mean, and the lower triangle of its covariance, which is symmetric."""
+    means, covariances = np.asarray(gmm.means), np.asarray(gmm.covariances)
+    columns = {f"mean_{i}": column for i, column in enumerate(means.T)}
+    columns |= {f"covariance_{i}_{j}": covariances[:, i, j] for i in range(gmm.n_features) for j in range(i + 1)}
+    return pl.DataFrame({"component": np.arange(len(means)), "weight": np.asarray(gmm.weights), **columns})
 
 
-def _draw(folder: Path, config: FitConfig, fit: PairFit, clouds: tuple[Any, Any]) -> None:
-    from coupled_gmm import plot  # matplotlib is slow to import, and only needed here
+def _finite(fit: Run) -> bool:
+    match fit:
+        case PairFit():
+            drawn = fit.pair.gmm0, fit.pair.gmm1
+        case BarycenterFit():
+            drawn = fit.gmm, _objectives(fit)
+        case FlowFit():
+            drawn = fit.path, _losses(fit)
+    return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(drawn))
+
+
+def _draw(folder: Path, config: Any, fit: Run, given: Any) -> None:
+    from coupled_gmm import plot_flow  # matplotlib is slow to import, and only needed here
+
+    match fit:
+        case PairFit():
+            figures = _pair_figures(config, fit, given)
+        case BarycenterFit():
+            objectives = _objectives(fit)
+            title = f"Objective on the way to the barycenter, {float(fit.objective):.6f} at the end"
+            above = plot_flow.plot_loss(objectives - objectives.min(), title=title, ylabel="above the least")
+            figures = {"barycenter.png": plot_flow.plot_barycenter(fit.gmm, given), "objective.png": above}
+        case FlowFit():
+            figures = {
+                "flow.png": plot_flow.plot_flow(fit, given),
+                "loss.png": plot_flow.plot_loss(_losses(fit), title="Flow", ylabel="loss"),
+            }
+            plot_flow.save_animation(folder / "flow.gif", fit, given)
+    for name, figure in figures.items():
+        figure.savefig(folder / name, dpi=120)
+
+
+def _pair_figures(config: FitConfig, fit: PairFit, clouds: tuple[Any, Any]) -> dict[str, Any]:
+    from coupled_gmm import plot
 
     photographs = config.data.source == "photographs"
     names = _RGB if photographs else config.data.columns
@@ -82,75 +145,4 @@ def _draw(folder: Path, config: FitConfig, fit: PairFit, clouds: tuple[Any, Any]
     }
     if photographs:
         figures["colors.png"] = plot.plot_clouds(fit, *clouds, point_colors="own", **options)
-    for name, figure in figures.items():
-        figure.savefig(folder / name, dpi=120)
-
-
-def print_summary(console: Console, fit: PairFit) -> None:
-    """Masses, mass transfer and costs of a fitted pair, and its components' reweighting where it is unbalanced."""
-    for title, table in (_masses(fit), _transfer(fit), _costs(fit)):
-        console.print(title, style="bold", markup=False)  # rich would squeeze a table's own title to its width
-        console.print(table)
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
-    return table
-
-
-def _masses(fit: PairFit) -> tuple[str, Table]:
-    pair = fit.pair
-    columns = {"mass in 0": pair.gmm0.weights, "mass in 1": pair.gmm1.weights}
-    if not pair.balanced:
-        outflow, inflow = fit.plan.reweighting()
-        columns |= {"outflow / mass in 0": outflow, "inflow / mass in 1": inflow}
-    table = _table("component", *columns)
-    for k in range(max(pair.gmm0.n_components, pair.gmm1.n_components)):
-        table.add_row(str(k), *(f"{float(values[k]):.4f}" if k < len(values) else "" for values in columns.values()))
-    return "Components of mixtures 0 and 1", table
-
-
-def _transfer(fit: PairFit) -> tuple[str, Table]:
-    matrix = np.asarray(fit.plan.matrix, np.float64)
-    if max(matrix.shape) > _LARGEST_MATRIX:
-        return _largest_transfers(matrix)
-    columns = [*(f"to {k}" for k in range(matrix.shape[1])), "outflow"]
-    table = _table("", *columns)
-    for k, row in enumerate(matrix):
-        table.add_row(f"from {k}", *(_mass(mass) for mass in row), f"{row.sum():.4f}")
-    table.add_section()
-    table.add_row("inflow", *(f"{mass:.4f}" for mass in matrix.sum(0)), f"{matrix.sum():.4f}")
-    return "Mass transfer, from mixture 0 to mixture 1", table
-
-
-def _largest_transfers(matrix: np.ndarray, count: int = 20) -> tuple[str, Table]:
-    table = _table("from", "to", "mass")
-    for index in np.argsort(-matrix, axis=None)[:count].tolist():
-        k, m = divmod(index, matrix.shape[1])
-        table.add_row(str(k), str(m), _mass(float(matrix[k, m])))
-    return f"Mass transfer, the {count} largest of {matrix.size} (all are in plan.csv)", table
-
-
-def _mass(mass: float) -> str:
-    """A mass to four digits; what rounds to nothing is a dot, so that the transfers stand out."""
-    return "." if abs(mass) < 5e-5 else f"{mass:.4f}"
-
-
-def _costs(fit: PairFit) -> tuple[str, Table]:
-    plan, pair = fit.plan, fit.pair
-    rows = {
-        "epsilon": f"{float(pair.epsilon):.6g}",
-        "rho": "infinite (balanced)" if pair.balanced else f"{float(pair.rho):.6g}",
-        "total mass F": f"{float(plan.total_mass):.6f}",
-        "transport cost <P, C>": f"{float(plan.transport_cost):.6f}",
-        "regularised cost": f"{float(plan.regularized_cost):.6f}",
-        "marginal error": f"{float(plan.marginal_error):.1e}",
-        "penalised log-likelihood": f"{float(fit.penalized_log_likelihood):.6f}",
-        "EM steps": str(int(fit.n_steps)),
-    }
-    table = _table("quantity", "value")
-    for name, value in rows.items():
-        table.add_row(name, value)
-    return "Costs", table
+    return figures

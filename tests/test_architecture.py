@@ -27,10 +27,11 @@ FLOORS = [
     {"report"},
     {"coupled"},
     {"em", "fit"},
-    {"io", "clouds", "interop"},
+    {"io", "clouds", "interop", "sections"},
     {"__init__"},
     {"config", "plot", "progress"},
-    {"runs"},
+    {"plot_flow"},
+    {"runs", "tables", "mixtures"},
     {"cli"},
 ]
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}

@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,9 +13,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import coupled_gmm as cg
-from coupled_gmm import runs
+from coupled_gmm import tables
 from coupled_gmm.cli import app
-from coupled_gmm.config import load_config
+from coupled_gmm.config import FitConfig, load_config
 from coupled_gmm.io import load, save
 from coupled_gmm.progress import ProgressBar, table_header, table_row
 
@@ -108,7 +109,7 @@ def test_show_prints_the_same_tables(run):
 
 
 def test_the_configuration_as_run_runs_again(run):
-    config = load_config(run.out / "config.toml")
+    config = load_config(run.out / "config.toml", FitConfig)
     assert config.data.cloud0 == str(run.folder / "a.csv")
     assert config.fit.epsilon == pytest.approx(float(load(run.out / "fit.npz").pair.epsilon))
     again = call("fit", run.out / "config.toml", "--out", run.folder / "again")
@@ -181,7 +182,7 @@ def test_show_refuses_what_is_no_run(tmp_path):
     assert (result.exit_code, result.stderr[: len(str(tmp_path)) + 15]) == (2, f"{tmp_path}: no run folder")
     save(tmp_path / "fit.npz", np.zeros(3))
     result = call("show", tmp_path)
-    assert result.exit_code == 2 and "holds a ndarray, no coupled fit" in result.stderr
+    assert result.exit_code == 2 and "holds a ndarray, no run's result" in result.stderr
     (tmp_path / "fit.npz").write_bytes(b"broken")
     result = call("show", tmp_path)
     assert result.exit_code == 2 and "or a damaged one" in result.stderr
@@ -192,6 +193,206 @@ def test_a_missing_configuration_in_a_real_process(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stderr == f"{tmp_path}/absent.toml: no such file; check the name and the folder\n"
+
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+BARYCENTER = """
+[[mixtures]]
+file = "two.npz"
+[[mixtures]]
+means = [[3.0, 0.0], [3.0, 2.0], [5.0, 1.0]]
+covariances = [[[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.3], [0.3, 1.0]], [[0.5, 0.0], [0.0, 2.0]]]
+weights = [0.5, 0.25, 0.25]
+coefficient = 3
+[start]
+n_components = 2
+n_init = 4
+"""
+FLOW = """
+[source]
+file = "two.npz"
+[[targets]]
+means = [[3.0, 0.0]]
+covariances = [[[1.0, 0.3], [0.3, 1.0]]]
+weights = [1.0]
+[flow]
+steps = 20
+step_size = 0.5
+"""
+
+
+def make_mixtures(folder):
+    """Files of mixtures, and of what is none."""
+    two = cg.GaussianMixture.from_moments([[0.0, 0.0], [0.0, 2.0]], np.tile(np.eye(2), (2, 1, 1)), [0.4, 0.6])
+    save(folder / "two.npz", two)
+    save(folder / "three_features.npz", cg.GaussianMixture.from_moments(np.zeros((1, 3)), np.eye(3)[None], [1.0]))
+    save(folder / "array.npz", np.zeros(3))
+    (folder / "broken.npz").write_bytes(b"broken")
+    (folder / "b.toml").write_text(BARYCENTER)
+    (folder / "f.toml").write_text(FLOW)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def moved(tmp_path_factory):
+    """The barycenter and the flow of small mixtures, run."""
+    folder = make_mixtures(tmp_path_factory.mktemp("moved"))
+    results = {job: call(job, folder / f"{job[0]}.toml", "--out", folder / job) for job in ("barycenter", "flow")}
+    return SimpleNamespace(folder=folder, **results)
+
+
+def test_a_barycenter_leaves_its_folder(moved):
+    assert moved.barycenter.exit_code == 0, moved.barycenter.output
+    out = moved.folder / "barycenter"
+    names = ["barycenter.png", "config.toml", "fit.npz", "given.npz", "history.csv", "mixture.csv", "objective.png"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    fit, gmms = load(out / "fit.npz"), load(out / "given.npz")
+    distances = [float(cg.mw2_squared(fit.gmm, gmm)) for gmm in gmms]
+    assert float(fit.objective) == pytest.approx((distances[0] + 3 * distances[1]) / 4, rel=1e-5)
+    assert pl.read_csv(out / "history.csv")["objective"][-1] == pytest.approx(float(fit.objective))
+    table = pl.read_csv(out / "mixture.csv")
+    np.testing.assert_allclose(table["mean_1"], fit.gmm.means[:, 1], rtol=1e-6)
+    np.testing.assert_allclose(table["covariance_1_0"], fit.gmm.covariances[:, 0, 1], rtol=1e-5)
+    text = moved.barycenter.stdout
+    for number in (*np.ravel(fit.gmm.means), *fit.gmm.weights):
+        assert f"{float(number):.4f}" in text
+    for words in ("2 and 3 components of 2 features, float32", "best of 4 starts", f"{float(fit.objective):.6f}"):
+        assert words in text
+
+
+def test_a_flow_leaves_its_folder(moved):
+    assert moved.flow.exit_code == 0, moved.flow.output
+    out = moved.folder / "flow"
+    names = ["config.toml", "fit.npz", "flow.gif", "flow.png", "given.npz", "history.csv", "loss.png", "mixture.csv"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    fit, (target,) = load(out / "fit.npz"), load(out / "given.npz")
+    losses = pl.read_csv(out / "history.csv")["loss"].to_numpy()
+    assert len(losses) == 21 and (np.diff(losses) <= 1e-5).all()
+    for value, gmm in ((losses[0], load(moved.folder / "two.npz")), (losses[-1], fit.gmm)):
+        assert value == pytest.approx(float(cg.mw2_squared(gmm, target)), abs=1e-5)
+    assert f"{losses[0]:.5g}" in moved.flow.stdout and "all steps were done" in moved.flow.stdout
+
+
+@pytest.mark.parametrize("job", ["barycenter", "flow"])
+def test_show_prints_what_such_a_run_did(moved, job):
+    shown, text = call("show", moved.folder / job), getattr(moved, job).stdout
+    assert shown.exit_code == 0 and "Descent" in shown.stdout
+    assert (
+        shown.stdout.splitlines()[:-1] == text[: text.index("run folder")].splitlines()[-shown.stdout.count("\n") + 1 :]
+    )
+
+
+@pytest.mark.parametrize("job", ["barycenter", "flow"])
+def test_such_a_configuration_as_run_runs_again(moved, job):
+    config = moved.folder / job / "config.toml"
+    config.write_text(config.read_text().replace("pictures = true", "pictures = false"))
+    again = call(job, config, "--out", moved.folder / f"{job}_again")
+    assert again.exit_code == 0, again.output
+    one, other = (load(moved.folder / name / "fit.npz").gmm for name in (job, f"{job}_again"))
+    np.testing.assert_array_equal(one.means, other.means)
+    assert not list((moved.folder / f"{job}_again").glob("*.png"))
+
+
+@pytest.mark.parametrize(("projection", "least"), [("joint", 8.744928), ("euclidean", 8.740154)])
+def test_the_example_of_a_barycenter(tmp_path, projection, least):
+    text = (CONFIGS / "barycenter.toml").read_text().replace('"joint"', f'"{projection}"')
+    (tmp_path / "c.toml").write_text(text.replace("pictures = true", "pictures = false"))
+    result = call("barycenter", tmp_path / "c.toml", "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert float(load(tmp_path / "out" / "fit.npz").objective) == pytest.approx(least, abs=2e-6)
+    assert "converged" in result.stdout
+
+
+def test_the_example_of_a_flow(tmp_path):
+    text = (CONFIGS / "flow.toml").read_text()
+    (tmp_path / "c.toml").write_text(text.replace("pictures = true", "pictures = false"))
+    result = call("flow", tmp_path / "c.toml", "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    losses = load(tmp_path / "out" / "fit.npz").history.loss
+    theirs = {0: 5.271783, 10: 2.179550, 50: 0.073408, 99: 0.019405}  # POT's, of the same start
+    np.testing.assert_allclose([losses[step] for step in theirs], list(theirs.values()), atol=1e-4)
+
+
+def test_a_flow_from_the_fit_of_another_run_with_entropic_plans_in_double_precision(moved):
+    text = FLOW.replace("two.npz", "barycenter/fit.npz").replace("steps = 20", "steps = 2")
+    (moved.folder / "c.toml").write_text(
+        f'{text}method = "entropic"\nprecision = "float64"\n[output]\npictures = false\n'
+    )
+    result = call("flow", moved.folder / "c.toml", "--out", moved.folder / "entropic")
+    assert result.exit_code == 0, result.output
+    assert "2 components of 2 features, float64" in result.stdout
+    shown = call("show", moved.folder / "entropic").stdout
+    assert shown.splitlines()[:-1] == result.stdout[: result.stdout.index("run folder")].splitlines()[2:]
+
+
+def test_a_descent_that_does_not_converge_is_status_1(tmp_path):
+    make_mixtures(tmp_path)
+    more = "[barycenter]\nmax_steps = 1\n[output]\npictures = false\n"
+    (tmp_path / "c.toml").write_text(BARYCENTER + more)
+    result = call("barycenter", tmp_path / "c.toml", "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("the barycenter failed: the steps ran out before the tolerance was met")
+    assert (tmp_path / "out" / "fit.npz").exists()
+
+
+def test_a_flow_that_breaks_down_is_status_1_and_leaves_what_it_has(tmp_path):
+    text = (CONFIGS / "flow.toml").read_text()
+    (tmp_path / "c.toml").write_text(text.replace("step_size = 0.03", "step_size = 1e30"))
+    result = call("flow", tmp_path / "c.toml", "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("the flow failed: a value was not finite")
+    assert (tmp_path / "out" / "fit.npz").exists() and not list((tmp_path / "out").glob("*.png"))
+    assert "nan" in call("show", tmp_path / "out").stdout
+
+
+@pytest.mark.parametrize(
+    ("job", "old", "new", "line"),
+    [
+        ("barycenter", "two.npz", "absent.npz", "mixtures.0.file: {folder}/absent.npz: no such file"),
+        ("barycenter", "two.npz", "array.npz", "mixtures.0.file: {folder}/array.npz: holds a ndarray; save a Gaussian"),
+        ("barycenter", "two.npz", "broken.npz", "mixtures.0.file: {folder}/broken.npz: not a file that"),
+        ("barycenter", "two.npz", "three_features.npz", "mixtures.1: has 2 features and mixtures.0 has 3; give"),
+        ("barycenter", "0.25, 0.25]", "0.25]", "mixtures.1.weights: expected shape (3,), got (2,)"),
+        ("barycenter", "0.25, 0.25]", "0.25, 0.5]", "mixtures.1.weights: must sum to 1 within 1e-3, got 1.25"),
+        ("barycenter", "[3.0, 2.0]", "[3.0]", "mixtures.1.means: expected an array of shape (K, d), got rows of un"),
+        ("barycenter", "[3.0, 2.0]", "[3.0, nan]", "mixtures.1.means: 1 of 6 values are NaN or infinite"),
+        ("barycenter", "0.3, 1.0", "0.3, -1.0", "mixtures.1.covariances: component 1 is indefinite"),
+        ("barycenter", "n_components = 2", "n_components = 6", "start.n_components: 6 are more than the mixtures' 5"),
+        (
+            "barycenter",
+            "[start]\nn_components = 2\nn_init = 4",
+            '[[start.mixtures]]\nfile = "two.npz"\n[[start.mixtures]]\nfile = "three_features.npz"',
+            "start.mixtures.1: has 3 features and start.mixtures.0 has 2",
+        ),
+        (
+            "barycenter",
+            "[start]\nn_components = 2\nn_init = 4",
+            '[[start.mixtures]]\nfile = "three_features.npz"',
+            "start.mixtures.0: has 3 features, and the mixtures have 2",
+        ),
+        (
+            "barycenter",
+            "n_init = 4",
+            'n_init = 4\n[barycenter]\nmethod = "entropic"\nlearn_weights = true',
+            "barycenter.learn_weights: needs exact plans",
+        ),
+        ("barycenter", "[start]", "[begin]", "start: missing; add a section [start]"),
+        ("flow", "two.npz", "three_features.npz", "source: has 3 features, and the target has 2"),
+        ("flow", "two.npz", "absent.npz", "source.file: {folder}/absent.npz: no such file"),
+        ("flow", "step_size = 0.5", "step_size = 1.5", "flow.step_size: must be above 0 and at most 1, got 1.5"),
+        ("flow", "[[1.0, 0.3]", "[[1.0, 0.2]", "targets.0.covariances: component 0 is not symmetric"),
+        ("flow", "[source]", "[fit]", "source: missing; add a section [source]"),
+    ],
+)
+def test_bad_mixtures_are_one_line_and_status_2(tmp_path, job, old, new, line):
+    make_mixtures(tmp_path)
+    text = {"barycenter": BARYCENTER, "flow": FLOW}[job]
+    assert old in text
+    (tmp_path / "c.toml").write_text(text.replace(old, new, 1))
+    result = call(job, tmp_path / "c.toml", "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"{tmp_path}/c.toml: {line.format(folder=tmp_path)}"), result.stderr
+    assert len(result.stderr.splitlines()) == (2 if old in ("[start]", "[source]") else 1)
 
 
 ROW = {
@@ -224,7 +425,7 @@ def test_large_plans_are_listed_by_their_largest_transfers():
     pair = cg.GaussianMixturePair(gmm, gmm, 0.01)
     fit = SimpleNamespace(pair=pair, plan=cg.solve_plan(pair), penalized_log_likelihood=0.0, n_steps=1)
     console = Console(file=io.StringIO(), width=80)
-    runs.print_summary(console, fit)
+    tables.print_summary(console, fit)
     text = console.file.getvalue()
     assert "the 20 largest of 400 (all are in plan.csv)" in text
     assert f"{float(fit.plan.matrix.max()):.4f}" in text

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from coupled_gmm.config import ConfigError, dump_config, load_config
+from coupled_gmm.config import JOBS, BarycenterConfig, FitConfig, FlowConfig, load_config
+from coupled_gmm.sections import ConfigError, dump
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
 GOOD = """
@@ -18,16 +19,44 @@ transport_weight = 0.01
 """
 
 
-def load(tmp_path, text):
+MIXTURES = """
+[[mixtures]]
+example = "left"
+[[mixtures]]
+file = "b.npz"
+coefficient = 2
+[[mixtures]]
+means = [[0.0, 1.0]]
+covariances = [[[1.0, 0.0], [0.0, 1.0]]]
+weights = [1.0]
+"""
+BARYCENTER = f"""{MIXTURES}
+[start]
+n_components = 3
+[barycenter]
+tol = 1e-6
+"""
+FLOW = """
+[source]
+file = "a.npz"
+[[targets]]
+example = "top"
+[flow]
+steps = 5
+"""
+
+
+def load(tmp_path, text, job=FitConfig):
     path = tmp_path / "c.toml"
     path.write_text(text)
-    return load_config(path)
+    return load_config(path, job)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configurations_survive_a_round_trip(path, tmp_path):
-    config = load_config(path)
-    assert load(tmp_path, dump_config(config)) == config
+    job = next(job for job in JOBS if job.command in tomllib.loads(path.read_text()))
+    config = load_config(path, job)
+    assert load(tmp_path, dump(config), job) == config
 
 
 def test_defaults_are_filled_in(tmp_path):
@@ -35,7 +64,7 @@ def test_defaults_are_filled_in(tmp_path):
     assert (config.data.n, config.data.seed) == (10_000, 0)
     assert config.output.directory == "runs/c"
     assert (config.fit.em_steps, config.fit.m_steps, config.fit.tol) == (30, 20, 0)
-    assert tomllib.loads(dump_config(config))["fit"]["transport_weight"] == 0.01
+    assert tomllib.loads(dump(config))["fit"]["transport_weight"] == 0.01
 
 
 def test_data_is_found_from_the_configuration(tmp_path):
@@ -45,6 +74,21 @@ def test_data_is_found_from_the_configuration(tmp_path):
     data = load(tmp_path, text).data
     assert (data.cloud0, data.cloud1) == (str(tmp_path / "a.csv"), "/b.npy")
     assert (data.weights0, data.weights1) == ("w", str(tmp_path / "w.npy"))
+
+
+def test_mixtures_are_found_from_the_configuration_and_starts_have_defaults(tmp_path):
+    config = load(tmp_path, BARYCENTER, BarycenterConfig)
+    assert [member.coefficient for member in config.mixtures] == [1, 2, 1]
+    assert config.mixtures[1].file == str(tmp_path / "b.npz")
+    assert (config.start.seed, config.start.n_init) == (0, 10)
+    assert (config.barycenter.projection, config.output.directory) == ("joint", "runs/c")
+    assert load(tmp_path, dump(config), BarycenterConfig) == config
+    given = BARYCENTER.replace("[start]\nn_components = 3", '[[start.mixtures]]\nexample = "middle"')
+    start = load(tmp_path, given, BarycenterConfig).start
+    assert (start.seed, start.n_init, len(start.mixtures)) == (None, None, 1)
+    config = load(tmp_path, FLOW, FlowConfig)
+    assert (config.source.file, config.flow.optimizer) == (str(tmp_path / "a.npz"), "geometric")
+    assert load(tmp_path, dump(config), FlowConfig) == config
 
 
 FILES = 'cloud0 = "a.csv"\ncloud1 = "b.csv"'
@@ -97,10 +141,94 @@ FILES = 'cloud0 = "a.csv"\ncloud1 = "b.csv"'
     ],
 )
 def test_each_mistake_is_a_line_with_its_key(tmp_path, old, new, line):
-    assert old in GOOD
+    assert_refused(tmp_path, GOOD, old, new, line, FitConfig)
+
+
+def assert_refused(tmp_path, good, old, new, line, job):
+    assert old in good
     with pytest.raises(ConfigError) as refusal:
-        load(tmp_path, GOOD.replace(old, new, 1))
+        load(tmp_path, good.replace(old, new, 1), job)
     assert any(found.startswith(f"{tmp_path / 'c.toml'}: {line}") for found in str(refusal.value).splitlines())
+
+
+MIXTURE_KEYS = "file, example, means, covariances, weights"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        ("[start]", "[starts]", "starts: unknown key; did you mean 'start'? the sections are mixtures, start, bary"),
+        ('example = "left"', "", "mixtures.0.file: missing; name a file, or an example, or give means, covariances"),
+        ('"b.npz"', '"b.npz"\nexample = "left"', "mixtures.1.example: the mixture has file already; keep one of them"),
+        ('"b.npz"', '"b.npz"\nweights = [1.0]', "mixtures.1.weights: the mixture has file already; keep one"),
+        ("weights = [1.0]", "", "mixtures.2.weights: missing; a mixture by its moments has means, covariances and w"),
+        ("[[0.0, 1.0]]", '[[0.0, "x"]]', "mixtures.2.means.0.1: must be a valid number, got 'x'"),
+        ("[[0.0, 1.0]]", "[0.0, 1.0]", "mixtures.2.means.0: must be a valid list, got 0.0"),
+        ('"left"', '"up"', "mixtures.0.example: must be 'left', 'right', 'top' or 'middle', got 'up'"),
+        (
+            "coefficient",
+            "coeficient",
+            f"mixtures.1.coeficient: unknown key; did you mean 'coefficient'? [[mixtures]] has {MIXTURE_KEYS}, coeff",
+        ),
+        ("= 2", "= -1", "mixtures.1.coefficient: must be greater than or equal to 0, got -1"),
+        (
+            MIXTURES,
+            '[mixtures]\nexample = "left"\n',
+            "mixtures: must be a list of sections; write [[mixtures]], with two brackets, for each",
+        ),
+        (MIXTURES, "mixtures = []\n", "mixtures: must have at least 1 item"),
+        (MIXTURES, "mixtures = [3]\n", "mixtures.0: must be a section [[mixtures]],"),
+        (MIXTURES, "", "mixtures: missing; add a section [[mixtures]]"),
+        (
+            MIXTURES,
+            '[[mixtures]]\nexample = "left"\ncoefficient = 0\n',
+            "mixtures: all coefficients are zero; at least one must be positive",
+        ),
+        ("n_components = 3", "", "start.n_components: missing; say how many to draw, or give [[start.mixtures]]"),
+        (
+            "n_components = 3",
+            'n_init = 3\n[[start.mixtures]]\nexample = "middle"',
+            "start.n_init: is for starts that are drawn; remove it, or remove [[start.mixtures]]",
+        ),
+        (
+            "[start]\nn_components = 3",
+            '[[start.mixtures]]\nexample = "middle"\ncoefficient = 1',
+            f"start.mixtures.0.coefficient: unknown key; [[start.mixtures]] has {MIXTURE_KEYS}",
+        ),
+        ("tol = 1e-6", 'projection = "two"', "barycenter.projection: must be 'joint', 'bures' or 'euclidean', got"),
+        ("tol = 1e-6", "epsilon = 1.0", "barycenter.epsilon: exact plans have none; remove it, or set method = 'ent"),
+        ("tol = 1e-6", "[output]\nmax_points_drawn = 3", "output.max_points_drawn: unknown key; [output] has direc"),
+    ],
+)
+def test_mistakes_of_a_barycenter(tmp_path, old, new, line):
+    assert_refused(tmp_path, BARYCENTER, old, new, line, BarycenterConfig)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        ('[source]\nfile = "a.npz"', "", "source: missing; add a section [source]"),
+        ('file = "a.npz"', 'file = "a.npz"\ncoefficient = 1', "source.coefficient: unknown key; [source] has file, ex"),
+        ('file = "a.npz"', "file = 3", "source.file: must be a valid string, got 3"),
+        ("steps = 5", "steps = 0", "flow.steps: must be greater than or equal to 1, got 0"),
+        ("steps = 5", "step_size = 0", "flow.step_size: must be greater than 0, got 0"),
+        (
+            "steps = 5",
+            "mean_rate = 2.0",
+            "flow.mean_rate: geometric steps have none; remove it, or set optimizer = 'ad",
+        ),
+        ("steps = 5", "epsilon = 0.1", "flow.epsilon: exact plans have none; remove it"),
+        ("steps = 5", 'optimizer = "sgd"', "flow.optimizer: must be 'geometric' or 'adam', got 'sgd'"),
+    ],
+)
+def test_mistakes_of_a_flow(tmp_path, old, new, line):
+    assert_refused(tmp_path, FLOW, old, new, line, FlowConfig)
+
+
+@pytest.mark.parametrize(("text", "job"), [(GOOD, FlowConfig), (FLOW, BarycenterConfig), (BARYCENTER, FitConfig)])
+def test_a_configuration_of_another_job_says_which_to_run(tmp_path, text, job):
+    with pytest.raises(ConfigError, match=rf"c\.toml: (\w+): is not for `coupled-gmm {job.command}`; run .*\1`$"):
+        load(tmp_path, text, job)
 
 
 def test_all_mistakes_come_at_once(tmp_path):
@@ -111,9 +239,9 @@ def test_all_mistakes_come_at_once(tmp_path):
 
 def test_missing_and_unreadable_files(tmp_path):
     with pytest.raises(ConfigError, match=r"absent\.toml: no such file; check the name and the folder"):
-        load_config(tmp_path / "absent.toml")
+        load_config(tmp_path / "absent.toml", FitConfig)
     with pytest.raises(ConfigError, match="can't be read"):
-        load_config(tmp_path)
+        load_config(tmp_path, FitConfig)
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match=r"binary\.toml: can't be read"):
-        load_config(tmp_path / "binary.toml")
+        load_config(tmp_path / "binary.toml", FitConfig)
