@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from coupled_gmm import bures, checks, matrices, star
+from coupled_gmm.host import on_host
 from coupled_gmm.mixture import GaussianMixture, padded
 from coupled_gmm.result import Outcome, Status
 from coupled_gmm.star import Free, Plans, Star
@@ -87,14 +88,14 @@ def barycenter(
     starts = _check_starts(init, gmms[0].n_features)
     if learn_weights and method != "exact":
         raise ValueError("learn_weights: needs exact plans; drop method='entropic', or keep the weights")
-    tol = checks.scalar("tol", tol, at_least=0, batched=True)
+    tol = checks.scalar("tol", tol, at_least=0)
     settings = _Settings(method, projection, bool(learn_weights), checks.integer("max_steps", max_steps, 1))
     return _barycenter(gmms, starts, coefficients, epsilon, tol, settings)
 
 
 def reduced(gmm: GaussianMixture, starts: GaussianMixture, max_steps: int, tol: Any) -> BarycenterFit:
     """The barycenter of one mixture, its weights learnt, from stacked starts."""
-    tol = checks.scalar("tol", tol, at_least=0, batched=True)
+    tol = checks.scalar("tol", tol, at_least=0)
     settings = _Settings("exact", "joint", True, checks.integer("max_steps", max_steps, 1))
     return _barycenter([gmm], starts, jnp.ones(1, gmm.dtype), None, tol, settings)
 
@@ -229,19 +230,20 @@ def _best_weights(fixed: Star, cost: Float[Array, "B n K"], allowed: Bool[Array,
     if len(cost) == 1:  # each component of the one mixture goes to the nearest
         nearest = jnp.argmin(jnp.where(allowed[:, None], cost[0], jnp.inf), axis=0)
         return jax.ops.segment_sum(fixed.weights[0], nearest, len(allowed))
-    shape = jax.ShapeDtypeStruct(allowed.shape, cost.dtype)
-    arguments = cost, fixed.weights, fixed.coefficients, allowed
-    return jax.pure_callback(_linear_programme, shape, *arguments, vmap_method="sequential")
+    arguments = cost, fixed.weights, fixed.coefficients, allowed.astype(cost.dtype)
+    (weights,) = on_host(_linear_programme, [allowed.shape], *arguments)
+    return weights
 
 
-def _linear_programme(*arguments: Any) -> np.ndarray:
+def _linear_programme(
+    cost: np.ndarray, masses: np.ndarray, coefficients: np.ndarray, allowed: np.ndarray
+) -> list[np.ndarray]:
     """Least sum of lambda_b <P_b, C_b> over plans P_b with columns' sums b_b and rows' sums w, and over w."""
     from scipy import sparse
     from scipy.optimize import linprog
 
-    cost, masses, coefficients, allowed = (np.asarray(argument) for argument in arguments)
     b, n, k = cost.shape
-    masses = masses.astype(np.float64) / masses.sum(1, dtype=np.float64, keepdims=True)
+    masses = masses / masses.sum(1, keepdims=True)
     row_sums = sparse.kron(sparse.identity(b * n), np.ones((1, k)))
     column_sums = sparse.kron(sparse.identity(b), sparse.kron(np.ones((1, n)), sparse.identity(k)))
     weights = sparse.vstack([-sparse.identity(n)] * b + [sparse.csr_matrix((b * k, n))])
@@ -253,6 +255,6 @@ def _linear_programme(*arguments: Any) -> np.ndarray:
         method="highs",
     )
     if found.x is None:
-        return np.full(n, np.nan, cost.dtype)
+        return [np.full(n, np.nan)]
     best = np.maximum(found.x[-n:], 0)
-    return (best / best.sum()).astype(cost.dtype)
+    return [best / best.sum()]

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from coupled_gmm.host import on_host
 from coupled_gmm.tree import pytree
 
 _TOLERANCE = 16  # reduced costs above minus so many rounding units of the largest cost count as zero
@@ -116,32 +117,21 @@ def solve(
 def solve_on_host(
     cost: Float[Array, "K0 K1"], a: Float[Array, " K0"], b: Float[Array, " K1"], max_iterations: int
 ) -> Vertex:
-    """The same from POT's network simplex, in float64, through a callback.
+    """The same from POT's network simplex, in float64, through a callback."""
 
-    Numbers pass it as 32-bit words: it may run on a thread that JAX's ``enable_x64`` context does not reach.
-    """
-
-    def call(*words: np.ndarray) -> tuple[np.ndarray, ...]:
+    def network_simplex(cost: np.ndarray, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, ...]:
         import ot  # only needed here
 
-        cost, a, b = (np.asarray(x).view(dtype)[..., 0].astype(np.float64) for x in words)
-        usable = bool(np.isfinite(cost).all())
-        price = np.where(np.isfinite(cost) & (a > 0)[:, None] & (b > 0), cost, 0)
+        usable = np.isfinite(cost)
+        price = np.where(usable & (a > 0)[:, None] & (b > 0), cost, 0)
         scale = np.abs(price).max() or 1.0  # POT's tolerances are absolute
         matrix, log = ot.emd(a / a.sum(), b / b.sum(), price / scale, max_iterations, log=True)
-        optimal = usable and log["result_code"] == 1  # ot.lp's code of an optimal solution
-        results = (np.asarray(x, dtype)[..., None].view(np.uint32) for x in (matrix * a.sum(), scale * log["u"]))
-        return *results, np.asarray(optimal)
+        optimal = usable.all() and log["result_code"] == 1  # ot.lp's code of an optimal solution
+        return matrix * a.sum(), scale * log["u"], np.asarray(optimal)
 
-    dtype = np.dtype(cost.dtype)
-    words = [jax.lax.bitcast_convert_type(x, jnp.uint32).reshape(*x.shape, -1) for x in (cost, a, b)]
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in words[:2]]
-    *found, optimal = jax.pure_callback(
-        call, [*shapes, jax.ShapeDtypeStruct((), np.dtype(bool))], *words, vmap_method="sequential"
-    )
-    matrix, f = (jax.lax.bitcast_convert_type(x if dtype.itemsize == 8 else x[..., 0], dtype) for x in found)
+    matrix, f, optimal = on_host(network_simplex, (cost.shape, a.shape, ()), cost, a, b)
     f, g = _feasible(cost, a, b, f)
-    return Vertex(matrix, f, g, jnp.zeros((), jnp.int32), optimal)
+    return Vertex(matrix, f, g, jnp.zeros((), jnp.int32), optimal > 0)
 
 
 def _whole_units(a: Array, b: Array, unit: Array) -> Float[Array, " K0+K1"]:

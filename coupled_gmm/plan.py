@@ -52,7 +52,8 @@ class Plan(Outcome):
     def matrix(self) -> Float[Array, "K0 K1"]:
         """Mass from each component of gmm0 to each of gmm1."""
         if self.vertex is not None:
-            return checks.value_only(self.vertex, _NO_DERIVATIVE)
+            # With what it depends on: a vertex alone carries no derivative that could be refused.
+            return checks.value_only((self.vertex, self.cost, *self._masses), _NO_DERIVATIVE)[0]
         return entropic.plan_matrix(self.cost, *self._masses, *self.potentials, self.pair.epsilon)
 
     @property
