@@ -70,8 +70,8 @@ def plot_flow(fit: Any, targets: Any, *, axes: tuple[int, int] = (0, 1)) -> Figu
       The figure.
 
     Raises:
-      TypeError, ValueError: a batch of flows; targets that are no mixtures, none, or over other features than the flow;
-        axes that do not fit them.
+      TypeError, ValueError: a batch of flows, or one that is not finite; targets that are no mixtures, none, or over other
+        features than the flow; axes that do not fit them.
     """
     path, targets = _checked(fit, targets)
     full = max(float(np.max(gmm.weights)) for gmm in path)
@@ -110,9 +110,7 @@ def plot_loss(values: Any, *, title: str, ylabel: str, xlabel: str = "step") -> 
     for ax, (scale, shown) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         ax.plot(np.arange(len(shown)), shown, ".-", color=plot.PALETTE[0])
         plot._tidy(ax)
-        ax.set_yscale(scale)
-        ax.set_xlabel(xlabel)
-        ax.set_ylabel(ylabel if scale == "linear" else f"{ylabel}, logarithmic")
+        ax.set(xlabel=xlabel, ylabel=ylabel + ", logarithmic" * (scale == "log"), yscale=scale)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.suptitle(title, fontsize=12)
     return figure
@@ -162,7 +160,9 @@ def _checked(fit: Any, targets: Any) -> tuple[list[GaussianMixture], list[Gaussi
     """The mixtures of a flow's path, one by one, and its targets."""
     if fit.path.means.ndim != 3:
         raise ValueError("fit: holds a batch of flows; take one, jax.tree.map(lambda leaf: leaf[i], fit)")
-    leaves = (np.asarray(leaf) for leaf in (fit.path.means, fit.path.covariances, fit.path.weights))
+    leaves = [np.asarray(leaf) for leaf in (fit.path.means, fit.path.covariances, fit.path.weights)]
+    if not all(np.isfinite(leaf).all() for leaf in leaves):
+        raise ValueError("fit: its path holds values that are not finite; see fit.message")
     path = [GaussianMixture(*parts) for parts in zip(*leaves, strict=True)]
     targets = [targets] if isinstance(targets, GaussianMixture) else targets
     return path, _mixtures("targets", targets, path[0].n_features)
@@ -245,5 +245,5 @@ def _finish(ax: Axes, d: int, axes: Sequence[int]) -> None:
     ax.autoscale_view()
     if d > 1:
         ax.set_aspect("equal", adjustable="datalim")
-    ax.set_xlabel("feature 0" if d == 1 else f"feature {axes[0]}")
-    ax.set_ylabel("density" if d == 1 else f"feature {axes[1]}")
+    first, second = ("feature 0", "density") if d == 1 else (f"feature {axis}" for axis in axes)
+    ax.set(xlabel=first, ylabel=second)

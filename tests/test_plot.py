@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
@@ -156,6 +157,111 @@ def test_unbalanced_plans_name_their_mass():
     pair, _, _ = pair_and_clouds(2)
     plan = cg.solve_plan(cg.GaussianMixturePair.from_rho(pair.gmm0, pair.gmm1, 0.1, 1.0))
     assert f"total mass {float(plan.total_mass):.4f}" in plot.plot_plan(plan).get_suptitle()
+
+
+def links(ax):
+    """Ends of the links and their widths."""
+    (collection,) = (c for c in ax.collections if isinstance(c, LineCollection))
+    return np.array(collection.get_segments()), np.array(collection.get_linewidths())
+
+
+@pytest.mark.parametrize("method", ["exact", "entropic"])
+@pytest.mark.parametrize(("d", "axes"), [(2, (0, 1)), (4, (3, 1))])
+def test_links_carry_the_plan(d, axes, method, tmp_path):
+    """Summed over the links that leave a component, widths are its mass: a twin that does not read the plan."""
+    pair, _, _ = pair_and_clouds(d)
+    plan = cg.solve_plan(pair, method=method)
+    figure = Figure()
+    ax = figure.subplots()
+    plot.plot_links(ax, plan, axes=axes, width=10, least=0)
+    ends, widths = links(ax)
+    for end, gmm in enumerate((pair.gmm0, pair.gmm1)):
+        for mean, weight in zip(np.asarray(gmm.means)[:, list(axes)], gmm.weights, strict=True):
+            here = np.all(np.isclose(ends[:, end], mean), axis=1)
+            assert widths[here].sum() == pytest.approx(10 * float(weight), rel=1e-3)
+    assert len(ends) == np.sum(np.asarray(plan.matrix) > 0)
+    assert len(ellipses(ax)) == 3 + 2
+    assert len({e.get_edgecolor() for e in ellipses(ax)[:3]} & {e.get_edgecolor() for e in ellipses(ax)[3:]}) == 0
+    for corner in ends.reshape(-1, 2):
+        assert ax.viewLim.contains(*corner)
+    save(figure, tmp_path)
+
+
+def test_small_links_are_left_out():
+    pair, _, _ = pair_and_clouds(2)
+    plan = SimpleNamespace(pair=pair, matrix=np.array([[0.2, 0.0], [0.05, 0.00041], [0.1, 0.05]]))
+    ax, fewer = Figure().subplots(1, 2)
+    plot.plot_links(ax, plan, width=100)
+    np.testing.assert_allclose(links(ax)[1], [20, 5, 0.041, 10, 5])  # more than a thousandth of 0.40041, which is all
+    plot.plot_links(fewer, plan, width=100, least=0.01)
+    np.testing.assert_allclose(links(fewer)[1], [20, 5, 10, 5])
+
+
+def test_links_cross_between_densities_in_one_dimension(tmp_path):
+    pair, _, _ = pair_and_clouds(1)
+    plan = cg.solve_plan(pair, method="exact")
+    figure = Figure()
+    ax = figure.subplots()
+    plot.plot_links(ax, plan)
+    ends, widths = links(ax)
+    assert np.all(ends[:, 0, 1] == 0) and np.all(ends[:, 1, 1] == -1)
+    assert widths.sum() == pytest.approx(14, rel=1e-5)
+    upper, lower = (line.get_ydata() for line in ax.lines if line.get_label() == "mixture")
+    assert (upper.min() >= 0, upper.max(), lower.max() <= -1, lower.min()) == pytest.approx((True, 1, True, -2))
+    save(figure, tmp_path)
+
+
+def test_what_moves_nothing_has_no_links():
+    pair, _, _ = pair_and_clouds(2)
+    ax = Figure().subplots()
+    plot.plot_links(ax, SimpleNamespace(pair=pair, matrix=np.zeros((3, 2))))
+    assert len(links(ax)[0]) == 0
+
+
+@pytest.mark.parametrize("axes", [(0, 0), (0, 2), (-1, 0)])
+def test_axes_of_plans_are_checked(axes):
+    plan = cg.solve_plan(pair_and_clouds(2)[0], method="exact")
+    message = re.escape(f"axes: expected two distinct features between 0 and 1, got {axes}")
+    with pytest.raises(ValueError, match=message):
+        plot.plot_links(Figure().subplots(), plan, axes=axes)
+    with pytest.raises(ValueError, match=message):
+        plot.plot_interpolation(plan, axes=axes)
+
+
+@pytest.mark.parametrize(("d", "axes"), [(2, (0, 1)), (3, (2, 0))])
+def test_interpolation_begins_and_ends_with_the_mixtures(d, axes, tmp_path):
+    """At both ends each ellipse is a component's own, and their ink is shared as the weights are."""
+    pair, _, _ = pair_and_clouds(d)
+    figure = plot.plot_interpolation(cg.solve_plan(pair, method="exact"), (0, 0.3, 1), axes=axes, n_sds=(1,))
+    assert [ax.get_title() for ax in figure.axes] == ["t = 0", "t = 0.3", "t = 1"]
+    first, between, last = (ellipses(ax) for ax in figure.axes)
+    for drawn, gmm in ((first, pair.gmm0), (last, pair.gmm1)):
+        ink = np.array([e.get_facecolor()[3] for e in drawn])
+        centres = np.array([e.get_center() for e in drawn])
+        for mean, weight in zip(np.asarray(gmm.means)[:, list(axes)], gmm.weights, strict=True):
+            here = np.all(np.isclose(centres, mean, atol=1e-5), axis=1)
+            assert ink[here].sum() / ink.sum() == pytest.approx(float(weight), rel=1e-4)
+    assert 0 < len(between) <= 3 + 2 - 1
+    assert to_hex(first[0].get_facecolor()).upper() == plot.PALETTE[0]
+    assert to_hex(last[0].get_facecolor()).upper() == plot.PALETTE[1]
+    assert len({ax.get_xlim() for ax in figure.axes}) == 1
+    save(figure, tmp_path)
+
+
+def test_interpolation_of_densities_has_mass_one(tmp_path):
+    figure = plot.plot_interpolation(cg.solve_plan(pair_and_clouds(1)[0], method="exact"), [0.5])
+    x, y = figure.axes[0].lines[-1].get_data()
+    assert np.trapezoid(y, x) == pytest.approx(1, abs=1e-3)
+    save(figure, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("times", "message"), [((), "times: expected at least one"), ((0, 1.5), "t: must be at least 0")]
+)
+def test_times_are_checked(times, message):
+    plan = cg.solve_plan(pair_and_clouds(2)[0], method="exact")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        plot.plot_interpolation(plan, times)
 
 
 def test_history_has_a_curve_for_each_column(tmp_path):
