@@ -61,14 +61,14 @@ def plot_mixture(
     if gmm.n_features == 1:
         _draw_densities(ax, gmm, colors)
         return
-    axes = _two_features(axes, gmm.n_features)
+    axes = two_features(axes, gmm.n_features)
     shown = gmm.marginal(axes)
     means, covariances = np.asarray(shown.means), np.asarray(shown.covariances)
     for k in _present(shown):
         line = ":" if shown.weights[k] < _NEGLIGIBLE else "-"
         for sds in n_sds:
             style = {"edgecolor": colors[k], "facecolor": "none", "linewidth": 2, "linestyle": line}
-            ax.add_patch(_ellipse(means[k], covariances[k], sds, path_effects=_HALO, **style))
+            ax.add_patch(ellipse(means[k], covariances[k], sds, path_effects=_HALO, **style))
         if labels:
             ax.annotate(str(k), means[k], ha="center", va="center", fontsize=11, fontweight="bold", path_effects=_HALO)
     ax.autoscale_view()
@@ -78,7 +78,7 @@ def _present(gmm: GaussianMixture) -> list[int]:
     return np.flatnonzero(np.asarray(gmm.weights) > 0).tolist()
 
 
-def _ellipse(mean: np.ndarray, covariance: np.ndarray, sds: float, **style: Any) -> Ellipse:
+def ellipse(mean: np.ndarray, covariance: np.ndarray, sds: float, **style: Any) -> Ellipse:
     variances, directions = np.linalg.eigh(covariance)
     width, height = 2 * sds * np.sqrt(np.maximum(variances, 0))
     angle = math.degrees(math.atan2(directions[1, 0], directions[0, 0]))
@@ -189,8 +189,8 @@ def plot_interpolation(
         if d == 1:
             _draw_densities(ax, gmm, [color] * gmm.n_components)
         else:
-            _draw_inked(ax, gmm.marginal(_two_features(axes, d)), color, n_sds)
-        _tidy(ax)
+            _draw_inked(ax, gmm.marginal(two_features(axes, d)), color, n_sds)
+        tidy(ax)
         ax.set_title(f"t = {t:g}", fontsize=11)
     return figure
 
@@ -201,7 +201,7 @@ def _draw_inked(ax: Axes, gmm: GaussianMixture, color: Any, n_sds: Sequence[floa
         ink = weights[k] / weights.max()
         style = {"facecolor": (*color, 0.5 * ink), "edgecolor": (*color, ink), "linewidth": 1}
         for sds in n_sds:
-            ax.add_patch(_ellipse(means[k], covariances[k], sds, **style))
+            ax.add_patch(ellipse(means[k], covariances[k], sds, **style))
     ax.autoscale_view()
 
 
@@ -250,12 +250,12 @@ def plot_clouds(
             ax.hist(cloud[:, 0], bins=60, density=True, color="0.85", label="points")
         else:
             shades = np.clip(chosen, 0, 1) if point_colors == "own" else _component_shades(gmm, chosen, colors)
-            horizontal, vertical = _two_features(axes, d)
+            horizontal, vertical = two_features(axes, d)
             alpha = 0.8 if point_colors == "own" else 0.35
             style = {"c": shades, "s": 6, "alpha": alpha, "linewidths": 0, "rasterized": True}
             ax.scatter(chosen[:, horizontal], chosen[:, vertical], **style)
         plot_mixture(ax, gmm, axes=axes, colors=colors)
-        _tidy(ax)
+        tidy(ax)
         shown = f", {len(chosen):,} shown" if d > 1 and len(chosen) < len(cloud) else ""
         ax.set_title(f"Cloud {i} and mixture {i}\n{len(cloud):,} points{shown}", fontsize=11)
         ax.set_xlabel(names[0 if d == 1 else axes[0]])
@@ -273,7 +273,7 @@ def _component_shades(gmm: GaussianMixture, points: np.ndarray, colors: Sequence
     return np.array([to_rgb(color) for color in colors])[component]
 
 
-def _two_features(axes: Sequence[int], d: int) -> tuple[int, int]:
+def two_features(axes: Sequence[int], d: int) -> tuple[int, int]:
     if len(axes) != 2 or axes[0] == axes[1] or not all(0 <= axis < d for axis in axes):
         raise ValueError(f"axes: expected two distinct features between 0 and {d - 1}, got {tuple(axes)}")
     return int(axes[0]), int(axes[1])
@@ -287,7 +287,7 @@ def _feature_names(names: Sequence[str] | None, d: int) -> list[str]:
     return list(names)
 
 
-def _tidy(ax: Axes) -> None:
+def tidy(ax: Axes) -> None:
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(color="0.92", linewidth=0.8)
     ax.set_axisbelow(True)
@@ -384,7 +384,7 @@ def plot_history(fit: Any) -> Figure:
 def _draw_steps(ax: Axes, title: str, ylabel: str, lines: dict[str, Any]) -> None:
     for color, (label, values) in zip(PALETTE, lines.items(), strict=False):
         ax.plot(np.arange(len(values)), np.asarray(values), ".-", color=color, label=label)
-    _tidy(ax)
+    tidy(ax)
     ax.set_title(title, fontsize=11)
     ax.set_xlabel("EM step")
     ax.set_ylabel(ylabel)

@@ -109,7 +109,7 @@ def plot_loss(values: Any, *, title: str, ylabel: str, xlabel: str = "step") -> 
     figure = Figure(figsize=(5 * len(panels), 3.4), layout="constrained")
     for ax, (scale, shown) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         ax.plot(np.arange(len(shown)), shown, ".-", color=plot.PALETTE[0])
-        plot._tidy(ax)
+        plot.tidy(ax)
         ax.set(xlabel=xlabel, ylabel=ylabel + ", logarithmic" * (scale == "log"), yscale=scale)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.suptitle(title, fontsize=12)
@@ -181,7 +181,7 @@ def _mixtures(name: str, gmms: Any, d: int) -> list[GaussianMixture]:
 
 def _shown(gmm: GaussianMixture, axes: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Means, covariances and weights over the features shown, of components that have weight."""
-    index = np.array([0] if gmm.n_features == 1 else plot._two_features(axes, gmm.n_features))
+    index = np.array([0] if gmm.n_features == 1 else plot.two_features(axes, gmm.n_features))
     means, covariances, weights = (np.asarray(leaf, np.float64) for leaf in (gmm.means, gmm.covariances, gmm.weights))
     there = weights > 0
     return means[there][:, index], covariances[there][:, index[:, None], index], weights[there]
@@ -206,7 +206,7 @@ def _draw(
     else:
         for mean, covariance, ink in zip(means, covariances, weights / (full or weights.max()), strict=True):
             style = {"edgecolor": (*color, ink), "facecolor": (*color, 0.5 * ink * filled), "linestyle": line}
-            ax.add_patch(plot._ellipse(mean, covariance, 1, linewidth=1.4, **style))
+            ax.add_patch(plot.ellipse(mean, covariance, 1, linewidth=1.4, **style))
             ax.plot(*mean, "o" if filled else "x", color=(*color, ink), markersize=5)
     return Patch(facecolor=(*color, 0.5 * filled), edgecolor=color, linestyle=line, label=name)
 
@@ -226,7 +226,7 @@ def _draw_path(ax: Axes, path: list[GaussianMixture], axes: Sequence[int], full:
             ax.plot(*_density(means, covariances, weights), color=color, linewidth=0.8)
             continue
         for mean, covariance, weight in zip(means, covariances, weights, strict=True):
-            outlines.append(plot._ellipse(mean, covariance, 1))
+            outlines.append(plot.ellipse(mean, covariance, 1))
             shades.append((*color[:3], min(15 / len(path), 1) ** 0.5 * weight / full))
     ax.add_collection(PatchCollection(outlines, facecolors="none", edgecolors=shades, linewidths=0.8))
     ax.scatter(*np.array([ellipse.center for ellipse in outlines]).reshape(-1, 2).T, s=6, c=shades or None)
@@ -241,7 +241,7 @@ def _density(means: np.ndarray, covariances: np.ndarray, weights: np.ndarray) ->
 
 
 def _finish(ax: Axes, d: int, axes: Sequence[int]) -> None:
-    plot._tidy(ax)
+    plot.tidy(ax)
     ax.autoscale_view()
     if d > 1:
         ax.set_aspect("equal", adjustable="datalim")

@@ -1,5 +1,6 @@
 """Bad input is refused before any program is entered; the message names the argument and what to do."""
 
+import dataclasses
 import functools
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import optax
 import pytest
 
 import coupled_gmm as cg
-from coupled_gmm import em, fit, plan
+from coupled_gmm import em, fit, maps, solvers
 
 NAN, INF = np.nan, np.inf
 EYES = np.broadcast_to(np.eye(2), (2, 2, 2))
@@ -22,7 +23,13 @@ PROGRAMS = [
     (fit, "_value"),
     (em, "_fit"),
     (em, "_init"),
-    (plan, "_solve_plan"),
+    (solvers, "_solve_plan"),
+    (solvers, "_solve_exactly"),
+    (solvers, "_mw2_squared"),
+    (maps, "_map_barycentric"),
+    (maps, "_map_random"),
+    (maps, "_interpolate"),
+    (maps, "_plan_density"),
 ]
 
 
@@ -32,12 +39,17 @@ def good() -> SimpleNamespace:
     mixture = moments()
     singular = moments(covariances=[np.eye(2), np.ones((2, 2))])
     line = cg.GaussianMixture.from_moments([[0.0]], [[[1.0]]], [1.0])
+    pair = cg.GaussianMixturePair(mixture, mixture, 1.0)
+    zeros = np.zeros(2)
+    plan = cg.Plan(pair, np.zeros((2, 2)), (zeros, zeros), np.array(0), np.array(0))
     return SimpleNamespace(
         key=jax.random.key(0),
         mixture=mixture,
         singular=singular,
         line=line,
-        pair=cg.GaussianMixturePair(mixture, mixture, 1.0),
+        pair=pair,
+        plan=plan,
+        flat_plan=dataclasses.replace(plan, pair=cg.GaussianMixturePair(singular, mixture, 1.0)),
         singular_pair=cg.GaussianMixturePair(mixture, singular, 1.0),
     )
 
@@ -79,6 +91,25 @@ def from_rho(rho):
 def solve(**changes):
     arguments = {"pair": good().pair, **changes}
     return cg.solve_plan(**arguments)
+
+
+def distance(**changes):
+    arguments = {"gmm0": good().mixture, "gmm1": good().mixture, **changes}
+    return cg.mw2_squared(**arguments)
+
+
+def map_points(**changes):
+    arguments = {"plan": good().plan, "x": X, **changes}
+    return cg.map_points(**arguments)
+
+
+def density(**changes):
+    arguments = {"plan": good().plan, "x": X, "y": X, "atol": 0.1, **changes}
+    return cg.plan_density(**arguments)
+
+
+def interpolate(t, plan=None):
+    return cg.interpolate(plan or good().plan, t)
 
 
 def fit_pair(**changes):
@@ -309,6 +340,63 @@ PAIRS = [
     ),
 ]
 
+MAPS = [
+    ("distance-kind", lambda: distance(gmm1=X), TypeError, "^gmm1: expected a GaussianMixture, got ndarray"),
+    (
+        "distance-d",
+        lambda: distance(gmm1=good().line),
+        ValueError,
+        "^gmm1: has 1 features and gmm0 has 2; .*take a marg",
+    ),
+    ("distance-epsilon", lambda: distance(epsilon=0), ValueError, "^epsilon: must be finite and above 0, got 0"),
+    ("distance-texts", lambda: distance(epsilon="1"), TypeError, "^epsilon: expected a real number, got '1'"),
+    (
+        "exact-unbalanced",
+        lambda: solve(pair=make_pair(tau=0.5), method="exact"),
+        ValueError,
+        "^method: 'exact' is for balanced transport; build the pair with tau = 1, or use 'entropic'",
+    ),
+    (
+        "exact-traced",
+        lambda: jax.jit(lambda tau: cg.solve_plan(make_pair(tau=tau), method="exact").status)(1.0),
+        ValueError,
+        "^method: 'exact' is for balanced transport; build the pair with tau = 1",
+    ),
+    ("map-plan", lambda: map_points(plan=good().pair), TypeError, "^plan: expected a Plan, got GaussianMixturePair"),
+    (
+        "map-method",
+        lambda: map_points(method="mean"),
+        ValueError,
+        "^method: expected one of 'barycentric', 'random', got",
+    ),
+    (
+        "map-no-key",
+        lambda: map_points(method="random"),
+        ValueError,
+        r"^key: method 'random' draws at random; pass a key such as jax.random.key\(0\)",
+    ),
+    ("map-seed", lambda: map_points(method="random", key=0), TypeError, "^key: expected a random key, got int; pass"),
+    ("map-d", lambda: map_points(x=np.ones((20, 3))), ValueError, "^x: .*axis 1 must have size 2"),
+    ("map-one-point", lambda: map_points(x=[0, 0]), ValueError, "^x: .*reshape it to 2 axes"),
+    ("map-nan", lambda: map_points(x=x_with(NAN)), ValueError, "^x: 1 of 40 .*NaN or infinite; remove those points"),
+    ("t-above", lambda: interpolate(1.5), ValueError, "^t: must be at least 0 and at most 1, got 1.5"),
+    ("t-below", lambda: interpolate(-0.1), ValueError, "^t: must be at least 0 and at most 1, got -0.1"),
+    ("t-nan", lambda: interpolate(NAN), ValueError, "^t: must be at least 0 and at most 1, got nan"),
+    ("t-none", lambda: interpolate(None), TypeError, "^t: expected a real number, got None"),
+    ("t-several", lambda: interpolate([0, 1]), TypeError, r"^t: expected one real number, got list of shape \(2,\)"),
+    ("t-plan", lambda: interpolate(0.5, good().pair), TypeError, "^plan: expected a Plan, got GaussianMixturePair"),
+    ("density-atol", lambda: density(atol=0), ValueError, "^atol: must be finite and above 0, got 0"),
+    ("density-negative", lambda: density(atol=-1), ValueError, "^atol: must be finite and above 0, got -1"),
+    ("density-y", lambda: density(y=np.ones((20, 3))), ValueError, "^y: .*axis 1 must have size 2"),
+    ("density-x", lambda: density(x=x_with(INF)), ValueError, "^x: 1 of 40 .*remove those points"),
+    (
+        "density-singular",
+        lambda: density(plan=good().flat_plan),
+        ValueError,
+        "^plan.pair.gmm0: component 1 has a singular covariance and no density; add a small multiple",
+    ),
+]
+
 FITS = [
     (
         "pair",
@@ -373,6 +461,12 @@ FITS = [
     ("freeze-none", lambda: fit_pair(freeze=None), (TypeError, ValueError), "^freeze: expected a collection of 'gmm0'"),
     ("ridge", lambda: fit_pair(ridge=-1), ValueError, "^ridge: must be finite and at least 0"),
     ("method", lambda: fit_pair(method="newton"), ValueError, "^method: expected one of 'entropic', 'sinkhorn'"),
+    (
+        "exact",
+        lambda: fit_pair(method="exact"),
+        ValueError,
+        "^method: expected one of 'entropic', 'sinkhorn', got 'exact'",
+    ),
     ("chunk", lambda: fit_pair(chunk_size=0), ValueError, "^chunk_size: must be at least 1, got 0"),
     ("progress", lambda: fit_pair(progress="yes"), TypeError, "^progress: expected True, False or a callable"),
     (
@@ -446,6 +540,7 @@ GRAPHS = [
             ("methods", METHODS),
             ("single", SINGLE),
             ("pairs", PAIRS),
+            ("maps", MAPS),
             ("fits", FITS),
             ("graphs", GRAPHS),
         ]
@@ -461,16 +556,26 @@ def test_refused_before_any_program_is_entered(call, error, message, monkeypatch
     assert not entered
 
 
+class Entered(Exception):
+    pass
+
+
 def test_every_program_is_watched():
     """The refusals above would prove nothing if the legal arguments did not enter the programs under those names."""
     calls = {"_fit_pair": fit_pair, "_fit_graph": fit_graph, "_value": objective}
-    calls |= {"_fit": fit_gmm, "_init": init, "_solve_plan": solve}
+    calls |= {"_fit": fit_gmm, "_init": init, "_solve_plan": solve, "_mw2_squared": distance}
+    calls |= {"_solve_exactly": lambda: solve(method="exact"), "_map_barycentric": map_points}
+    calls |= {"_map_random": lambda: map_points(method="random", key=good().key)}
+    calls |= {"_interpolate": lambda: interpolate(0.5), "_plan_density": density}
+
+    def enter(*args, **kwargs):
+        raise Entered
+
     for module, name in PROGRAMS:
         with pytest.MonkeyPatch.context() as patch:
-            entered = []
-            patch.setattr(module, name, lambda *args, entered=entered, **kwargs: entered.append(1))
-            calls[name]()
-        assert entered == [1], name
+            patch.setattr(module, name, enter)
+            with pytest.raises(Entered):
+                calls[name]()
 
 
 def test_a_refusal_compiles_no_fit():

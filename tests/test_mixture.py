@@ -75,6 +75,17 @@ class TestDensities:
         gmm, x = random_mixture(1, 2, d), points(1, 10, d)
         np.testing.assert_allclose(densities(gmm, x), scipy_log_prob(x, *host(gmm)), rtol=1e-12)
 
+    def test_many_features(self):
+        """A determinant of 1e-1024 underflows; its logarithm does not."""
+        d, variance = 512, 0.01
+        means, weights = points(0, 2, d), np.array([0.25, 0.75])
+        gmm = cg.GaussianMixture.from_moments(means, np.stack([variance * np.eye(d)] * 2), weights)
+        x = means[[0, 1, 1]] + 0.1 * points(1, 3, d) / 3
+        squares = ((x[:, None] - means) ** 2).sum(-1) / variance
+        expected = scipy.special.logsumexp(-0.5 * squares - 0.5 * d * np.log(2 * np.pi * variance), b=weights, axis=1)
+        assert (expected > 100).all()
+        np.testing.assert_allclose(densities(gmm, x), expected, rtol=1e-4)
+
     def test_float32(self):
         gmm, x = random_mixture(0, K, D), points()
         assert densities(gmm, x).dtype == np.float32
