@@ -61,7 +61,9 @@ def cholesky(s: Float[Array, "*b d d"]) -> Float[Array, "*b d d"]:
         pivot = jnp.take(column, j, axis=-1)[..., None]
         regular = pivot > jnp.take(floor, j, axis=-1)[..., None]
         scale = jnp.where(regular, jax.lax.rsqrt(jnp.where(regular, pivot, 1)), 0)
-        column = jnp.where(index >= j, column * scale, 0)
+        # Of a pivot that is rounding the column is too, and might be far larger: no semi-definite matrix has one so large.
+        most = jnp.sqrt(jnp.maximum(jnp.diagonal(rest, axis1=-2, axis2=-1), 0))
+        column = jnp.clip(jnp.where(index >= j, column * scale, 0), -most, most)
         rest = rest - column[..., :, None] * column[..., None, :]
         return rest, jnp.where(index == j, column[..., :, None], factor)
 

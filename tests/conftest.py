@@ -17,6 +17,20 @@ jax.config.update("jax_compilation_cache_dir", _CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
+def pytest_collection_modifyitems(items):
+    """A file's tests run in one process, which compiles their programs once; notebooks have processes of their own."""
+    for item in items:
+        if item.path.stem != "test_notebooks":
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_are_dropped():
+    """Each file leaves its programs behind: some thousands in one process are more memory maps than Linux allows."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
     """The test runs in float64."""

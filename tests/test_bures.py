@@ -138,6 +138,23 @@ def test_nothing_is_nan(d):
     np.testing.assert_allclose(cost, cost.T, atol=1e-5 * traces.max())
 
 
+def test_cost_of_rank_deficient_covariances(precision):
+    """As products of their factors they are singular up to rounding only: no pivot of that size may spoil the others."""
+    n, d = 300, 32
+    rng = np.random.RandomState(d)
+    factors = [rng.randn(d, rng.randint(1, d)) for _ in range(n)]
+    regular = random_covariances(rng, 1, d, 10.0)
+    dtype = np.float64 if precision < 1e-8 else np.float32
+    gmms = [
+        cg.GaussianMixture(np.zeros((len(s), d), dtype), s.astype(dtype), np.full(len(s), 1 / len(s), dtype))
+        for s in (regular, np.stack([factor @ factor.T for factor in factors]))
+    ]
+    nuclear = np.array([np.linalg.svd(root(regular[0]) @ factor, compute_uv=False).sum() for factor in factors])
+    traces = np.trace(regular[0]) + np.array([np.sum(factor**2) for factor in factors])
+    error = np.abs(np.asarray(cost_matrix(*gmms), np.float64)[0] - (traces - 2 * nuclear)) / traces
+    assert error.max() <= precision**0.5 / 3, error.max()
+
+
 def test_large_offsets_do_not_spoil_the_cost():
     rng = np.random.RandomState(0)
     covariances, means = random_covariances(rng, 4, 3), rng.randn(4, 3)
