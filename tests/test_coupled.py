@@ -81,7 +81,7 @@ def random_problem(seed, n=2000):
     return clouds, pair, {"transport_weight": weight, "ridge": ridge}
 
 
-@pytest.mark.parametrize("seed", [pytest.param(s, marks=[] if s < 2 else pytest.mark.slow) for s in range(20)])
+@pytest.mark.parametrize("seed", [pytest.param(s, marks=[] if s < 1 else pytest.mark.slow) for s in range(20)])
 def test_penalized_log_likelihood_never_falls(seed, precision):
     (x0, x1), pair, options = random_problem(seed)
     fit = cg.fit_pair(x0, x1, pair, em_steps=12, m_steps=10, **options)
@@ -179,6 +179,7 @@ def test_a_frozen_mixture_is_untouched():
         assert not np.allclose(getattr(fit.pair, other).means, getattr(pair, other).means)
 
 
+@pytest.mark.slow
 def test_without_transport_the_pair_is_two_fits_alone():
     x0, x1, gmm0, gmm1 = small_problem(n=200)
     pair = cg.GaussianMixturePair(gmm0, gmm1, epsilon=0.1)
@@ -200,6 +201,7 @@ def test_the_objective_is_what_the_fit_reports(x64):
     np.testing.assert_allclose(cg.penalized_log_likelihood(fit.pair, x0, x1, **options), found, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_chunks_change_nothing(x64):
     x0, x1, gmm0, gmm1 = small_problem(n=101)
     pair = cg.GaussianMixturePair(gmm0, gmm1, epsilon=0.1)
@@ -209,6 +211,7 @@ def test_chunks_change_nothing(x64):
     chex.assert_trees_all_close(whole, chunked, rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_sinkhorn_gives_the_same_fit():
     x0, x1, gmm0, gmm1 = small_problem()
     for tau in (1.0, 0.8):
@@ -281,6 +284,7 @@ def test_progress_delivers_every_row():
     np.testing.assert_allclose([row["objective"] for row in rows], fit.history.objective, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_chain_of_two_edges_and_a_node_without_a_cloud(x64):
     x0, x1, gmm0, gmm1 = small_problem()
     middle = random_mixture(7, 3, 2)
@@ -294,6 +298,7 @@ def test_a_chain_of_two_edges_and_a_node_without_a_cloud(x64):
     assert np.linalg.norm(end - centre) < np.linalg.norm(start - centre)
 
 
+@pytest.mark.slow
 def test_a_pair_is_the_graph_of_one_edge():
     x0, x1, gmm0, gmm1 = small_problem()
     pair = cg.GaussianMixturePair(gmm0, gmm1, epsilon=0.1)

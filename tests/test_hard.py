@@ -203,8 +203,13 @@ CASES = [
 ]
 SHAPES = [
     pytest.param(functools.partial(plain, d=1, k0=1), WAYS[0], id="d1-one-against-three"),
-    pytest.param(functools.partial(plain, d=1, k0=1, k1=1), WAYS[3], id="d1-one-component"),
-    pytest.param(functools.partial(plain, n=10, d=3, k0=4, k1=2), WAYS[1], id="fewer-points-than-unknowns"),
+    pytest.param(functools.partial(plain, d=1, k0=1, k1=1), WAYS[3], id="d1-one-component", marks=pytest.mark.slow),
+    pytest.param(
+        functools.partial(plain, n=10, d=3, k0=4, k1=2),
+        WAYS[1],
+        id="fewer-points-than-unknowns",
+        marks=pytest.mark.slow,
+    ),
 ]
 
 
@@ -298,6 +303,7 @@ def test_fit_gmm_of_other_shapes(case, way):
 
 
 class TestEqualProblems:
+    @pytest.mark.slow
     @pytest.mark.parametrize("way", WAYS[:2], ids=str)
     @pytest.mark.parametrize("case", [zero_weights, singular_zero_weight])
     def test_without_the_absent(self, case, way):

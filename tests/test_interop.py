@@ -166,8 +166,8 @@ def test_from_ott_keeps_float32_and_takes_numpy(x64):
     assert_close(cg.from_ott(of_numpy), cg.from_ott(theirs), rtol=1e-6)
 
 
-@pytest.mark.parametrize("place", [0, 2])
-@pytest.mark.parametrize("singular", [False, True])
+@pytest.mark.parametrize("place", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("singular", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_to_ott_keeps_absent_components(singular, place, precision):
     gmm, without = with_absent(singular, place)
     theirs, x = cg.to_ott(gmm), points(2)
@@ -183,6 +183,7 @@ def test_to_ott_keeps_absent_components(singular, place, precision):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(slopes))
 
 
+@pytest.mark.slow
 def test_mixtures_convert_under_transformations():
     gmm, x = random_mixture(0, 3, 2), points(2)
     np.testing.assert_allclose(jax.jit(lambda g: cg.to_ott(g).log_prob(x))(gmm), gmm.log_prob(x), rtol=1e-4)
@@ -194,7 +195,9 @@ def test_mixtures_convert_under_transformations():
     np.testing.assert_allclose(theirs.means, ours.means, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize(("tau", "lock_gmm1"), [(1.0, False), (0.9, False), (0.01, True)])
+@pytest.mark.parametrize(
+    ("tau", "lock_gmm1"), [pytest.param(1.0, False, marks=pytest.mark.slow), (0.9, False), (0.01, True)]
+)
 def test_pairs_of_ott(tau, lock_gmm1, x64):
     theirs = ott_pair.GaussianMixturePair(ott_random(3, 2), ott_random(2, 2, 1), 0.3, tau, lock_gmm1)
     ours = cg.from_ott(theirs)

@@ -145,7 +145,9 @@ def test_maps_of_exact_plans_equal_pot(x64, shape, n_pairs):
         atol = 0.1 + 1.5 * shape[2] ** 0.5
         matrix, mean, draws, density = map(np.asarray, moved(*gmms, x, y, atol, np.zeros(n_draws)))
         images, probability, cells = moves(x, ends, matrix)
-        np.testing.assert_allclose(mean, np.einsum("jn,jnd->nd", probability, images), atol=1e-8)
+        # A singular covariance is known up to rounding, its square root up to the root of that.
+        atol_map = 1e-6 if kind == "singular target" else 1e-8
+        np.testing.assert_allclose(mean, np.einsum("jn,jnd->nd", probability, images), atol=atol_map)
         near = np.linalg.norm(images[:, :, None] - y, axis=-1) < atol
         weight = (
             np.array([matrix[k, i] for k, i in cells])[:, None] * component_densities(x, *ends[0])[:, cells[:, 0]].T
