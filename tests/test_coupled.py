@@ -129,7 +129,7 @@ def test_jit_and_vmap_equal_the_loop():
     chex.assert_trees_all_close(jax.jit(run)(scales[0], weights[0]).pair, run(scales[0], weights[0]).pair, rtol=1e-4)
 
 
-@pytest.mark.parametrize("balanced", [True, False])
+@pytest.mark.parametrize("balanced", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_gradients_of_the_objective_equal_finite_differences(x64, balanced):
     x0, x1, gmm0, gmm1 = small_problem(n=30, k=3, d=3)
     pair = cg.GaussianMixturePair(gmm0, gmm1, epsilon=0.5, tau=1.0 if balanced else 0.8)

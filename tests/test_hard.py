@@ -33,6 +33,8 @@ WAYS = [
     Way(True, 1.0, optax.adam),
     Way(True, 0.9, None),
 ]
+# Each is a program that takes seconds to compile: the float32 ones run always.
+MARKED = [pytest.param(way, id=str(way), marks=[pytest.mark.slow] if way.x64 else []) for way in WAYS]
 
 
 @dataclasses.dataclass
@@ -271,7 +273,7 @@ def assert_same_fit(fit, other, way: Way, components=(slice(None), slice(None)),
         np.testing.assert_allclose(*rows, rtol=tolerance, atol=tolerance, err_msg=name)
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("way", MARKED)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 def test_fit_pair(case, way):
     with jax.enable_x64(way.x64):
@@ -334,7 +336,7 @@ class TestEqualProblems:
             np.testing.assert_allclose(leaf[present], other, rtol=1e-10, atol=1e-12)
         np.testing.assert_allclose(fit.history.log_likelihood, alone.history.log_likelihood, rtol=1e-12)
 
-    @pytest.mark.parametrize("way", WAYS, ids=str)
+    @pytest.mark.parametrize("way", MARKED)
     def test_offset(self, way):
         """Means carry the rounding of their own size; nothing else knows where the origin is."""
         with jax.enable_x64(way.x64):
@@ -360,7 +362,7 @@ class TestEqualProblems:
         )
         np.testing.assert_allclose(scaled.gmm.weights, near.gmm.weights, rtol=1e-4)
 
-    @pytest.mark.parametrize("way", [WAYS[0], WAYS[3]], ids=str)
+    @pytest.mark.parametrize("way", [MARKED[0], MARKED[3]])
     def test_sides_are_alike(self, way):
         """With the clouds and starts exchanged, the ends are exchanged too."""
         with jax.enable_x64(way.x64):

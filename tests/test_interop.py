@@ -15,7 +15,7 @@ from sklearn import mixture as sk
 
 import coupled_gmm as cg
 
-SIZES = [(3, 2), (1, 2), (4, 1)]  # components, features
+SIZES = [(3, 2), *(pytest.param(*size, marks=pytest.mark.slow) for size in ((1, 2), (4, 1)))]  # components, features
 
 
 def points(d: int, n: int = 50) -> np.ndarray:

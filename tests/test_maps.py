@@ -193,7 +193,7 @@ def conditional_means(x, likely, ends, matrix):
     return images
 
 
-@pytest.mark.parametrize("kind", ["one plane", "some singular"])
+@pytest.mark.parametrize("kind", ["some singular", pytest.param("one plane", marks=pytest.mark.slow)])
 def test_several_singular_components(precision, kind):
     """In one plane the posterior is that within it; otherwise that of covariances widened as documented."""
     rng = np.random.RandomState(3)

@@ -138,7 +138,7 @@ def test_bad_options_are_refused(options, message):
         plot.plot_clouds(pair, x0, x1, **options)
 
 
-@pytest.mark.parametrize(("sizes", "numbers"), [((1, 1), True), ((5, 12), True), ((40, 30), False)])
+@pytest.mark.parametrize(("sizes", "numbers"), [((1, 1), True), ((5, 12), True), ((20, 13), False)])
 def test_plans_show_numbers_where_there_is_room(sizes, numbers, tmp_path):
     pair, _, _ = pair_and_clouds(2, sizes)
     plan = cg.solve_plan(pair)
