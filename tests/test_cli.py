@@ -137,6 +137,7 @@ def test_a_fit_that_breaks_down_is_status_1_and_leaves_what_it_has(run):
     assert "nan" in call("show", run.folder / "wild").stdout
 
 
+@pytest.mark.slow
 def test_double_precision_and_adam(run):
     wanted = 'precision = "float64"\noptimizer = "adam"\nlearning_rate = 1e-3\n[output]\npictures = false'
     (run.folder / "double.toml").write_text(CONFIG.replace("[output]", wanted).replace("rho = 1.0\n", ""))

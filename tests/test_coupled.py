@@ -189,6 +189,7 @@ def test_without_transport_the_pair_is_two_fits_alone():
         np.testing.assert_allclose(jnp.mean(gmm.log_prob(x)), alone.log_likelihood, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_the_objective_is_what_the_fit_reports(x64):
     x0, x1, gmm0, gmm1 = small_problem()
     weights = np.random.RandomState(0).rand(len(x0))
@@ -223,6 +224,7 @@ def test_sinkhorn_gives_the_same_fit():
         np.testing.assert_allclose(fits[0].penalized_log_likelihood, fits[1].penalized_log_likelihood, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_tolerance_steps_and_history_agree():
     x0, x1, gmm0, gmm1 = small_problem()
     pair = cg.GaussianMixturePair(gmm0, gmm1, epsilon=0.1)
