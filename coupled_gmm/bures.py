@@ -83,26 +83,27 @@ def _turned_cost(
     Where U is no rotation, because a factor is singular, :math:`tr L_1 (1 - U^T U) L_1^T` is missing from it. Differentiable: by
     the envelope theorem U counts as fixed.
     """
-    u, turned = _turned(factor0, factors1, smallest)
+    return _turned(factor0, factors1, smallest, d)[0]
+
+
+def _turned(factor0: Array, factors1: Array, smallest: Array, d: int) -> tuple[Array, Array, Array]:
+    """The costs, U and L1 U^T."""
+    u = polar(matrices.transpose(factor0) @ factors1, smallest)
+    turned = factors1 @ matrices.transpose(u)
     distance = jnp.sum((factor0 - turned) ** 2, axis=(-2, -1))
     missing = jnp.sum(factors1**2, axis=(-2, -1)) - jnp.sum(turned**2, axis=(-2, -1))
     singular = d - jnp.sum(u**2, axis=(-2, -1)) > 8 * d * jnp.finfo(u.dtype).eps
-    return distance + jnp.where(singular, jnp.maximum(missing, 0), 0)
-
-
-def _turned(factor0: Array, factors1: Array, smallest: Array) -> tuple[Array, Array]:
-    u = polar(matrices.transpose(factor0) @ factors1, smallest)
-    return u, factors1 @ matrices.transpose(u)
+    return distance + jnp.where(singular, jnp.maximum(missing, 0), 0), u, turned
 
 
 @_turned_cost.defjvp
 @matrices.precise
 def _turned_cost_jvp(d, primals, tangents):
-    factor0, factors1, _ = primals
-    u, turned = _turned(*primals)
+    factor0, factors1, smallest = primals
+    cost, u, turned = _turned(factor0, factors1, smallest, d)
     change = jnp.sum((factor0 - turned) * tangents[0], axis=(-2, -1))
     change += jnp.sum((factors1 - factor0 @ u) * tangents[1], axis=(-2, -1))
-    return _turned_cost(*primals, d), 2 * change
+    return cost, 2 * change
 
 
 def factor_cost(

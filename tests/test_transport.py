@@ -184,12 +184,25 @@ def solved_at(gmm0, gmm1, shares, tol, tau=1.0):
 
 @over_shapes(5, (5, 4, 3), (40, 33, 2))
 def test_entropic_plans_converge(precision, shape, n_pairs):
-    shares = np.array([10, 1, 0.1, 1e-2] + [1e-3, 1e-4] * (precision < 1e-8))
+    """In float32 potentials are known to some 1e-7 of the largest cost: at 1e-3 of the mean one that may not be enough."""
+    double = precision < 1e-8
+    shares = np.array([10, 1, 0.1, 1e-2, 1e-3] + [1e-4] * double)
     for kind, _, gmms in cases(shape, n_pairs):
         plan, error, *_ = solved_at(*gmms, shares, 1e-4)
-        assert plan.cost.dtype == (jnp.float64 if precision < 1e-8 else jnp.float32)
-        assert (np.asarray(plan.status) == cg.Status.CONVERGED).all(), (kind, plan.status, error)
-        assert (error <= 1e-4).all()
+        assert plan.cost.dtype == (jnp.float64 if double else jnp.float32)
+        status, sure = np.asarray(plan.status), shares >= (0 if double else 1e-2)
+        assert (status[sure] == cg.Status.CONVERGED).all(), (kind, status, error)
+        assert ((status == cg.Status.CONVERGED) == (np.asarray(error) <= 1e-4)).all()
+        assert np.isin(status, (cg.Status.CONVERGED, cg.Status.PRECISION)).all() and (error <= 1e-3).all()
+
+
+@pytest.mark.slow
+def test_plans_converge_at_every_small_epsilon(x64):
+    """A problem whose row-sum equations alone lead the iteration round in circles."""
+    *_, (_, _, gmms) = cases((12, 7, 32), 8)
+    plan, error, *_ = solved_at(*gmms, 1e-4 * np.linspace(0.5, 2, 15), 1e-4)
+    assert (np.asarray(plan.status) == cg.Status.CONVERGED).all(), (plan.n_iterations, error)
+    assert (plan.n_iterations <= 200).all(), plan.n_iterations
 
 
 @over_shapes(5, (5, 4, 3))
