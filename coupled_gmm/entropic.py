@@ -195,7 +195,11 @@ def solve(
         u = jnp.exp(rows - log_rows[:, None])
         error = jnp.sum(jnp.abs(jnp.exp(log_a - f * inverse_rho) - jnp.exp(log_a + log_rows)))
         matrix = (1 + eps * inverse_rho) * jnp.eye(len(a), dtype=cost.dtype) - tau * u @ v.T
-        return Look(-f * inverse_rho - log_rows, error, matrix, memory)
+        merit = None
+        if balanced:  # minus the dual objective, g eliminated
+            gain, price = eps * jnp.exp(log_b) * log_columns, jnp.where(present, a * f, 0)
+            merit = jnp.sum(gain) - jnp.sum(price), jnp.sum(jnp.abs(gain)) + jnp.sum(jnp.abs(price))
+        return Look(-f * inverse_rho - log_rows, error, matrix, memory, merit)
 
     goal = 0.5 * tol  # room for the rounding of g, which the certificate sees
     scale = jnp.max(jnp.where(present[:, None] & (log_b > -jnp.inf), jnp.abs(cost), 0))
