@@ -551,6 +551,7 @@ def test_unbalanced_costs_tend_to_the_balanced_ones(x64):
     np.testing.assert_allclose([parts.transport + parts.entropy, expected[2]], expected[0], rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_batch_equals_a_loop(x64):
     """Every function of plans, under jit and vmap, interpolation over its time as well."""
     n, times = 4, np.array([0, 0.3, 1])
