@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from coupled_gmm import checks, matrices
-from coupled_gmm.mixture import GaussianMixture
+from coupled_gmm.mixture import GaussianMixture, about_one_point
 
 # What the pairs of one block of a cost matrix may occupy: a core's cache, or enough to fill a GPU.
 _CPU_BLOCK_BYTES, _GPU_BLOCK_BYTES = 2**20, 2**28
@@ -36,6 +36,8 @@ def polar(m: Float[Array, "*b d d"], smallest: Float[Array, "*b"]) -> Float[Arra
     they change the nuclear norm by no more than themselves.
     """
     eps = jnp.finfo(m.dtype).eps
+    m, peak = matrices.of_size_one(m)
+    smallest = smallest / jnp.where(peak > 0, peak, 1)
     # X X^T first: XLA's batched products on CPU are up to 40 times slower where the left factor is the transposed one.
     largest = jnp.sqrt(jnp.max(jnp.sum(jnp.abs(m @ matrices.transpose(m)), axis=-1), axis=-1))
     scale = jnp.where(largest > 0, 1 / jnp.where(largest > 0, largest, 1), 0)
@@ -58,6 +60,7 @@ def polar(m: Float[Array, "*b d d"], smallest: Float[Array, "*b"]) -> Float[Arra
 
 def _rotation(m: Float[Array, "*b 2 2"]) -> Float[Array, "*b 2 2"]:
     """The rotation closest to a 2 x 2 matrix of determinant at least 0 (as L0^T L1 has): M + cof M, normalised."""
+    m, _ = matrices.of_size_one(m)
     cosine = m[..., 0, 0] + m[..., 1, 1]
     sine = m[..., 1, 0] - m[..., 0, 1]
     square = cosine**2 + sine**2
@@ -131,12 +134,7 @@ def inverse_norm(factor: Float[Array, "*b d d"]) -> Float[Array, "*b"]:
     """
     inverse = matrices.invert_triangular(jax.lax.stop_gradient(factor))
     singular = jnp.any(jnp.diagonal(factor, axis1=-2, axis2=-1) == 0, axis=-1)
-    power = inverse @ matrices.transpose(inverse)
-    size = jnp.sqrt(jnp.sum(power**2, axis=(-2, -1)))
-    power = power / jnp.where(singular, 1, size)[..., None, None]
-    for _ in range(2):
-        power = power @ power
-    return jnp.where(singular, jnp.inf, jnp.sqrt(size) * jnp.sum(power**2, axis=(-2, -1)) ** (1 / 16))
+    return jnp.where(singular, jnp.inf, jnp.sqrt(matrices.norm_bound(inverse @ matrices.transpose(inverse))))
 
 
 @matrices.precise
@@ -246,6 +244,7 @@ def bures_cost_matrix(gmm0: GaussianMixture, gmm1: GaussianMixture) -> Float[Arr
     checks.instance("gmm0", gmm0, GaussianMixture)
     checks.instance("gmm1", gmm1, GaussianMixture)
     same_features(gmm0, gmm1)
+    gmm0, gmm1 = about_one_point(gmm0, gmm1)
     return _pairwise_cost(gmm0.means, gmm0.cholesky, gmm1.means, gmm1.cholesky)
 
 

@@ -19,6 +19,40 @@ def known(*values: Any) -> bool:
 
 def array(name: str, value: Any, *shape: int | str) -> jax.Array:
     """`value` as a floating JAX array of a shape such as ``("n", 2)``, where words stand for any size above zero."""
+    result = _shaped(name, value, *shape)
+    dtype = result.dtype if jnp.issubdtype(result.dtype, jnp.floating) else jnp.result_type(float)
+    return jnp.asarray(representable(name, result, jax.dtypes.canonicalize_dtype(dtype)))
+
+
+def own_array(name: str, value: Any, *shape: int | str) -> Any:
+    """The same in the precision that it was given in: a JAX array as it is, anything else as floats of NumPy."""
+    result = _shaped(name, value, *shape)
+    if isinstance(result, np.ndarray) and result.dtype.kind != "f":
+        return result.astype(np.float64)
+    return result if jnp.issubdtype(result.dtype, jnp.floating) else result.astype(jnp.result_type(float))
+
+
+def representable(name: str, value: Any, dtype: Any) -> Any:
+    """`value` in another precision, none of whose finite numbers becomes infinite there."""
+    with np.errstate(over="ignore"):
+        cast = value.astype(dtype)
+    if isinstance(value, np.ndarray) and value.dtype.itemsize > np.dtype(dtype).itemsize:
+        lost = np.isinf(cast) & np.isfinite(value)
+        if lost.any():
+            raise ValueError(
+                f"{name}: {lost.sum()} of {value.size} values, up to {np.abs(value[lost]).max():.3g}, exceed what "
+                f"{np.dtype(dtype)} holds ({np.finfo(dtype).max:.2g}); change the unit, or enable float64"
+            )
+        if value.any() and not cast.any():
+            raise ValueError(
+                f"{name}: all values vanish in {np.dtype(dtype)}, the largest being {np.abs(value).max():.3g}; change the "
+                "unit, or enable float64"
+            )
+    return cast
+
+
+def _shaped(name: str, value: Any, *shape: int | str) -> Any:
+    """A JAX array, or one of NumPy, of real numbers in this shape."""
     wanted = "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"
     try:
         result = value if isinstance(value, jax.Array) else np.asarray(value)
@@ -33,27 +67,43 @@ def array(name: str, value: Any, *shape: int | str) -> jax.Array:
             raise ValueError(f"{name}: expected shape {wanted}, got {result.shape}; axis {axis} must have size {size}")
         if got == 0:
             raise ValueError(f"{name}: expected shape {wanted}, got {result.shape}; axis {axis} is empty")
-    dtype = result.dtype if jnp.issubdtype(result.dtype, jnp.floating) else jnp.result_type(float)
-    return jnp.asarray(result, jax.dtypes.canonicalize_dtype(dtype))
+    return result
 
 
-def finite(name: str, value: jax.Array, remedy: str = "remove or replace them") -> None:
+def finite(name: str, value: Any, remedy: str = "remove or replace them") -> None:
     if known(value):
         bad = value.size - int(np.isfinite(np.asarray(value)).sum())
         if bad:
             raise ValueError(f"{name}: {bad} of {value.size} values are NaN or infinite; {remedy}")
 
 
-def points(name: str, value: Any, n_features: int | None = None) -> jax.Array:
-    """A cloud (n, d) of finite coordinates."""
-    x = array(name, value, "n", "d" if n_features is None else n_features)
+def where_it_lies(value: Any) -> tuple[Any, Any]:
+    """An array and the module to read it with: the host's memory by NumPy, an accelerator's by JAX, without a copy."""
+    if isinstance(value, jax.Array) and any(device.platform != "cpu" for device in value.devices()):
+        return value, jnp
+    return np.asarray(value), np
+
+
+def points(name: str, value: Any, n_features: int | None = None) -> Any:
+    """A cloud (n, d) of finite coordinates, in the precision that it was given in."""
+    x = own_array(name, value, "n", "d" if n_features is None else n_features)
     finite(name, x, "remove those points, or give them finite coordinates and point weight 0")
     return x
 
 
 def weights(name: str, value: Any, size: int) -> jax.Array:
     """Non-negative weights (size,) that are not all zero; not normalised."""
-    w = array(name, value, size)
+    return _in_working_precision(own_weights(name, value, size))
+
+
+def relative_weights(name: str, value: Any, size: int) -> Any:
+    """The same as parts of the largest, so that their own size, 1e37 or 1e-41, costs no precision."""
+    w = own_weights(name, value, size)
+    return _in_working_precision(w / w.max())
+
+
+def own_weights(name: str, value: Any, size: int) -> Any:
+    w = own_array(name, value, size)
     finite(name, w)
     if known(w):
         host = np.asarray(w)
@@ -62,6 +112,10 @@ def weights(name: str, value: Any, size: int) -> jax.Array:
         if not host.any():
             raise ValueError(f"{name}: all weights are zero; at least one must be positive")
     return w
+
+
+def _in_working_precision(value: Any) -> jax.Array:
+    return jnp.asarray(value, jax.dtypes.canonicalize_dtype(value.dtype))
 
 
 def scalar(

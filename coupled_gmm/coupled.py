@@ -7,32 +7,41 @@ all nodes at once (`m_step`); plans' potentials are carried through. The E-step 
 last round of the loop looks at where the fit has come to, and moves nothing.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from coupled_gmm import checks, entropic, m_step, matrices, report, solvers, statistics
-from coupled_gmm.graph import MixtureGraph, to_parameters
+from coupled_gmm import checks, entropic, frame, m_step, matrices, report, solvers, statistics
+from coupled_gmm.frame import Settled, Sight
+from coupled_gmm.graph import MixtureGraph
 from coupled_gmm.mixture import GaussianMixture
 from coupled_gmm.result import Status
-from coupled_gmm.statistics import Chunks, Parameters
+from coupled_gmm.statistics import Parameters
 from coupled_gmm.tree import pytree
 
 _FALL = 1e-4  # an ascent that falls by this part of 1 + |J| has met more than rounding
+_ROUNDINGS = 64  # rounding units of 1 + |J| by which J may seem to fall
+_SLACK = 4.0  # the size of a gain is known from a promise to some such factor
 _RUNNING = -1
 
 
 @pytree
 class History:
-    """A row per EM step, before its M-step; NaN past the last. Of a graph, q and transport have a column per node and edge."""
+    """A row per EM step, before its M-step; NaN past the last.
+
+    Of a graph, q, log-likelihoods and transport have a column per node and edge. `log_likelihoods` are the densities' own, mean
+    per point; q, objective and `penalized_log_likelihood` contain the ridge's term.
+    """
 
     q: Float[Array, "steps V"]
     transport_terms: Float[Array, "steps E"]
     objective: Float[Array, " steps"]
     penalized_log_likelihood: Float[Array, " steps"]
     marginal_error: Float[Array, " steps"]
+    log_likelihoods: Float[Array, "steps V"] | None = None
 
     @property
     def q0(self) -> Float[Array, " steps"]:
@@ -52,23 +61,6 @@ _NO_DERIVATIVE = (
     "a fit can't be differentiated: it is a run of an optimiser, not a value; differentiate "
     "coupled_gmm.penalized_log_likelihood at the fitted pair instead"
 )
-
-
-class _Data(NamedTuple):
-    """Packed clouds about their common centre, and the ridge's floor of each node's variances."""
-
-    chunks: Chunks
-    origin: Float[Array, " d"]
-    floors: Float[Array, "V d"]
-
-
-def _prepare(clouds: list[Array | None], weights: list[Array | None], ridge: Array, length: int) -> _Data:
-    """Clouds about their common centre: far from the origin, float32 would lose the shape of small components."""
-    chunks = statistics.pack(clouds, weights, length)
-    n_clouds = sum(cloud is not None for cloud in clouds)
-    origin = jnp.einsum("cdb,cb->d", chunks.points, chunks.weights) / n_clouds
-    chunks = Chunks(chunks.points - origin[:, None], chunks.weights, chunks.owners)
-    return _Data(chunks, origin, ridge * statistics.variances(chunks, len(clouds)))
 
 
 class Controls(NamedTuple):
@@ -96,21 +88,34 @@ def _optimiser(optimizer: Any, learning_rate: Array | None) -> m_step.Optimiser:
     return m_step.optax_optimiser(optimizer if learning_rate is None else optimizer(learning_rate))
 
 
+class _Place(NamedTuple):
+    """Where a fit stands: parameters, and what was seen of J there."""
+
+    parameters: Parameters
+    terms: m_step.Terms
+    log_likelihoods: Float[Array, " V"]  # the densities' own
+    penalized: Float[Array, " V"]  # with the ridge's term
+    rest: Float[Array, " V"]  # what rounding has left of these
+    value: Float[Array, ""]
+
+
 class _Carry(NamedTuple):
     step: Int[Array, ""]
-    parameters: Parameters
+    parameters: Parameters  # where the next look goes
     potentials: entropic.Potentials
-    last: m_step.Terms
-    value: Float[Array, ""]
+    place: _Place  # of the last look
+    left: Float[Array, ""]  # what the last M-step promised and left undone
+    moved: Bool[Array, ""]  # whether it moved at all
     status: Int[Array, ""]
     history: History
 
 
 class Run(NamedTuple):
-    """Where a fit ended: the nodes there, its last look at J and its terms, and how it went."""
+    """Where a fit ended, in data units: the nodes there, its last look at J and its terms, and how it went."""
 
     nodes: GaussianMixture
     terms: m_step.Terms
+    log_likelihoods: Float[Array, " V"]
     value: Float[Array, ""]
     status: Int[Array, ""]
     n_steps: Int[Array, ""]
@@ -118,53 +123,135 @@ class Run(NamedTuple):
 
 
 @matrices.precise
-def run(
-    problem: MixtureGraph,
-    clouds: list[Array | None],
-    weights: list[Array | None],
-    controls: Controls,
-    settings: Settings,
-) -> Run:
+def run(problem: MixtureGraph, sight: Sight, controls: Controls, settings: Settings) -> Run:
     """The program of every fit; trace it inside ``jit``, with `settings` static."""
-    problem, clouds, weights = checks.value_only((problem, clouds, weights), _NO_DERIVATIVE)
+    problem, sight = checks.value_only((problem, sight), _NO_DERIVATIVE)
     dtype = problem.nodes.dtype
     controls = jax.tree.map(lambda c: c.astype(dtype) if jnp.issubdtype(c, jnp.floating) else c, controls)
-    data = _prepare(clouds, weights, controls.ridge, settings.length)
+    data = frame.settled(sight, controls.ridge, dtype)
+    chunks = statistics.pack(data.clouds, sight.weights, settings.length)
+    graph = _in_frame(problem, data.frame.unit)
+    has_cloud = jnp.asarray([cloud is not None for cloud in sight.clouds])
     optimiser = _optimiser(settings.optimizer, controls.learning_rate)
 
     def em_step(carry: _Carry) -> _Carry:
-        found = statistics.e_step(carry.parameters, data.chunks, data.floors)
+        found = statistics.e_step(carry.parameters, chunks, data.floors, carry.place.penalized)
         # The last round only looks at where the fit has come to.
         budget = jnp.where(carry.step < settings.em_steps, controls.m_steps, 1)
         moved = m_step.m_step(
-            carry.parameters, found, data.floors, problem, carry.potentials, settings.solver, optimiser, budget
+            found, data.floors, graph, carry.potentials, settings.solver, optimiser, data.frame.unit, budget
         )
-        value = problem.node_weights @ found.log_likelihood - problem.edge_weights @ moved.initial.transport
-        status = _status(carry, value, moved.marginal_error, controls.tol, settings)
+        place, gain = _arrived(carry.place, found, moved, graph)
+        fell = (carry.step > 0) & (settings.optimizer is None) & (gain < -_rounding(place.value))
+        status = _status(carry, place.value, gain, fell, moved, controls.tol, settings)
         running = status == _RUNNING
-        row = _row(problem, moved, value)
+        row = _row(graph, place, moved, data.frame.unit, has_cloud)
         history = jax.tree.map(lambda h, r: h.at[carry.step].set(jnp.where(running, r, jnp.nan)), carry.history, row)
         if settings.progress:
             report.emit(settings.em_steps, {"running": running, "step": carry.step, **_columns(row)})
-        parameters = jax.tree.map(lambda new, old: jnp.where(running, new, old), moved.parameters, carry.parameters)
-        step = carry.step + running
-        return _Carry(step, parameters, moved.potentials, moved.initial, value, status, history)
+        return _Carry(
+            carry.step + running,
+            moved.parameters,
+            moved.potentials,
+            _chosen(fell, carry.place, place),  # J never falls: a step on which it did is taken back
+            moved.left,
+            moved.moved,
+            status,
+            history,
+        )
 
-    empty = m_step.no_terms(problem)
-    nothing = History(empty.q, empty.transport, *jnp.zeros((3,), empty.q.dtype))
-    history = jax.tree.map(lambda leaf: jnp.full((settings.em_steps, *leaf.shape), jnp.nan, leaf.dtype), nothing)
-    start = _Carry(
-        jnp.asarray(0),
-        to_parameters(problem.nodes, data.origin),
-        empty.potentials,
-        empty,
-        jnp.asarray(-jnp.inf, empty.q.dtype),
-        jnp.asarray(_RUNNING),
-        history,
-    )
+    start = _start(problem, graph, data, has_cloud, settings.em_steps)
     end = jax.lax.while_loop(lambda carry: carry.status == _RUNNING, em_step, start)
-    nodes = problem.fitted(end.parameters, data.origin)
-    return Run(nodes, end.last, end.value, end.status, end.step, end.history)
+    nodes = problem.fitted(data.frame.mixture(end.place.parameters, sight.far))
+    row = _row(graph, end.place, None, data.frame.unit, has_cloud)
+    status = _checked(end.status, problem, nodes, data.frame.unit * end.place.parameters.factors, has_cloud)
+    terms = m_step.scaled(end.place.terms, data.frame.unit**2)
+    return Run(nodes, terms, row.log_likelihoods, row.penalized_log_likelihood, status, end.step, end.history)
+
+
+def _in_frame(problem: MixtureGraph, unit: Array) -> MixtureGraph:
+    """The graph with its prices in the frame's unit: costs are squared lengths there too."""
+    square = unit**2
+    return dataclasses.replace(
+        problem,
+        edge_weights=problem.edge_weights * square,
+        epsilon=problem.epsilon / square,
+        rho=problem.rho / square,
+    )
+
+
+def _start(problem: MixtureGraph, graph: MixtureGraph, data: Settled, has_cloud: Array, em_steps: int) -> _Carry:
+    floors = jnp.where(problem.frozen[:, None], 0, data.floors)
+    parameters = data.frame.parameters(problem.nodes, floors)
+    parameters = frame.apart(parameters, has_cloud & ~graph.frozen)
+    terms, zeros = m_step.no_terms(graph), jnp.zeros(graph.n_nodes, parameters.means.dtype)
+    zero = jnp.zeros((), zeros.dtype)
+    place = _Place(parameters, terms, zeros, zeros, zeros, zero - jnp.inf)
+    row = History(zeros, terms.transport, zero, zero, zero, zeros)
+    history = jax.tree.map(lambda leaf: jnp.full((em_steps, *leaf.shape), jnp.nan, leaf.dtype), row)
+    yes = jnp.asarray(True)
+    return _Carry(
+        jnp.asarray(0), parameters, terms.potentials, place, zero + jnp.inf, yes, jnp.asarray(_RUNNING), history
+    )
+
+
+def _arrived(
+    before: _Place, found: statistics.Statistics, moved: m_step.MStep, graph: MixtureGraph
+) -> tuple[_Place, Array]:
+    """The place that was looked at, and what J has gained on the way to it, to less than a rounding unit of J."""
+    penalized = before.penalized + found.penalized
+    seen = penalized - before.penalized
+    rest = (before.penalized - (penalized - seen)) + (found.penalized - seen)  # without error (Knuth)
+    log_likelihoods, terms = before.penalized + found.log_likelihood, moved.initial
+    value = graph.node_weights @ penalized - graph.edge_weights @ terms.transport
+    gain = graph.node_weights @ (found.penalized - before.rest)
+    gain = gain - graph.edge_weights @ (terms.transport - before.terms.transport)
+    return _Place(found.base, terms, log_likelihoods, penalized, rest, value), gain
+
+
+def _rounding(value: Array) -> Array:
+    return _ROUNDINGS * jnp.finfo(value.dtype).eps * (1 + jnp.abs(value))
+
+
+def _status(
+    carry: _Carry, value: Array, gain: Array, fell: Array, moved: m_step.MStep, tol: Array, settings: Settings
+) -> Int[Array, ""]:
+    """Whether and why a fit ends here.
+
+    It has converged where a step gained no more than the tolerance, and neither the M-step on the way here had left more
+    undone nor the one from here promises more.
+    """
+    asked, still = tol > 0, (carry.step > 0) & (gain <= tol)
+    met = asked & still & ~fell & (carry.left <= _SLACK * tol) & (moved.ahead <= _SLACK * tol)
+    out_of_steps = jnp.where(asked, Status.NOT_CONVERGED, Status.STEPS_DONE)
+    status = jnp.where(met, Status.CONVERGED, jnp.where(carry.step >= settings.em_steps, out_of_steps, _RUNNING))
+    status = jnp.where(asked & still & ~met & ~carry.moved, Status.STALLED, status)
+    status = jnp.where(fell, jnp.where(asked, Status.PRECISION, Status.STEPS_DONE), status)
+    missed = jnp.fmax(jnp.nanmax(carry.history.marginal_error, initial=0), moved.marginal_error) > m_step.MISSED
+    status = jnp.where((status != _RUNNING) & missed, Status.PLAN_NOT_CONVERGED, status)
+    collapsed = fell & (gain < -_FALL * (1 + jnp.abs(value)))
+    status = jnp.where(collapsed, Status.COLLAPSED, status)
+    return jnp.where(jnp.isfinite(value), status, Status.NOT_FINITE)
+
+
+def _checked(
+    status: Array, problem: MixtureGraph, nodes: GaussianMixture, factors: Array, has_cloud: Array
+) -> Int[Array, ""]:
+    """The status after a look at the mixtures: a component that was starved, or has no density in this precision."""
+    done = (status == Status.CONVERGED) | (status == Status.STEPS_DONE)
+    fitted = has_cloud & ~problem.frozen
+    if not problem.n_edges:
+        starved = jnp.any((nodes.weights == 0) & (problem.nodes.weights > 0), axis=-1)
+        status = jnp.where(done & jnp.any(starved & fitted), Status.STARVED, status)
+    # The pivots that `matrices.cholesky` will meet, and what it takes for zero, with room for rounding.
+    pivots = jnp.diagonal(factors, axis1=-2, axis2=-1) ** 2
+    least = 8 * jnp.finfo(pivots.dtype).eps * jnp.sum(factors**2, axis=-1) + jnp.finfo(pivots.dtype).tiny
+    singular = jnp.any(jnp.any(pivots <= least, axis=-1) & (nodes.weights > 0), axis=-1)
+    return jnp.where(done & jnp.any(singular & fitted), Status.SINGULAR, status)
+
+
+def _chosen(condition: Array, one: Any, other: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), one, other)
 
 
 def _columns(row: History) -> dict[str, Array]:
@@ -172,31 +259,32 @@ def _columns(row: History) -> dict[str, Array]:
     return {name: getattr(row, name) for name in names if name != "q1" or row.q.shape[-1] > 1}
 
 
-def _row(problem: MixtureGraph, moved: m_step.MStep, value: Array) -> History:
-    terms = moved.initial
-    return History(terms.q, terms.transport, m_step.objective(terms, problem), value, moved.marginal_error)
-
-
-def _status(carry: _Carry, value: Array, marginal_error: Array, tol: Array, settings: Settings) -> Int[Array, ""]:
-    met = (tol > 0) & (carry.step > 0) & (value - carry.value <= tol)
-    missed = jnp.fmax(jnp.nanmax(carry.history.marginal_error, initial=0), marginal_error) > m_step.MISSED
-    out_of_steps = jnp.where(tol > 0, Status.NOT_CONVERGED, Status.STEPS_DONE)
-    status = jnp.where(met, Status.CONVERGED, jnp.where(carry.step >= settings.em_steps, out_of_steps, _RUNNING))
-    status = jnp.where((status != _RUNNING) & missed, Status.PLAN_NOT_CONVERGED, status)
-    if settings.optimizer is None:  # whose steps only ever rise
-        fell = (carry.step > 0) & (value < carry.value - _FALL * (1 + jnp.abs(carry.value)))
-        status = jnp.where(fell, Status.COLLAPSED, status)
-    return jnp.where(jnp.isfinite(value), status, Status.NOT_FINITE)
+def _row(graph: MixtureGraph, place: _Place, moved: m_step.MStep | None, unit: Array, has_cloud: Array) -> History:
+    """What was seen at a place, in data units, where a density per volume is less by the unit to the power d."""
+    n_features = place.parameters.means.shape[-1]
+    volume = jnp.where(has_cloud, n_features * jnp.log(unit), 0)
+    terms = place.terms
+    objective = m_step.objective(terms, graph)
+    return History(
+        terms.q - volume,
+        terms.transport * unit**2,
+        objective - graph.node_weights @ volume,
+        place.value - graph.node_weights @ volume,
+        jnp.zeros_like(objective) if moved is None else moved.marginal_error,
+        place.log_likelihoods - volume,
+    )
 
 
 @matrices.precise
-def value(
-    problem: MixtureGraph, clouds: list[Array | None], weights: list[Array | None], ridge: Array, length: int
-) -> Float[Array, ""]:
+def value(problem: MixtureGraph, sight: Sight, ridge: Array, length: int) -> Float[Array, ""]:
     """J at the graph's own nodes, differentiable once in them."""
-    data = _prepare(clouds, weights, ridge, length)
-    parameters = to_parameters(problem.nodes, data.origin)
-    found = statistics.e_step(parameters, data.chunks, data.floors)
-    start = m_step.no_terms(problem).potentials
-    transport, _, _ = m_step.transport_terms(parameters, problem, start, solvers.solve_entropic)
-    return problem.node_weights @ found.log_likelihood - problem.edge_weights @ transport
+    data = jax.lax.stop_gradient(frame.settled(sight, ridge, problem.nodes.dtype))
+    chunks = statistics.pack(data.clouds, sight.weights, length)
+    graph = _in_frame(problem, data.frame.unit)
+    has_cloud = jnp.asarray([cloud is not None for cloud in sight.clouds])
+    parameters = data.frame.parameters(problem.nodes, jnp.zeros_like(data.floors))
+    found = statistics.e_step(parameters, chunks, data.floors)
+    start = m_step.no_terms(graph).potentials
+    transport, _, _ = m_step.transport_terms(parameters, graph, start, solvers.solve_entropic)
+    volume = jnp.where(has_cloud, problem.nodes.n_features * jnp.log(data.frame.unit), 0)
+    return problem.node_weights @ (found.penalized - volume) - graph.edge_weights @ transport

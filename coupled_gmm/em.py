@@ -1,6 +1,8 @@
 """One mixture for one cloud: where to start, and the plain EM fit."""
 
+import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -8,12 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from coupled_gmm import checks, coupled, matrices, solvers, statistics
+from coupled_gmm import checks, coupled, frame, matrices, solvers, starts, statistics
 from coupled_gmm.coupled import Controls, Settings
-from coupled_gmm.graph import MixtureGraph
+from coupled_gmm.frame import Settled, Sight
+from coupled_gmm.graph import MixtureGraph, stack
 from coupled_gmm.mixture import GaussianMixture
 from coupled_gmm.result import Outcome
-from coupled_gmm.tree import new, pytree
+from coupled_gmm.statistics import Parameters
+from coupled_gmm.tree import new, pytree, taken
+
+N_INIT = 10
 
 
 def init_gmm(
@@ -22,38 +28,51 @@ def init_gmm(
     n_components: int,
     *,
     point_weights: Any = None,
-    n_init: int = 1,
+    n_init: int = N_INIT,
     ridge: Any = 1e-6,
 ) -> GaussianMixture:
-    """A mixture to start a fit from: k-means++ centres, then the moments of the points closest to each.
+    """A mixture to start a fit from: k-means, then the moments of the points closest to each centre; the best of several.
 
-    Centres are drawn one by one with probability proportional to a point's weight times its squared distance to the closest
-    centre (Arthur & Vassilvitskii 2007).
+    Centres are drawn by k-means++ (Arthur & Vassilvitskii 2007), distances being measured in standard deviations of each
+    feature, and moved by Lloyd's steps. Of several draws the most likely one after some steps of EM is kept, as it is then.
+    Clouds of more than 50,000 points are represented by that many, drawn by their weights.
 
     Args:
-      key: decides the draw.
+      key: decides the draws.
       x: cloud (n, d).
       n_components: K, at most the number of distinct points of positive weight.
       point_weights: (n,), at least 0, not all 0; None weighs points equally.
-      n_init: draws, of which the one with the least mean squared distance is kept.
-      ridge: added to the covariances, relative to each feature's variance.
+      n_init: draws.
+      ridge: added to the covariances, relative to each feature's variance, as in `fit_gmm`.
 
     Raises:
       TypeError, ValueError: an argument of the wrong kind, shape or range.
     """
     key = checks.key("key", key)
-    x = checks.points("x", x)
     n_components = checks.integer("n_components", n_components, 1)
     n_init = checks.integer("n_init", n_init, 1)
     ridge = checks.scalar("ridge", ridge, at_least=0)
-    w = jnp.ones(len(x), x.dtype) if point_weights is None else checks.weights("point_weights", point_weights, len(x))
-    if checks.known(x, w):
-        _check_distinct(np.asarray(x)[np.asarray(w) > 0], n_components)
-    return _init(key, x, w.astype(x.dtype), ridge.astype(x.dtype), n_components, n_init)
+    sight = _sight(x, point_weights, None, ridge)
+    _check_distinct(sight, n_components)
+    return _init(key, sight, ridge.astype(sight.clouds[0].dtype), n_components, n_init)
 
 
-def _check_distinct(x: np.ndarray, n_components: int) -> None:
+def _sight(x: Any, point_weights: Any, gmm: GaussianMixture | None, ridge: Array) -> Sight:
+    """The cloud as programs take it, in the precision of a mixture or the default one."""
+    x = checks.points("x", x, None if gmm is None else gmm.n_features)
+    w = None if point_weights is None else checks.relative_weights("point_weights", point_weights, len(x))
+    if gmm is None:
+        nothing = jnp.zeros(0, jax.dtypes.canonicalize_dtype(x.dtype))
+        gmm = new(GaussianMixture, means=nothing, covariances=nothing, weights=nothing)
+    return frame.seen(["x"], [x], [w], gmm, ridge)
+
+
+def _check_distinct(sight: Sight, n_components: int) -> None:
     """Refuse more components than distinct points; a small sample usually settles it."""
+    (x,), (w,) = sight.clouds, sight.weights
+    if not checks.known(x, w):
+        return
+    x = np.asarray(x) if w is None else np.asarray(x)[np.asarray(w) > 0]
     for n in (16 * n_components, len(x)):
         n_distinct = len(np.unique(x[:n], axis=0))
         if n_distinct >= n_components:
@@ -64,69 +83,77 @@ def _check_distinct(x: np.ndarray, n_components: int) -> None:
     )
 
 
+def _points(key: Array, data: Settled, sight: Sight) -> starts.Points:
+    """The points that starts are drawn from: all, or so many of them, drawn by their weights."""
+    (x,), (w,) = data.clouds, sight.weights
+    w = jnp.full(len(x), 1 / len(x), x.dtype) if w is None else w / jnp.sum(w)
+    if len(x) > (n := starts.MOST_POINTS):
+        # One in each of as many equal parts of the mass.
+        draws = (jnp.arange(n) + jax.random.uniform(key, (n,), x.dtype)) / n
+        chosen = jnp.minimum(jnp.searchsorted(jnp.cumsum(w), draws, side="right"), len(x) - 1)
+        x, w = x[chosen], jnp.full(n, 1 / n, x.dtype)
+    deviations = jnp.where(data.pooled > 0, jnp.sqrt(data.pooled), 1)
+    return starts.Points(x.T, w, deviations)
+
+
 @functools.partial(jax.jit, static_argnames=("n_components", "n_init"))
 @matrices.precise
-def _init(key: Array, x: Array, w: Array, ridge: Array, n_components: int, n_init: int) -> GaussianMixture:
-    w = w / jnp.sum(w)
-    centre = w @ x
-    x = x - centre
+def _init(key: Array, sight: Sight, ridge: Array, n_components: int, n_init: int) -> GaussianMixture:
+    found, points, data = _draws(key, sight, ridge, n_components, n_init)
+    if n_init == 1:
+        return taken(data.frame.mixture(found, sight.far), 0)
+    length = statistics.chunk_length(points.x.shape[1], n_components, len(points.x), None)
+    chunks = statistics.pack([points.x.T], [points.weights], length)
+    return data.frame.mixture(starts.best(found, chunks, data.floors[0]), sight.far)
 
-    def draw(key: Array) -> tuple[Array, Array]:
-        keys = jax.random.split(key, n_components)
-        logits = jnp.where(w > 0, jnp.log(w), -jnp.inf)
-        first = x[jax.random.categorical(keys[0], logits)]
-        closest = jnp.sum((x - first) ** 2, axis=1)
-        labels = jnp.zeros(len(x), jnp.int32)
 
-        def add(carry, draw):
-            closest, labels = carry
-            k, key = draw
-            distance = jnp.log(jnp.where(closest > 0, closest, 1))
-            chosen = jax.random.categorical(key, jnp.where(closest > 0, logits + distance, -jnp.inf))
-            square = jnp.sum((x - x[chosen]) ** 2, axis=1)
-            return (jnp.minimum(closest, square), jnp.where(square < closest, k, labels)), None
+@functools.partial(jax.jit, static_argnames=("n_components", "n_init"))
+@matrices.precise
+def _several(key: Array, sight: Sight, ridge: Array, n_components: int, n_init: int) -> GaussianMixture:
+    found, _, data = _draws(key, sight, ridge, n_components, n_init)
+    return data.frame.mixture(found, sight.far)
 
-        carry = (closest, labels)
-        (closest, labels), _ = jax.lax.scan(add, carry, (jnp.arange(1, n_components, dtype=labels.dtype), keys[1:]))
-        return w @ closest, labels
 
-    inertia, labels = jax.lax.map(draw, jax.random.split(key, n_init))
-    labels = labels[jnp.argmin(inertia)]
-    floor = jnp.diag(ridge * (w @ x**2))
-
-    def moments(k: Array) -> tuple[Array, Array, Array]:
-        share = jnp.where(labels == k, w, 0)
-        mass = jnp.sum(share)
-        mean = share @ x / mass
-        centred = x - mean
-        return mean, (centred * (share / mass)[:, None]).T @ centred + floor, mass
-
-    means, covariances, masses = jax.lax.map(moments, jnp.arange(n_components))
-    return new(GaussianMixture, means=means + centre, covariances=covariances, weights=masses / jnp.sum(masses))
+def _draws(
+    key: Array, sight: Sight, ridge: Array, n_components: int, n: int
+) -> tuple[Parameters, starts.Points, Settled]:
+    few, key = jax.random.split(key)
+    data = frame.settled(sight, ridge, ridge.dtype)
+    points = _points(few, data, sight)
+    return starts.draws(key, points, data.floors[0], n_components, n), points, data
 
 
 @pytree
 class MixtureHistory:
-    """A row per EM step, before it; NaN past the last."""
+    """A row per EM step, before it; NaN past the last. Mean per point, without the ridge's term and with it."""
 
     log_likelihood: Float[Array, " max_steps"]
+    penalized_log_likelihood: Float[Array, " max_steps"] | None = None
 
 
 @pytree
 class MixtureFit(Outcome):
-    """A fitted mixture and how the fit went; `log_likelihood` is the mean per point at the end."""
+    """A fitted mixture and how the fit went.
+
+    `log_likelihood` is the density's own at the end, mean per point; `penalized_log_likelihood` has the ridge's term in, and is
+    what the fit raised. Of several starts, the one that ended best, and which it was.
+    """
 
     gmm: GaussianMixture
     log_likelihood: Float[Array, ""]
     status: Int[Array, ""]
     n_steps: Int[Array, ""]
     history: MixtureHistory
+    penalized_log_likelihood: Float[Array, ""] | None = None
+    start: Int[Array, ""] | None = None
 
 
 def fit_gmm(
     x: Any,
-    init: GaussianMixture,
+    init: GaussianMixture | Sequence[GaussianMixture] | int,
     *,
+    key: PRNGKeyArray | None = None,
+    n_init: int | None = None,
     point_weights: Any = None,
     max_steps: int = 100,
     tol: Any = 1e-5,
@@ -135,32 +162,80 @@ def fit_gmm(
     """Fit one mixture to one cloud by EM: the coupled fit of a graph of one node.
 
     Args:
-      x: cloud (n, d).
-      init: where to start, as from `init_gmm`.
+      x: cloud (n, d). Given in more digits than the mixture has, it is centred in its own precision first.
+      init: where to start, as from `init_gmm`; or several mixtures of one size, all fitted to the end, of which the best is
+        kept; or a number of components, which takes a key.
+      key: of a number of components, decides the starts.
+      n_init: of a number of components, how many starts are fitted; None is 10.
       point_weights: (n,), at least 0, not all 0; None weighs points equally.
       max_steps: EM steps, at most.
-      tol: at least 0; converged when a step raises the mean log-likelihood by no more. 0 does all steps.
-      ridge: floor of the covariances relative to each feature's variance, as in `fit_pair`; the log-likelihood includes it.
+      tol: at least 0; converged when a step raises the mean log-likelihood by no more, and the next promises no more. Gains are
+        known to less than a rounding unit of the log-likelihood. 0 does all steps.
+      ridge: floor of the covariances relative to each feature's variance, as in `fit_pair`. A start is floored as the fit is.
 
     Raises:
       TypeError, ValueError: an argument of the wrong kind, shape or range.
     """
-    checks.instance("init", init, GaussianMixture)
-    x = checks.points("x", x, init.n_features).astype(init.dtype)
-    w = None if point_weights is None else checks.weights("point_weights", point_weights, len(x)).astype(init.dtype)
     ridge = checks.scalar("ridge", ridge, at_least=0, batched=True)
     tol = checks.scalar("tol", tol, at_least=0, batched=True)
-    init.check_densities("init")
-    length = statistics.chunk_length(len(x), init.n_components, init.n_features, None)
-    settings = Settings(length, checks.integer("max_steps", max_steps, 1), solvers.solve_entropic, None, False)
-    return _fit(init, x, w, Controls(ridge, tol, jnp.ones((), jnp.int32), None), settings)
+    max_steps = checks.integer("max_steps", max_steps, 1)
+    if isinstance(init, (int, np.integer)) and not isinstance(init, bool):
+        inits, sight = _starts(x, int(init), key, n_init, point_weights, ridge)
+    else:
+        inits = _given(init, key, n_init, ridge)
+        sight = _sight(x, point_weights, inits, ridge)
+    length = statistics.chunk_length(len(sight.clouds[0]), inits.n_components, inits.n_features, None)
+    settings = Settings(length, max_steps, solvers.solve_entropic, None, False)
+    return _fit(inits, sight, Controls(ridge, tol, jnp.ones((), jnp.int32), None), settings)
+
+
+def _given(init: Any, key: Any, n_init: Any, ridge: Array) -> GaussianMixture:
+    """The mixtures to start from, stacked."""
+    if key is not None or n_init is not None:
+        raise ValueError("key, n_init: go with a number of components as init; drop them, or pass init=3, say")
+    alone = isinstance(init, GaussianMixture)
+    gmms = [init] if alone else checks.sequence("init", init)
+    if not gmms:
+        raise ValueError("init: the list is empty; give at least one start")
+    for i, gmm in enumerate(gmms):
+        name = "init" if alone else f"init[{i}]"
+        checks.instance(name, gmm, GaussianMixture)
+        if (gmm.n_components, gmm.n_features) != (gmms[0].n_components, gmms[0].n_features):
+            raise ValueError(f"{name}: differs from init[0] in its number of components or features; give them alike")
+        if not frame.raises(ridge):
+            gmm.check_densities(name)
+    return stack(gmms)
+
+
+def _starts(
+    x: Any, n_components: int, key: Any, n_init: Any, point_weights: Any, ridge: Array
+) -> tuple[GaussianMixture, Sight]:
+    """As many starts as asked for, stacked, and the cloud as programs take it."""
+    if key is None:
+        raise ValueError("key: a number of components is started at random; pass a key such as jax.random.key(0)")
+    n_components = checks.integer("init", n_components, 1)
+    n_init = N_INIT if n_init is None else checks.integer("n_init", n_init, 1)
+    sight = _sight(x, point_weights, None, ridge)
+    _check_distinct(sight, n_components)
+    return _several(checks.key("key", key), sight, ridge, n_components, n_init), sight
 
 
 @functools.partial(jax.jit, static_argnames="settings")
 @matrices.precise
-def _fit(init: GaussianMixture, x: Array, w: Array | None, controls: Controls, settings: Settings) -> MixtureFit:
-    problem = MixtureGraph.single(init)
-    run = coupled.run(problem, [x], [w], controls, settings)
-    (gmm,) = problem.split(run.nodes)
-    history = MixtureHistory(run.history.penalized_log_likelihood)
-    return MixtureFit(gmm, run.value, run.status, run.n_steps, history)
+def _fit(inits: GaussianMixture, sight: Sight, controls: Controls, settings: Settings) -> MixtureFit:
+    def one(init: GaussianMixture) -> MixtureFit:
+        problem = MixtureGraph.single(init)
+        run = coupled.run(problem, sight, controls, settings)
+        (gmm,) = problem.split(run.nodes)
+        log_likelihoods = run.history.log_likelihoods
+        assert log_likelihoods is not None
+        history = MixtureHistory(log_likelihoods[:, 0], run.history.penalized_log_likelihood)
+        return MixtureFit(gmm, run.log_likelihoods[0], run.status, run.n_steps, history, run.value)
+
+    if len(inits.weights) == 1:  # no loop, which vmap would batch
+        ends = jax.tree.map(lambda leaf: leaf[None], one(taken(inits, 0)))
+    else:
+        ends = jax.lax.map(one, inits)
+    values = jnp.where(jnp.isfinite(ends.penalized_log_likelihood), ends.penalized_log_likelihood, -jnp.inf)
+    best = jnp.argmax(values)
+    return dataclasses.replace(taken(ends, best), start=best)

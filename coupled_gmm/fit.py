@@ -14,9 +14,10 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from coupled_gmm import checks, coupled, matrices, plan, report, solvers, statistics
+from coupled_gmm import checks, coupled, frame, matrices, plan, report, solvers, statistics
 from coupled_gmm.coupled import Controls, History, Settings
-from coupled_gmm.graph import MixtureGraph
+from coupled_gmm.frame import Sight
+from coupled_gmm.graph import MixtureGraph, stack
 from coupled_gmm.mixture import GaussianMixture
 from coupled_gmm.pair import GaussianMixturePair
 from coupled_gmm.plan import Plan
@@ -34,6 +35,7 @@ class GraphFit(Outcome):
     status: Int[Array, ""]
     n_steps: Int[Array, ""]
     history: History
+    log_likelihoods: Float[Array, " V"] | None = None  # of each cloud, mean per point: the densities' own, without ridge
 
 
 @pytree
@@ -46,6 +48,7 @@ class PairFit(Outcome):
     status: Int[Array, ""]
     n_steps: Int[Array, ""]
     history: History
+    log_likelihoods: Float[Array, "2"] | None = None  # of each cloud, mean per point: the densities' own, without ridge
 
 
 class _Run(NamedTuple):
@@ -95,11 +98,9 @@ def _check_run(
     return _Run(controls, checks.integer("em_steps", em_steps, 1), optimizer, method, chunk_size, progress)
 
 
-def _check_cloud(name: str, x: Any, weights_name: str, weights: Any, gmm: GaussianMixture) -> tuple[Array, Any]:
-    cloud = checks.points(name, x, gmm.n_features).astype(gmm.dtype)
-    if weights is not None:
-        weights = checks.weights(weights_name, weights, len(cloud)).astype(gmm.dtype)
-    return cloud, weights
+def _check_cloud(name: str, x: Any, weights_name: str, weights: Any, gmm: GaussianMixture) -> tuple[Any, Any]:
+    cloud = checks.points(name, x, gmm.n_features)
+    return cloud, None if weights is None else checks.relative_weights(weights_name, weights, len(cloud))
 
 
 def _settings(run: _Run, n_points: int, n_components: int, n_features: int, solver: solvers.Solver) -> Settings:
@@ -110,8 +111,8 @@ def _settings(run: _Run, n_points: int, n_components: int, n_features: int, solv
 
 @functools.partial(jax.jit, static_argnames="settings")
 @matrices.precise
-def _fit_graph(problem: MixtureGraph, clouds: list, weights: list, controls: Controls, settings: Settings) -> GraphFit:
-    run = coupled.run(problem, clouds, weights, controls, settings)
+def _fit_graph(problem: MixtureGraph, sight: Sight, controls: Controls, settings: Settings) -> GraphFit:
+    run = coupled.run(problem, sight, controls, settings)
     ends = [taken(run.nodes, index) for index in (problem.sources, problem.targets)]
     pairs = new(
         GaussianMixturePair,
@@ -122,7 +123,9 @@ def _fit_graph(problem: MixtureGraph, clouds: list, weights: list, controls: Con
         balanced=problem.balanced,
     )
     plans = plan.from_potentials(pairs, run.terms.costs, run.terms.potentials)
-    return GraphFit(problem.split(run.nodes), plans, run.value, run.status, run.n_steps, run.history)
+    return GraphFit(
+        problem.split(run.nodes), plans, run.value, run.status, run.n_steps, run.history, run.log_likelihoods
+    )
 
 
 @functools.partial(jax.jit, static_argnames="settings")
@@ -131,20 +134,20 @@ def _fit_pair(
     pair: GaussianMixturePair,
     transport_weight: Array,
     frozen: Array,
-    clouds: list,
-    weights: list,
+    sight: Sight,
     controls: Controls,
     settings: Settings,
 ) -> PairFit:
     problem = MixtureGraph.from_pair(pair, transport_weight, frozen)
-    fit = _fit_graph(problem, clouds, weights, controls, settings)
+    fit = _fit_graph(problem, sight, controls, settings)
     k0, k1 = problem.sizes
     stacked = taken(fit.plans, 0)
     f, g = stacked.potentials
     whole = dataclasses.replace(
         stacked, pair=pair.replace(*fit.gmms), cost=stacked.cost[:k0, :k1], potentials=(f[:k0], g[:k1])
     )
-    return PairFit(whole.pair, whole, fit.penalized_log_likelihood, fit.status, fit.n_steps, fit.history)
+    end = fit.penalized_log_likelihood, fit.status, fit.n_steps, fit.history, fit.log_likelihoods
+    return PairFit(whole.pair, whole, *end)
 
 
 def penalized_log_likelihood(
@@ -173,15 +176,16 @@ def penalized_log_likelihood(
     pair.gmm1.check_densities("pair.gmm1")
     n_components = max(pair.gmm0.n_components, pair.gmm1.n_components)
     length = statistics.chunk_length(max(len(x0), len(x1)), n_components, pair.n_features, chunk_size)
-    return _value(pair, transport_weight, [x0, x1], [w0, w1], ridge, length)
+    sight = frame.seen(["x0", "x1"], [x0, x1], [w0, w1], stack([pair.gmm0, pair.gmm1]), ridge)
+    return _value(pair, transport_weight, sight, ridge, length)
 
 
 @functools.partial(jax.jit, static_argnames="length")
 def _value(
-    pair: GaussianMixturePair, transport_weight: Array, clouds: list, weights: list, ridge: Array, length: int
+    pair: GaussianMixturePair, transport_weight: Array, sight: Sight, ridge: Array, length: int
 ) -> Float[Array, ""]:
     problem = MixtureGraph.from_pair(pair, transport_weight, np.zeros(2, bool))
-    return coupled.value(problem, clouds, weights, ridge, length)
+    return coupled.value(problem, sight, ridge, length)
 
 
 def fit_graph(
@@ -222,17 +226,21 @@ def fit_graph(
         else _check_cloud(f"clouds[{i}]", cloud, f"point_weights[{i}]", weight, graph.nodes)
         for i, (cloud, weight) in enumerate(zip(clouds, weights, strict=True))
     ]
-    for i, gmm in enumerate(graph.split(graph.nodes)):
-        if clouds[i] is not None or i not in np.flatnonzero(graph.frozen):
-            gmm.check_densities(f"node {i}")
+    if checks.known(graph):
+        for i, gmm in enumerate(graph.split(graph.nodes)):
+            frozen = bool(graph.frozen[i])
+            if (clouds[i] is None and not frozen) or (clouds[i] is not None and (frozen or not frame.raises(ridge))):
+                gmm.check_densities(f"node {i}")
     if graph.n_nodes == 2 and graph.n_edges == 1 and all(cloud is not None for cloud in clouds):
         graph = dataclasses.replace(graph, matched=checks.known(graph.sources) and int(graph.sources[0]) == 0)
     pairs = new(GaussianMixturePair, epsilon=graph.epsilon[:1], rho=graph.rho[:1], balanced=graph.balanced)
     solver = solvers.solver_for(method, pairs) if graph.n_edges else solvers.solve_entropic
     n_points = max(len(cloud) for cloud, _ in checked if cloud is not None)
     settings = _settings(run, n_points, max(graph.sizes), graph.nodes.n_features, solver)
+    names = [f"clouds[{i}]" for i in range(graph.n_nodes)]
+    sight = frame.seen(names, [c for c, _ in checked], [w for _, w in checked], graph.nodes, ridge)
     with report.listening(run.progress):
-        return _fit_graph(graph, [c for c, _ in checked], [w for _, w in checked], run.controls, settings)
+        return _fit_graph(graph, sight, run.controls, settings)
 
 
 def fit_pair(
@@ -294,11 +302,13 @@ def fit_pair(
     x0, w0 = _check_cloud("x0", x0, "point_weights0", point_weights0, pair.gmm0)
     x1, w1 = _check_cloud("x1", x1, "point_weights1", point_weights1, pair.gmm1)
     transport_weight = checks.scalar("transport_weight", transport_weight, at_least=0, batched=True)
-    pair.gmm0.check_densities("pair.gmm0")
-    pair.gmm1.check_densities("pair.gmm1")
+    for name, gmm in (("gmm0", pair.gmm0), ("gmm1", pair.gmm1)):
+        if name in freeze or not frame.raises(ridge):
+            gmm.check_densities(f"pair.{name}")
     n_components = max(pair.gmm0.n_components, pair.gmm1.n_components)
     solver = solvers.solver_for(method, pair)
     settings = _settings(run, max(len(x0), len(x1)), n_components, pair.n_features, solver)
     frozen = np.array(["gmm0" in freeze, "gmm1" in freeze])
+    sight = frame.seen(["x0", "x1"], [x0, x1], [w0, w1], stack([pair.gmm0, pair.gmm1]), ridge)
     with report.listening(run.progress):
-        return _fit_pair(pair, transport_weight, frozen, [x0, x1], [w0, w1], run.controls, settings)
+        return _fit_pair(pair, transport_weight, frozen, sight, run.controls, settings)

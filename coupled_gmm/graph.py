@@ -9,11 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from coupled_gmm import checks, matrices, mixture
+from coupled_gmm import checks, mixture
 from coupled_gmm.mixture import GaussianMixture
 from coupled_gmm.pair import GaussianMixturePair
-from coupled_gmm.statistics import Parameters
-from coupled_gmm.tree import new, pytree, static, taken
+from coupled_gmm.tree import pytree, static, taken
 
 
 @pytree
@@ -141,16 +140,15 @@ class MixtureGraph:
     def n_edges(self) -> int:
         return self.sources.shape[0]
 
-    def fitted(self, parameters: Parameters, origin: Float[Array, " d"]) -> GaussianMixture:
-        """The nodes at fitted parameters, relative to an origin; frozen nodes come back untouched."""
-        fitted = to_mixture(parameters, origin)
-
+    def fitted(self, fitted: GaussianMixture) -> GaussianMixture:
+        """The nodes after a fit; frozen nodes and absent components come back untouched."""
+        nodes, fitted = mixture.alike([self.nodes, fitted])
         kept = self.frozen[:, None] | (self.nodes.weights == 0)
 
         def keep(old: Array, new: Array) -> Array:
             return jnp.where(jnp.expand_dims(kept, range(2, old.ndim)), old, new)
 
-        return jax.tree.map(keep, self.nodes, fitted)
+        return jax.tree.map(keep, nodes, fitted)
 
     def split(self, nodes: GaussianMixture) -> list[GaussianMixture]:
         """Stacked nodes as mixtures of their own sizes."""
@@ -166,24 +164,8 @@ def _spread(name: str, value: Array, size: int) -> Array:
 def stack(gmms: Sequence[GaussianMixture]) -> GaussianMixture:
     """Mixtures on a leading axis, padded to the largest."""
     size = max(gmm.n_components for gmm in gmms)
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(mixture.padded(gmm, size) for gmm in gmms))
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(mixture.padded(gmm, size) for gmm in mixture.alike(gmms)))
 
 
 def unpadded(gmm: GaussianMixture, size: int) -> GaussianMixture:
-    return new(GaussianMixture, means=gmm.means[:size], covariances=gmm.covariances[:size], weights=gmm.weights[:size])
-
-
-def to_parameters(gmm: GaussianMixture, origin: Float[Array, " d"]) -> Parameters:
-    absent = jnp.expand_dims(gmm.weights == 0, (-2, -1))
-    factors = jnp.where(absent, jnp.eye(gmm.n_features, dtype=gmm.dtype), gmm.cholesky)
-    return Parameters(gmm.means - origin, factors, gmm.log_weights)
-
-
-def to_mixture(parameters: Parameters, origin: Float[Array, " d"]) -> GaussianMixture:
-    weights = jnp.exp(parameters.log_weights)
-    return new(
-        GaussianMixture,
-        means=parameters.means + origin,
-        covariances=matrices.gram(parameters.factors),
-        weights=weights,
-    )
+    return jax.tree.map(lambda leaf: leaf[:size], gmm)

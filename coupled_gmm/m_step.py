@@ -14,6 +14,7 @@ The transport cost enters by its dual value. Potentials are carried from one eva
 differentiated: by the envelope theorem the derivative at fixed potentials is that of the cost.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
-from coupled_gmm import bures, entropic, masses
+from coupled_gmm import bures, entropic, masses, matrices
 from coupled_gmm.graph import MixtureGraph
 from coupled_gmm.masses import Response
 from coupled_gmm.solvers import Solver, solve_entropic
@@ -62,6 +63,13 @@ def no_terms(graph: MixtureGraph) -> Terms:
     count = jnp.zeros(n, jnp.int32)
     potentials = entropic.Potentials(zeros, zeros, zeros, zeros, zeros[:, 0], count, flags, flags)
     return Terms(jnp.zeros(graph.n_nodes, zeros.dtype), zeros[:, 0], jnp.zeros((n, k, k), zeros.dtype), potentials)
+
+
+def scaled(found: Terms, square: Float[Array, ""]) -> Terms:
+    """The terms of transport in another unit, in which costs are so many times larger."""
+    potentials = found.potentials
+    potentials = dataclasses.replace(potentials, f=potentials.f * square, g=potentials.g * square)
+    return found._replace(transport=found.transport * square, costs=found.costs * square, potentials=potentials)
 
 
 def transport_terms(
@@ -134,6 +142,7 @@ class Coordinates(NamedTuple):
 
     start: Float[Array, " p"]
     parameters: Callable[[Float[Array, " p"], Float[Array, "V K"]], Parameters]
+    promise: Callable[[Float[Array, " p"]], Float[Array, ""]]  # what a gradient promises, where every step is taken anyway
 
 
 def _log_softmax(logits: Array, present: Array) -> Array:
@@ -148,8 +157,10 @@ def _thawed(frozen: Bool[Array, " V"], moved: Parameters, kept: Parameters) -> P
     return jax.tree.map(lambda m, k: jnp.where(jnp.expand_dims(frozen, range(1, m.ndim)), k, m), moved, kept)
 
 
-def log_cholesky_coordinates(base: Parameters, graph: MixtureGraph) -> Coordinates:
-    """OTT's coordinates; frozen nodes, absent components and each last logit do not move."""
+def log_cholesky_coordinates(
+    base: Parameters, statistics: Statistics, graph: MixtureGraph, unit: Float[Array, ""]
+) -> Coordinates:
+    """OTT's coordinates, in data units; frozen nodes, absent components and each last logit do not move."""
     present = jnp.isfinite(base.log_weights)
     n_components = present.shape[-1]
     last = n_components - 1 - jnp.argmax(present[:, ::-1], axis=-1)
@@ -157,31 +168,52 @@ def log_cholesky_coordinates(base: Parameters, graph: MixtureGraph) -> Coordinat
     reference = jnp.sum(jnp.where(is_last, base.log_weights, 0), axis=-1, keepdims=True)
     logits = jnp.where(present, base.log_weights - reference, 0)
     eye = jnp.eye(base.means.shape[-1], dtype=base.means.dtype)
-    safe = base.factors + eye * (base.factors == 0)
+    factors = unit * base.factors
+    safe = factors + eye * (factors == 0)
     log_factors = jnp.tril(safe, -1) + eye * jnp.log(jnp.where(eye > 0, safe, 1))
-    start, unravel = ravel_pytree((base.means, log_factors, logits))
+    start, unravel = ravel_pytree((unit * base.means, log_factors, logits))
 
     def parameters(x: Array, log_weights: Array) -> Parameters:
         del log_weights  # logits are absolute
         means, triangle, logits = unravel(x)
         factors = jnp.tril(triangle, -1) + eye * jnp.exp(triangle * eye)
         log_weights = _log_softmax(jnp.where(is_last, 0, logits), present)
-        return _thawed(graph.frozen, Parameters(means, factors, log_weights), base)
+        return _thawed(graph.frozen, Parameters(means / unit, factors / unit, log_weights), base)
 
-    return Coordinates(start, parameters)
+    def promise(gradient: Array) -> Float[Array, ""]:
+        in_means, in_triangle, in_logits = unravel(gradient)
+        in_factors = jnp.tril(in_triangle, -1) + eye * in_triangle / jnp.where(eye > 0, safe, 1)
+        scale = _natural_scale(base, statistics, graph)
+        means = jnp.einsum("vkij,vki->vkj", factors, in_means)
+        factored = jnp.tril(matrices.transpose(factors) @ in_factors)
+        squares = jnp.sum(means**2, axis=-1) + jnp.sum(factored**2, axis=(-2, -1)) + in_logits**2
+        return jnp.sum(scale**2 * squares)
+
+    return Coordinates(start, parameters, promise)
 
 
-def natural_coordinates(base: Parameters, statistics: Statistics, graph: MixtureGraph) -> Coordinates:
-    """Coordinates in which the objective curves about equally in every direction, and the base is zero."""
-    present = jnp.isfinite(base.log_weights)
-    eye = jnp.eye(base.means.shape[-1], dtype=base.means.dtype)
+def _natural_scale(base: Parameters, statistics: Statistics, graph: MixtureGraph) -> Float[Array, "V K"]:
+    """One over the square root of the objective's curvature in what moves a component, seen as a standard Gaussian.
+
+    0 for a component of which neither points nor transport have anything to say: it keeps its shape and place.
+    """
     likelihood = graph.node_weights[:, None] * statistics.masses
     pull = jnp.zeros_like(graph.node_weights).at[graph.sources].add(graph.edge_weights)
     pull = pull.at[graph.targets].add(graph.edge_weights)
     spread = jnp.mean(jnp.sum(base.factors**2, axis=-1), axis=-1)
-    transport = 2 * pull[:, None] * jnp.exp(base.log_weights) * spread
-    tiny = 1e-6 * jnp.maximum(1, graph.node_weights)[:, None]
-    scale = jax.lax.rsqrt(likelihood + transport + tiny)
+    curvature = likelihood + 2 * pull[:, None] * jnp.exp(base.log_weights) * spread
+    most = jnp.maximum(1, graph.node_weights)[:, None]
+    return jnp.where(curvature > jnp.finfo(curvature.dtype).eps * most, jax.lax.rsqrt(curvature + 1e-6 * most), 0)
+
+
+def natural_coordinates(
+    base: Parameters, statistics: Statistics, graph: MixtureGraph, unit: Float[Array, ""]
+) -> Coordinates:
+    """Coordinates in which the objective curves about equally in every direction, and the base is zero."""
+    del unit  # they have none
+    present = jnp.isfinite(base.log_weights)
+    eye = jnp.eye(base.means.shape[-1], dtype=base.means.dtype)
+    scale = _natural_scale(base, statistics, graph)
     zeros = (jnp.zeros_like(base.means), jnp.zeros_like(base.factors), jnp.zeros_like(base.log_weights))
     start, unravel = ravel_pytree(zeros)
 
@@ -194,7 +226,7 @@ def natural_coordinates(base: Parameters, statistics: Statistics, graph: Mixture
         moved = Parameters(means, base.factors @ stretch, _log_softmax(logits, present))
         return _thawed(graph.frozen, moved, base)
 
-    return Coordinates(start, parameters)
+    return Coordinates(start, parameters, lambda gradient: jnp.zeros((), gradient.dtype))
 
 
 class Search(NamedTuple):
@@ -205,13 +237,14 @@ class Search(NamedTuple):
     memory: Any
     accepted: Bool[Array, ""]  # the last trial became the best
     done: Bool[Array, ""]
+    left: Float[Array, ""]  # the gain that it still promises at the best
 
 
 class Optimiser(NamedTuple):
     """Three functions of an optimiser of the M-step; values and gradients are to be minimised."""
 
     monotone: bool
-    coordinates: Callable[[Parameters, Statistics, MixtureGraph], Coordinates]
+    coordinates: Callable[[Parameters, Statistics, MixtureGraph, Array], Coordinates]
     init: Callable[[Array], Search]
     update: Callable[[Search, Array, Array], Search]
 
@@ -223,12 +256,13 @@ def optax_optimiser(transformation: optax.GradientTransformation) -> Optimiser:
         del value
         step, memory = transformation.update(gradient, search.memory, search.trial)
         trial = jnp.asarray(optax.apply_updates(search.trial, step))
-        return Search(trial, trial, memory, jnp.asarray(True), search.done)
+        return Search(trial, trial, memory, jnp.asarray(True), search.done, search.left)
 
     def init(start: Array) -> Search:
-        return Search(start, start, transformation.init(start), jnp.asarray(True), jnp.asarray(False))
+        nothing = jnp.zeros((), start.dtype)
+        return Search(start, start, transformation.init(start), jnp.asarray(True), jnp.asarray(False), nothing)
 
-    return Optimiser(False, lambda base, statistics, graph: log_cholesky_coordinates(base, graph), init, update)
+    return Optimiser(False, log_cholesky_coordinates, init, update)
 
 
 class _Line(NamedTuple):
@@ -252,7 +286,7 @@ def lbfgs_optimiser(patience: float = 1e-3) -> Optimiser:
     def init(start: Array) -> Search:
         zero = jnp.zeros((), start.dtype)
         line = _Line(zero + jnp.inf, jnp.zeros_like(start), zero, zero + 1, zero, transformation.init(start))
-        return Search(start, start, line, jnp.asarray(True), jnp.asarray(False))
+        return Search(start, start, line, jnp.asarray(True), jnp.asarray(False), zero)
 
     def update(search: Search, value: Array, gradient: Array) -> Search:
         line: _Line = search.memory
@@ -277,18 +311,26 @@ def lbfgs_optimiser(patience: float = 1e-3) -> Optimiser:
         rounding = jnp.finfo(value.dtype).eps * (1 + jnp.abs(line.value))
         gain = -line.step * line.slope
         done = (gain <= rounding) | (accepted & (-line.slope <= -patience * line.first_slope))
-        return Search(best + line.step * line.direction, best, line, accepted, done | (first & ~finite))
+        trial = best + line.step * line.direction
+        return Search(trial, best, line, accepted, done | (first & ~finite), -line.slope)
 
     return Optimiser(True, natural_coordinates, init, update)
 
 
 class MStep(NamedTuple):
-    """The parameters reached, the terms at the start, the potentials at the end and the worst marginal error between."""
+    """The parameters reached, the terms at the start, the potentials at the end and the worst marginal error between.
+
+    And what tells whether it came to its end: whether it moved, what the objective promised to gain at its start where the
+    optimiser does not look at that, and what it still promises at the end.
+    """
 
     parameters: Parameters
     initial: Terms
     potentials: entropic.Potentials
     marginal_error: Float[Array, ""]
+    moved: Bool[Array, ""]
+    ahead: Float[Array, ""]
+    left: Float[Array, ""]
 
 
 class _Progress(NamedTuple):
@@ -298,29 +340,33 @@ class _Progress(NamedTuple):
     log_weights: Float[Array, "V K"]  # what the coordinates are relative to; at the best, while they are solved for
     solves_masses: Bool[Array, ""]
     marginal_error: Float[Array, ""]
+    ahead: Float[Array, ""]
+    moved: Bool[Array, ""]
     n: Int[Array, ""]
 
 
 def m_step(
-    base: Parameters,
     statistics: Statistics,
     floors: Float[Array, "V d"],
     graph: MixtureGraph,
     potentials: entropic.Potentials,
     solver: Solver,
     optimiser: Optimiser,
+    unit: Float[Array, ""],
     budget: Int[Array, ""],
 ) -> MStep:
-    """At most `budget` evaluations of the objective and its gradient, from `base`; the first is at `base` itself.
+    """At most `budget` evaluations of the objective and its gradient, from the base of the statistics; the first is there.
 
     A graph without edges is plain EM, and has its maximiser in closed form.
     """
+    base, yes = statistics.base, jnp.asarray(True)
     if not graph.n_edges:
         q = jax.vmap(expected_log_likelihood)(base, statistics, floors)
-        moved = _thawed(graph.frozen, maximiser(base, statistics, floors), base)
-        zero = jnp.zeros((), base.means.dtype)
-        return MStep(moved, no_terms(graph)._replace(q=q), potentials, zero)
-    coordinates = optimiser.coordinates(base, statistics, graph)
+        best, gains = maximiser(statistics, floors)
+        zero, ahead = jnp.zeros((), base.means.dtype), graph.node_weights @ jnp.where(graph.frozen, 0, gains)
+        moved = _thawed(graph.frozen, best, base)
+        return MStep(moved, no_terms(graph)._replace(q=q), potentials, zero, yes, ahead, zero)
+    coordinates = optimiser.coordinates(base, statistics, graph, unit)
     may_solve = optimiser.monotone and graph.balanced and graph.matched and solver is solve_entropic
 
     def loss(x: Array, now: _Progress) -> tuple[Array, Terms]:
@@ -359,13 +405,16 @@ def m_step(
             log_weights,
             now.solves_masses & finite,  # where that fails, weights are searched for like the rest
             jnp.where(finite, jnp.maximum(now.marginal_error, found.marginal_error), now.marginal_error),
+            jnp.where(now.n == 0, coordinates.promise(gradient), now.ahead),
+            now.moved | ((now.n > 0) & search.accepted),
             now.n + 1,
         )
 
-    zero, yes = jnp.zeros((), base.means.dtype), jnp.asarray(True)
+    zero = jnp.zeros((), base.means.dtype)
     search = optimiser.init(coordinates.start)
     count = jnp.zeros((), jnp.int32)
-    start = _Progress(search, no_terms(graph), potentials, base.log_weights, yes, zero, count)
+    start = _Progress(search, no_terms(graph), potentials, base.log_weights, yes, zero, zero, ~yes, count)
     end = jax.lax.while_loop(unfinished, evaluate, start)
     reached = coordinates.parameters(end.search.best, end.log_weights)
-    return MStep(reached, end.initial, end.potentials, end.marginal_error)
+    moved = end.moved | (not optimiser.monotone)
+    return MStep(reached, end.initial, end.potentials, end.marginal_error, moved, end.ahead, end.search.left)

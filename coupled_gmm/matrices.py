@@ -130,6 +130,22 @@ def log_diagonal_sum(factor: Float[Array, "*b d d"]) -> Float[Array, "*b"]:
     return jnp.sum(jnp.log(jnp.diagonal(factor, axis1=-2, axis2=-1)), axis=-1)
 
 
+def of_size_one(a: Float[Array, "*b m n"]) -> tuple[Float[Array, "*b m n"], Float[Array, "*b"]]:
+    """A matrix over its largest entry, and that entry's size: in units of 1e18, squares leave the range of a float."""
+    largest = jnp.max(jnp.abs(a), axis=(-2, -1))
+    return a / jnp.where(largest > 0, largest, 1)[..., None, None], largest
+
+
+def norm_bound(a: Float[Array, "*b d d"]) -> Float[Array, "*b"]:
+    r"""An upper bound of the largest eigenvalue of a positive semi-definite A, at most :math:`d^{1/8}` too large: tr(A^8)^(1/8)."""
+    power, largest = of_size_one(a)
+    size = jnp.sqrt(jnp.sum(power**2, axis=(-2, -1)))
+    power = power / jnp.where(size > 0, size, 1)[..., None, None]
+    for _ in range(2):
+        power = power @ power
+    return largest * size * jnp.sum(power**2, axis=(-2, -1)) ** (1 / 8)
+
+
 def gram(factor: Float[Array, "*b d d"]) -> Float[Array, "*b d d"]:
     """L L^T, symmetric to the last bit."""
     product = factor @ transpose(factor)

@@ -5,6 +5,7 @@ and weights. Factors are derived when they are needed. A component of weight zer
 value or a gradient, whatever its other parameters are: mixtures of unequal size are padded with such components.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -27,11 +28,15 @@ class GaussianMixture:
     r"""A mixture :math:`\sum_k w_k N(m_k, S_k)` of K Gaussians in d dimensions.
 
     Build one with `from_moments`, which checks; the bare constructor does not.
+
+    `remainders` is what the precision of the means leaves of them: a fit sets it where a cloud lies so far from 0, in its own
+    standard deviations, that one float would round a mean away from its points. Densities and fits read it.
     """
 
     means: Float[Array, "K d"]
     covariances: Float[Array, "K d d"]
     weights: Float[Array, " K"]
+    remainders: Float[Array, "K d"] | None = None
 
     @classmethod
     def from_moments(cls, means: Any, covariances: Any, weights: Any) -> "GaussianMixture":
@@ -47,8 +52,9 @@ class GaussianMixture:
           ValueError: shapes that disagree, values that are not finite, negative weights or a sum away from 1,
             covariances that are not symmetric or not positive semi-definite.
         """
-        means = checks.array("means", means, "K", "d")
-        n_components, n_features = means.shape
+        given = checks.own_array("means", means, "K", "d")
+        n_components, n_features = given.shape
+        means = checks.array("means", given, n_components, n_features)
         covariances = checks.array("covariances", covariances, n_components, n_features, n_features)
         checks.finite("means", means)
         checks.finite("covariances", covariances)
@@ -62,7 +68,9 @@ class GaussianMixture:
             _check_covariances(np.asarray(covariances, np.float64), float(jnp.finfo(dtype).eps))
         covariances = 0.5 * (covariances + matrices.transpose(covariances))
         # A copy of the means: JAX may take over the memory of a NumPy array, and its owner may write to that.
-        return cls(jnp.array(means, dtype), covariances.astype(dtype), (weights / jnp.sum(weights)).astype(dtype))
+        means, covariances = jnp.array(means, dtype), covariances.astype(dtype)
+        remainders = _remainders(given, means, covariances)
+        return cls(means, covariances, (weights / jnp.sum(weights)).astype(dtype), remainders)
 
     @property
     def n_components(self) -> int:
@@ -93,17 +101,31 @@ class GaussianMixture:
         Raises:
           ValueError: a component of positive weight has a singular covariance, and so no density.
         """
-        x = checks.points("x", x, self.n_features).astype(self.dtype)
+        x, means = self.seen(checks.points("x", x, self.n_features))
         self.check_densities()
         factor = self.cholesky
         regular = jnp.all(jnp.diagonal(factor, axis1=-2, axis2=-1) > 0, axis=-1)
         # In place of a singular factor, which only an absent component may have: its logarithm's derivative is infinite.
         factor = jnp.where(regular[:, None, None], factor, jnp.eye(self.n_features, dtype=self.dtype))
         whitening = _invert_triangular(factor)
-        whitened = jnp.einsum("kij,knj->kni", whitening, x - self.means[:, None])
+        whitened = jnp.einsum("kij,knj->kni", whitening, x - means[:, None])
         log_norm = matrices.log_diagonal_sum(factor) + 0.5 * self.n_features * LOG_2PI
         log_prob = -0.5 * jnp.sum(whitened**2, axis=-1) - log_norm[:, None]
         return jnp.where(regular[:, None], log_prob, jnp.nan).T
+
+    def seen(self, x: Any, name: str = "x") -> tuple[Float[Array, "n d"], Float[Array, "K d"]]:
+        """Points and means in the mixture's precision, about a common point where that says more of them.
+
+        It does where points are given in more digits than the mixture has, and where means have remainders.
+        """
+        finer = checks.known(self.means) and isinstance(x, np.ndarray) and x.dtype.itemsize > self.means.dtype.itemsize
+        if not finer and self.remainders is None:
+            return checks.representable(name, x, self.dtype), self.means
+        centre = self.means[jnp.argmax(self.weights)]
+        means = self.means - centre
+        means = means if self.remainders is None else means + self.remainders
+        x = x - np.asarray(centre, np.float64) if finer else x.astype(self.dtype) - centre
+        return checks.representable(name, x, self.dtype), means
 
     def _joint_log_prob(self, x: Any) -> Float[Array, "n K"]:
         log_prob = self.component_log_prob(x)
@@ -136,14 +158,17 @@ class GaussianMixture:
     @matrices.precise
     def covariance(self) -> Float[Array, "d d"]:
         """Covariance of the whole mixture: within plus between components."""
-        spread = self.means - self.mean()
+        (near,) = about_one_point(self)
+        spread = near.means - near.mean()
         within = jnp.einsum("k,kij->ij", self.weights, self.covariances)
         return within + jnp.einsum("k,ki,kj->ij", self.weights, spread, spread)
 
     def marginal(self, axes: Sequence[int]) -> "GaussianMixture":
         """The mixture over some of the features, in the order given."""
         index = np.asarray(self._check_axes(axes))
-        return GaussianMixture(self.means[:, index], self.covariances[:, index[:, None], index], self.weights)
+        remainders = None if self.remainders is None else self.remainders[:, index]
+        covariances = self.covariances[:, index[:, None], index]
+        return GaussianMixture(self.means[:, index], covariances, self.weights, remainders)
 
     @matrices.precise
     def condition(self, axes: Sequence[int], values: Any) -> "GaussianMixture":
@@ -157,17 +182,19 @@ class GaussianMixture:
         rest = np.setdiff1d(np.arange(self.n_features), given)
         if rest.size == 0:
             raise ValueError(f"axes: all {self.n_features} features are given; leave at least one to be conditioned")
-        values = checks.array("values", values, len(given)).astype(self.dtype)
+        values = checks.own_array("values", values, len(given))
         checks.finite("values", values)
         observed = self.marginal(given.tolist())
         observed.check_densities(f"marginal over axes {given.tolist()}")
+        (point,), centres = observed.seen(values[None], "values")
         whitening = _invert_triangular(observed.cholesky)
         cross = self.covariances[:, rest[:, None], given] @ matrices.transpose(whitening)
-        whitened = jnp.einsum("kij,kj->ki", whitening, values - observed.means)
+        whitened = jnp.einsum("kij,kj->ki", whitening, point - centres)
         weights = jnp.exp(observed.log_posterior(values[None])[0])
         means = self.means[:, rest] + jnp.einsum("kij,kj->ki", cross, whitened)
         covariances = self.covariances[:, rest[:, None], rest] - cross @ matrices.transpose(cross)
-        return GaussianMixture(means, covariances, weights)
+        remainders = None if self.remainders is None else self.remainders[:, rest]
+        return GaussianMixture(means, covariances, weights, remainders)
 
     def check_densities(self, name: str = "gmm") -> None:
         """Raise ValueError where a component of positive weight is singular, so that the mixture has no density."""
@@ -199,12 +226,43 @@ def padded(gmm: GaussianMixture, n_components: int) -> GaussianMixture:
     """The same mixture with components of weight zero (mean 0, covariance I) appended up to `n_components`."""
     extra = n_components - gmm.n_components
     identity = jnp.broadcast_to(jnp.eye(gmm.n_features, dtype=gmm.dtype), (extra, gmm.n_features, gmm.n_features))
+    nothing = jnp.zeros((extra, gmm.n_features), gmm.dtype)
     return new(
         GaussianMixture,
-        means=jnp.concatenate([gmm.means, jnp.zeros((extra, gmm.n_features), gmm.dtype)]),
+        means=jnp.concatenate([gmm.means, nothing]),
         covariances=jnp.concatenate([gmm.covariances, identity]),
-        weights=jnp.concatenate([gmm.weights, jnp.zeros(extra, gmm.dtype)]),
+        weights=jnp.concatenate([gmm.weights, nothing[:, 0]]),
+        remainders=None if gmm.remainders is None else jnp.concatenate([gmm.remainders, nothing]),
     )
+
+
+def alike(gmms: Sequence[GaussianMixture]) -> list[GaussianMixture]:
+    """The same mixtures, all with remainders where one has them: trees that can be stacked."""
+    if all(gmm.remainders is None for gmm in gmms):
+        return list(gmms)
+    return [
+        gmm if gmm.remainders is not None else dataclasses.replace(gmm, remainders=jnp.zeros_like(gmm.means))
+        for gmm in gmms
+    ]
+
+
+def about_one_point(*gmms: GaussianMixture) -> list[GaussianMixture]:
+    """The mixtures moved together to where one float holds their means: transport between them is the same there."""
+    if all(gmm.remainders is None for gmm in gmms):
+        return list(gmms)
+    centre = gmms[0].means[jnp.argmax(gmms[0].weights)]
+    return [
+        dataclasses.replace(gmm, means=gmm.means - centre + gmm.remainders, remainders=None) for gmm in alike(gmms)
+    ]
+
+
+def _remainders(given: Any, means: Array, covariances: Array) -> Array | None:
+    """What rounding the means as given has left of them, where that is more than 1e-4 of a standard deviation."""
+    if not isinstance(given, np.ndarray) or not checks.known(means, covariances):
+        return None
+    lost = given - np.asarray(means, given.dtype)
+    deviations = np.sqrt(np.diagonal(np.asarray(covariances), axis1=1, axis2=2))
+    return jnp.asarray(lost, means.dtype) if (np.abs(lost) > 1e-4 * deviations).any() else None
 
 
 def _check_covariances(covariances: np.ndarray, eps: float) -> None:

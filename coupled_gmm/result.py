@@ -20,6 +20,9 @@ class Status(enum.IntEnum):
     NOT_FINITE = 4
     PLAN_NOT_CONVERGED = 5
     COLLAPSED = 6
+    STALLED = 7
+    STARVED = 8
+    SINGULAR = 9
 
     @property
     def message(self) -> str:
@@ -42,6 +45,17 @@ _MESSAGES = {
     ),
     Status.COLLAPSED: (
         "the objective fell: a component became thinner than this precision resolves; raise ridge, or use float64"
+    ),
+    Status.STALLED: (
+        "stalled: no step raised the objective, though its gradient promises more than the tolerance: fit at smaller transport "
+        "weights first and go on from there, or use float64"
+    ),
+    Status.STARVED: (
+        "a component of the start ended with no points at all, since it lay too far from them: start from "
+        "init_gmm(key, x, n_components)"
+    ),
+    Status.SINGULAR: (
+        "a fitted covariance is singular in this precision, so that the mixture has no density: raise ridge, or use float64"
     ),
 }
 FAILURES = frozenset(Status) - {Status.CONVERGED, Status.STEPS_DONE}

@@ -1,0 +1,230 @@
+r"""The frame in which a fit sees its data: about their centre, in a unit of their own size.
+
+Far from 0, or in units of 1e18, a float keeps little of a cloud's shape. A fit therefore works on
+:math:`z = (x - origin) / unit`; the unit is a power of two, so that going there and back rounds nothing. Clouds that are given
+in more digits than the fit keeps (float64 for a float32 fit) go there in their own precision, on the host.
+
+The mean of a mixture far from 0 does not fit one float either. What is left over is a second one, the mixture's
+`remainders`; so is the origin's.
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from coupled_gmm import checks, matrices
+from coupled_gmm.mixture import GaussianMixture
+from coupled_gmm.statistics import Parameters
+from coupled_gmm.tree import new, pytree, static
+
+_FAR = 32.0  # standard deviations from 0, beyond which means are kept in two floats
+_THIN = 2.0  # a start thinner than the floor by more than this gets the floor added
+_LOOK = 64  # points that settle, for most features, that they are not constant
+
+
+@pytree
+class Frame:
+    """Origin (in two floats) and unit of a fit's coordinates, in data units."""
+
+    origin: Float[Array, " d"]
+    remainder: Float[Array, " d"]
+    unit: Float[Array, ""]
+
+    def points(self, x: Float[Array, "n d"]) -> Float[Array, "n d"]:
+        return ((x - self.origin) - self.remainder) / self.unit
+
+    def parameters(self, gmm: GaussianMixture, floors: Float[Array, "*V d"]) -> Parameters:
+        """Stacked mixtures as a fit carries them; covariances that are thinner than the floor get it added."""
+        absent = jnp.expand_dims(gmm.weights == 0, (-2, -1))
+        identity = jnp.eye(gmm.n_features, dtype=gmm.dtype)
+        covariances = jnp.where(absent, identity, gmm.covariances / self.unit / self.unit)
+        raised = covariances + floors[..., None, :, None] * identity
+        factors, thicker = matrices.cholesky(jnp.stack([covariances, raised]))
+        whitening = matrices.invert_triangular(factors)
+        regular = jnp.all(jnp.diagonal(whitening, axis1=-2, axis2=-1) > 0, axis=-1)
+        seen = (whitening * floors[..., None, None, :]) @ matrices.transpose(whitening)
+        # At least the largest eigenvalue's fourth power, and at most d times that.
+        size = jnp.sum((seen @ seen) ** 2, axis=(-2, -1))
+        thin = ~regular | (size > _THIN**4 * gmm.n_features)
+        factors = jnp.where(thin[..., None, None] & ~absent, thicker, factors)
+        remainders = 0 if gmm.remainders is None else gmm.remainders
+        means = (gmm.means - self.origin) + (remainders - self.remainder)
+        return Parameters(means / self.unit, factors, gmm.log_weights)
+
+    def mixture(self, parameters: Parameters, far: bool) -> GaussianMixture:
+        """Parameters as mixtures in data units, with remainders where the frame is far from 0."""
+        offsets = self.unit * parameters.means
+        means = self.origin + offsets
+        # What the sum rounds away, without error (Knuth): both terms are read off the sum.
+        seen = means - self.origin
+        lost = (self.origin - (means - seen)) + (offsets - seen) + self.remainder
+        return new(
+            GaussianMixture,
+            means=means,
+            covariances=matrices.gram(self.unit * parameters.factors),
+            weights=jnp.exp(parameters.log_weights),
+            remainders=lost if far else None,
+        )
+
+
+def apart(parameters: Parameters, moving: Bool[Array, " V"]) -> Parameters:
+    """Equal components of a mixture moved apart by a standard deviation: EM never tells them apart.
+
+    The points' pull on both is the same, so that the likelihood is at a saddle, where no gradient says so.
+    """
+    means, factors, log_weights = parameters
+    k, d = means.shape[-2:]
+    equal = jnp.all(means[:, :, None] == means[:, None], axis=-1)
+    equal &= jnp.all(factors[:, :, None] == factors[:, None], axis=(-2, -1))
+    present = jnp.isfinite(log_weights)
+    earlier = equal & present[:, None] & np.tri(k, k, -1, dtype=bool)
+    twin = jnp.any(earlier, axis=-1) & present & moving[:, None]
+    direction = np.random.RandomState(0).choice([-1.0, 1.0], (k, d)).astype(means.dtype)
+    step = jnp.einsum("vkij,kj->vki", factors, direction)
+    return parameters._replace(means=jnp.where(twin[..., None], means + step, means))
+
+
+class Scales(NamedTuple):
+    """Of clouds together: their centre, a unit of their size, and the variances of their features, each cloud's and pooled."""
+
+    origin: Any
+    unit: Any
+    variances: list[Any]
+    pooled: Any
+
+
+def scales(clouds: Sequence[Any], weights: Sequence[Any], xp: Any) -> Scales:
+    """Scales of clouds with weights (None is equal), by NumPy or jax.numpy.
+
+    Each cloud is read about one of its own points: a feature that is constant in it has a variance of exactly 0.
+    """
+    means, variances = [], []
+    for x, w in zip(clouds, weights, strict=True):
+        w = xp.full(len(x), 1 / len(x), x.dtype) if w is None else w / xp.sum(w)
+        reference = x[xp.argmax(w)]
+        centred = x - reference
+        mean = w @ centred
+        means.append(reference + mean)
+        variances.append(w @ (centred - mean) ** 2)
+    origin = sum(means) / len(means)
+    pooled = sum(v + (m - origin) ** 2 for v, m in zip(variances, means, strict=True)) / len(means)
+    largest = xp.max(pooled)
+    unit = xp.where(largest > 0, xp.exp2(xp.round(0.5 * xp.log2(xp.where(largest > 0, largest, 1)))), 1)
+    return Scales(origin, unit, variances, pooled)
+
+
+@pytree
+class Sight:
+    """Clouds (None where a node has none) and weights as a fit's program takes them.
+
+    `frame` is None where the program finds it; `far`, whether fitted means need two floats.
+    """
+
+    clouds: list[Any]
+    weights: list[Any]
+    frame: Frame | None
+    far: bool = static()
+
+
+def raises(ridge: Any) -> bool:
+    """Whether a ridge may be counted on to give every component a density."""
+    return not checks.known(ridge) or bool(np.all(np.asarray(ridge) > 0))
+
+
+def seen(names: Sequence[str], clouds: Sequence[Any], weights: Sequence[Any], gmm: GaussianMixture, ridge: Any) -> Sight:
+    """Checked clouds, brought into the precision of a mixture from their own.
+
+    Raises:
+      ValueError: a variance that this precision can't hold; a constant feature where there is no ridge.
+    """
+    weights = [None if w is None else w.astype(gmm.dtype) for w in weights]
+    given = [(name, x) for name, x in zip(names, clouds, strict=True) if x is not None and checks.known(x)]
+    for name, x in given:
+        _check_range(name, x, gmm.dtype)
+        _name_constant_features(name, x, ridge)
+    far = gmm.remainders is not None
+    finer = any(isinstance(x, np.ndarray) and x.dtype.itemsize > np.dtype(gmm.dtype).itemsize for _, x in given)
+    if not finer or not checks.known(clouds, weights):
+        return Sight([None if x is None else x.astype(gmm.dtype) for x in clouds], weights, None, far)
+    host = [np.asarray(x, np.float64) for _, x in given]
+    host_weights = [
+        None if w is None else np.asarray(w, np.float64) for x, w in zip(clouds, weights, strict=True) if x is not None
+    ]
+    found = scales(host, host_weights, np)
+    origin = found.origin.astype(gmm.dtype)
+    remainder = (found.origin - origin).astype(gmm.dtype)
+    frame = Frame(jnp.asarray(origin), jnp.asarray(remainder), jnp.asarray(found.unit, gmm.dtype))
+    far = far or bool((np.abs(found.origin) > _FAR * np.sqrt(found.pooled)).any())
+    rows = iter(((x - found.origin) / found.unit).astype(gmm.dtype) for x in host)
+    return Sight([None if x is None else next(rows) for x in clouds], weights, frame, far)
+
+
+def _check_range(name: str, x: Any, dtype: Any) -> None:
+    """Refuse clouds whose variance is no number of this precision."""
+    x, xp = checks.where_it_lies(x)
+    spread, limits = float(xp.max(x) - xp.min(x)), np.finfo(dtype)
+    if spread and not np.sqrt(float(limits.tiny)) < spread < np.sqrt(float(limits.max)):
+        raise ValueError(
+            f"{name}: values differ by up to {spread:.3g}, and {np.dtype(dtype)} can't hold its square; divide {name} by "
+            f"{spread:.0e}, or enable float64"
+        )
+
+
+def _name_constant_features(name: str, x: Any, ridge: Any) -> None:
+    """Say which features have one value only: their variance will be the floor alone."""
+    x, xp = checks.where_it_lies(x)
+    few = np.asarray(x[:: max(1, len(x) // _LOOK)])
+    candidates = np.flatnonzero((few == few[0]).all(0))
+    constant = [int(j) for j in candidates if bool(xp.all(x[:, j] == x[0, j]))]
+    if not constant or len(x) == 1:
+        return
+    if not raises(ridge):
+        raise ValueError(f"{name}: features {constant} are constant, and ridge is 0; drop them, or give a ridge")
+    warnings.warn(
+        f"{name}: features {constant} are constant; they do not tell components apart, and their variance is the ridge's "
+        "floor: that part of their variance in the other clouds, or of 1",
+        stacklevel=4,
+    )
+
+
+class Settled(NamedTuple):
+    """Clouds in their frame, the variances of their features together, and what ridge adds to those of each cloud."""
+
+    clouds: list[Array | None]
+    frame: Frame
+    pooled: Float[Array, " d"]
+    floors: Float[Array, "V d"]
+
+
+def settled(sight: Sight, ridge: Array, dtype: Any) -> Settled:
+    """Clouds brought to their frame, inside a program: one that was found on the host, or the one that fits them."""
+    has_cloud = [cloud is not None for cloud in sight.clouds]
+    given = [cloud for cloud in sight.clouds if cloud is not None]
+    found = scales(given, [w for w, has in zip(sight.weights, has_cloud, strict=True) if has], jnp)
+    frame, square = sight.frame, 1
+    if frame is None:
+        frame, square = Frame(found.origin, jnp.zeros_like(found.origin), found.unit), found.unit**2
+        given = [frame.points(cloud) for cloud in given]
+    pooled = found.pooled / square
+    floors = _floors([v / square for v in found.variances], pooled, frame.unit, ridge)
+    rows = iter(zip(given, floors, strict=True))
+    nothing = None, jnp.zeros(pooled.shape, dtype)
+    clouds, floors = zip(*(next(rows) if has else nothing for has in has_cloud), strict=True)
+    return Settled(list(clouds), frame, pooled, jnp.stack(floors))
+
+
+def _floors(variances: list[Array], pooled: Array, unit: Array, ridge: Array) -> list[Float[Array, " d"]]:
+    """What ridge adds to the variances of each cloud; all in the coordinates of a frame of this unit.
+
+    A part of the feature's variance in the cloud; where that is 0 of the one in all clouds, and where that is 0 too of 1 in
+    data units. No ridge but 0 is less than what covariances of so many features in this precision can hold.
+    """
+    least = 2 * len(pooled) * jnp.finfo(pooled.dtype).eps
+    ridge = jnp.where(ridge > 0, jnp.maximum(ridge, least), 0)
+    otherwise = jnp.where(pooled > 0, pooled, 1 / unit**2)
+    return [ridge * jnp.where(v > 0, v, otherwise) for v in variances]
