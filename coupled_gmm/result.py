@@ -47,8 +47,8 @@ _MESSAGES = {
         "the objective fell: a component became thinner than this precision resolves; raise ridge, or use float64"
     ),
     Status.STALLED: (
-        "stalled: no step raised the objective, though its gradient promises more than the tolerance: fit at smaller transport "
-        "weights first and go on from there, or use float64"
+        "stalled: no step raised the objective, though its gradient promises more than the tolerance: go on in float64, start "
+        "from a fit at a smaller transport weight, or take small steps (optimizer=optax.adam, learning_rate=1e-2)"
     ),
     Status.STARVED: (
         "a component of the start ended with no points at all, since it lay too far from them: start from "

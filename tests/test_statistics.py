@@ -60,11 +60,9 @@ class Problem:
             arrays = self.means, np.linalg.cholesky(self.covariances), np.log(self.weights)
         return Parameters(*map(jnp.asarray, arrays))
 
-    def direct(self, i):
-        point_weights = self.point_weights[i]
-        return direct(
-            self.clouds[i], point_weights, self.means[i], self.covariances[i], self.weights[i], self.floors[i]
-        )
+    def direct(self, i, floored=True):
+        point_weights, floor = self.point_weights[i], self.floors[i] * floored
+        return direct(self.clouds[i], point_weights, self.means[i], self.covariances[i], self.weights[i], floor)
 
 
 @pytest.mark.parametrize(("k", "d"), [(1, 2), (3, 1), (4, 3)])
@@ -80,7 +78,8 @@ def test_e_step_equals_direct_sums(precision, k, d):
             np.testing.assert_allclose(found.masses[i], masses, atol=tolerance)
             np.testing.assert_allclose(found.means[i], means, atol=tolerance)
             np.testing.assert_allclose(found.scatters[i], scatters, atol=tolerance)
-            np.testing.assert_allclose(found.log_likelihood[i], log_likelihood, rtol=tolerance)
+            np.testing.assert_allclose(found.penalized[i], log_likelihood, rtol=tolerance)
+            np.testing.assert_allclose(found.log_likelihood[i], problem.direct(i, floored=False)[-1], rtol=tolerance)
 
 
 def test_zero_weights_change_nothing(x64):
@@ -90,7 +89,8 @@ def test_zero_weights_change_nothing(x64):
     base = e_step(problem.parameters(), problem.chunks(30), jnp.asarray(problem.floors))
     np.testing.assert_array_equal(base.masses[0, 1], 0)
     np.testing.assert_allclose(base.means[0, 1], problem.means[0, 1], atol=1e-12)
-    assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(base))
+    said = base.masses, base.shift, base.scatter, base.penalized, base.log_likelihood
+    assert all(np.isfinite(leaf).all() for leaf in said)
 
     rng = np.random.RandomState(1)
     for i in range(2):  # far points that weigh nothing
@@ -118,11 +118,6 @@ def test_chunks_hold_every_point_once(precision):
         np.testing.assert_allclose(points[: len(cloud)], cloud, rtol=precision)
         np.testing.assert_array_equal(points[len(cloud) :], 0)
         np.testing.assert_allclose(np.asarray(chunks.weights)[mine].sum(), 1, rtol=100 * precision)
-    weights = [np.full(60, 1 / 60), problem.point_weights[1] / problem.point_weights[1].sum()]
-    expected = [np.cov(x.T, aweights=w, ddof=0).diagonal() for x, w in zip(problem.clouds, weights)]
-    np.testing.assert_allclose(
-        jax.jit(statistics.variances, static_argnums=1)(chunks, 2), expected, rtol=1e3 * precision
-    )
 
 
 @pytest.mark.parametrize("n", [1, 511, 513, 10_000, 1_000_000])
@@ -155,7 +150,7 @@ def test_clusters_far_apart_keep_their_covariances(distance):
         )
         for _ in range(steps):
             found = e_step(fitted, chunks, floors)
-            fitted = maximiser(fitted, found, floors)
+            fitted, _ = maximiser(found, floors)
         np.testing.assert_allclose(found.masses[0], 1 / 3, rtol=1e-5)
         np.testing.assert_allclose(found.scatters[0] / scale, truth / scale, atol=1e-3)
         np.testing.assert_allclose(
@@ -187,7 +182,7 @@ def test_q_equals_the_direct_sum_and_peaks_at_the_maximiser(x64, k, d):
         one = jax.tree.map(lambda a: a[i], (parameters, found))
         return float(expected_log_likelihood(*one, floors[i]))
 
-    best = maximiser(problem.parameters(), found, floors)
+    best, gains = maximiser(found, floors)
     for i in range(2):
         r, masses, means, scatters, log_likelihood = problem.direct(i)
         np.testing.assert_allclose(best.means[i], means, atol=1e-12)
@@ -204,6 +199,7 @@ def test_q_equals_the_direct_sum_and_peaks_at_the_maximiser(x64, k, d):
             ]
             np.testing.assert_allclose(q(other, i), np.sum(r * np.stack(terms, 1)), rtol=1e-9)
             assert size == 0 or q(other, i) < q(best, i)
+        np.testing.assert_allclose(gains[i], q(best, i) - q(problem.parameters(), i), rtol=1e-9)
         # EM's bound: likelihood rises by at least what Q does.
         problem.means[i], problem.weights[i] = best.means[i], jnp.exp(best.log_weights[i])
         problem.covariances[i] = np.asarray(best.factors[i] @ best.factors[i].swapaxes(1, 2))
@@ -216,7 +212,7 @@ def test_empty_components_keep_their_parameters(x64):
     problem.means[1, 0] = 1e6  # so far that no point belongs to it
     parameters, floors = problem.parameters(), jnp.asarray(problem.floors)
     found = e_step(parameters, problem.chunks(97), floors)
-    best = maximiser(parameters, found, floors)
+    best, _ = maximiser(found, floors)
     for i, j in ((0, 2), (1, 0)):
         assert found.masses[i, j] == 0 and np.isneginf(best.log_weights[i, j])
         np.testing.assert_array_equal(best.means[i, j], parameters.means[i, j])
@@ -237,7 +233,7 @@ def test_coincident_points_are_held_by_the_floor():
         *(jnp.asarray(a)[None] for a in (np.array([[0.0, 0], [3.5, 0]]), factors, np.log([0.5, 0.5])))
     )
     found = e_step(parameters, chunks, floors)
-    best = maximiser(parameters, found, floors)
+    best, _ = maximiser(found, floors)
     np.testing.assert_allclose(best.factors[0, 0], np.sqrt(np.diag([1e-4, 1e-5])), rtol=1e-4)
     np.testing.assert_allclose(found.masses[0, 0], 5 / 8, rtol=1e-6)
 
@@ -248,7 +244,7 @@ def test_gradient_of_the_likelihood_equals_finite_differences(x64):
     parameters, chunks, floors = problem.parameters(), problem.chunks(30), jnp.asarray(problem.floors)
 
     def value(p):
-        return jnp.sum(statistics.e_step(p, chunks, floors).log_likelihood)
+        return jnp.sum(statistics.e_step(p, chunks, floors).penalized)
 
     gradient = jax.jit(jax.grad(value))(parameters)
     assert all(np.isfinite(np.asarray(g)).all() for g in gradient)
