@@ -108,10 +108,31 @@ def _settings(run: _Run, n_points: int, n_components: int, n_features: int, solv
     return Settings(length, run.em_steps, solver, run.optimizer, progress)
 
 
+def _edge_solver(method: str, graph: MixtureGraph) -> solvers.Solver:
+    """The solver of all edges at once; OTT's needs one tau, known when it is compiled."""
+    if not graph.n_edges:
+        return solvers.solve_entropic
+    nodes = {"gmm0": graph.nodes, "gmm1": graph.nodes}  # not looked at
+    pairs = new(GaussianMixturePair, **nodes, epsilon=graph.epsilon, rho=graph.rho, balanced=graph.balanced)
+    if method == "sinkhorn" and not graph.balanced and checks.known(graph.epsilon, graph.rho):
+        tau = np.asarray(pairs.tau)
+        if not np.allclose(tau, tau[0], rtol=1e-5, atol=0):
+            each = ", ".join(f"{one:.4g}" for one in tau)
+            raise ValueError(
+                f"method: 'sinkhorn' needs one tau = rho / (rho + epsilon) for all edges, and these have {each}; "
+                "use 'entropic', or give all edges the same tau"
+            )
+    return solvers.solver_for(method, taken(pairs, 0))
+
+
 @functools.partial(jax.jit, static_argnames="settings")
 @matrices.precise
 def _fit_graph(problem: MixtureGraph, clouds: list, weights: list, controls: Controls, settings: Settings) -> GraphFit:
-    run = coupled.run(problem, clouds, weights, controls, settings)
+    # The program sees edges in node order, so that no result depends on how they are written; its answers are put back.
+    ordered, order = problem.in_node_order()
+    run = coupled.run(ordered, clouds, weights, controls, settings)
+    back = jnp.argsort(order) if problem.n_edges > 1 else order
+    history = dataclasses.replace(run.history, transport_terms=run.history.transport_terms[:, back])
     ends = [taken(run.nodes, index) for index in (problem.sources, problem.targets)]
     pairs = new(
         GaussianMixturePair,
@@ -121,8 +142,14 @@ def _fit_graph(problem: MixtureGraph, clouds: list, weights: list, controls: Con
         rho=problem.rho,
         balanced=problem.balanced,
     )
-    plans = plan.from_potentials(pairs, run.terms.costs, run.terms.potentials)
-    return GraphFit(problem.split(run.nodes), plans, run.value, run.status, run.n_steps, run.history)
+    found = taken((run.terms.costs, run.terms.potentials), back)
+    costs, potentials = jax.tree.map(
+        lambda turned, found: jnp.where(jnp.expand_dims(problem.turned, range(1, found.ndim)), turned, found),
+        (found[0].swapaxes(1, 2), found[1].swap()),
+        found,
+    )
+    plans = plan.from_potentials(pairs, costs, potentials)
+    return GraphFit(problem.split(run.nodes), plans, run.value, run.status, run.n_steps, history)
 
 
 @functools.partial(jax.jit, static_argnames="settings")
@@ -205,6 +232,8 @@ def fit_graph(
     as in `fit_pair`; what is frozen, and the weights of nodes and edges, are the graph's.
     """
     checks.instance("graph", graph, MixtureGraph)
+    if graph.sources.ndim != 1:
+        raise ValueError(f"graph: is a batch of {len(graph.sources)} graphs; fit them with jax.vmap, or take one of them")
     run = _check_run(em_steps, m_steps, optimizer, learning_rate, tol, ridge, method, chunk_size, progress)
     clouds = checks.sequence("clouds", clouds)
     weights = [None] * graph.n_nodes if point_weights is None else checks.sequence("point_weights", point_weights)
@@ -222,13 +251,13 @@ def fit_graph(
         else _check_cloud(f"clouds[{i}]", cloud, f"point_weights[{i}]", weight, graph.nodes)
         for i, (cloud, weight) in enumerate(zip(clouds, weights, strict=True))
     ]
+    known = checks.known(graph.frozen)
     for i, gmm in enumerate(graph.split(graph.nodes)):
-        if clouds[i] is not None or i not in np.flatnonzero(graph.frozen):
+        if clouds[i] is not None or (known and not graph.frozen[i]):
             gmm.check_densities(f"node {i}")
-    if graph.n_nodes == 2 and graph.n_edges == 1 and all(cloud is not None for cloud in clouds):
-        graph = dataclasses.replace(graph, matched=checks.known(graph.sources) and int(graph.sources[0]) == 0)
-    pairs = new(GaussianMixturePair, epsilon=graph.epsilon[:1], rho=graph.rho[:1], balanced=graph.balanced)
-    solver = solvers.solver_for(method, pairs) if graph.n_edges else solvers.solve_entropic
+    matched = graph.n_nodes == 2 and graph.n_edges == 1 and all(cloud is not None for cloud in clouds)
+    graph = dataclasses.replace(graph, matched=matched)
+    solver = _edge_solver(method, graph)
     n_points = max(len(cloud) for cloud, _ in checked if cloud is not None)
     settings = _settings(run, n_points, max(graph.sizes), graph.nodes.n_features, solver)
     with report.listening(run.progress):

@@ -1,5 +1,6 @@
 """A graph of mixtures: nodes are mixtures, some with a cloud to explain; edges keep two of them close."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +24,8 @@ class MixtureGraph:
     .. math:: J = \sum_i v_i \, \overline{\log p_i} - \sum_{(i, j)} \lambda_{ij} T(p_i, p_j)
 
     Mixtures of unequal size are stacked with components of weight zero. Everything that a user sweeps is a leaf; sizes and
-    whether transport is balanced are structure.
+    whether transport is balanced are structure. Which of its two nodes an edge names first says how its plan is read, and
+    changes nothing else.
     """
 
     nodes: GaussianMixture  # stacked on a leading axis V
@@ -54,7 +56,7 @@ class MixtureGraph:
 
         Args:
           gmms: V mixtures over the same features.
-          edges: E pairs (i, j) of distinct nodes.
+          edges: E pairs (i, j) of distinct nodes, each pair of nodes at most once; a fit's plan of it goes from i to j.
           edge_weights: lambda, at least 0, one or (E,).
           epsilon: above 0, one or (E,), squared data units; None takes 1e-2 of each edge's mean starting cost.
           tau: in (0, 1], one for all edges; 1 is balanced.
@@ -77,17 +79,22 @@ class MixtureGraph:
             return isinstance(node, (int, np.integer)) and not isinstance(node, bool) and bool(0 <= node < n_nodes)
 
         edges = checks.sequence("edges", edges)
+        joined = set()
         for edge in edges:
             pair = list(edge) if isinstance(edge, (tuple, list, np.ndarray)) else []
             if len(pair) != 2 or not all(map(is_node, pair)) or pair[0] == pair[1]:
                 raise ValueError(
                     f"edges: {edge!r} does not join two of the {n_nodes} nodes; use indices from 0, two an edge"
                 )
+            if frozenset(pair) in joined:
+                raise ValueError(f"edges: {edge!r} joins two nodes that are joined already; keep one edge, of the sum of weights")
+            joined.add(frozenset(pair))
         frozen = checks.sequence("frozen", frozen)
         for node in frozen:
             if not is_node(node):
                 raise ValueError(f"frozen: there is no node {node!r}; use indices from 0 to {n_nodes - 1}")
-        pairs = [GaussianMixturePair(gmms[i], gmms[j], None if epsilon is None else 1.0, tau) for i, j in edges]
+        ends = [(gmms[min(edge)], gmms[max(edge)]) for edge in edges]
+        pairs = [GaussianMixturePair(*end, None if epsilon is None else 1.0, tau) for end in ends]
         if epsilon is None:
             epsilon = jnp.stack([pair.epsilon for pair in pairs]) if pairs else jnp.ones(0)
         per_edge = functools.partial(_spread, size=len(edges))
@@ -140,6 +147,19 @@ class MixtureGraph:
     @property
     def n_edges(self) -> int:
         return self.sources.shape[0]
+
+    @property
+    def turned(self) -> Bool[Array, " E"]:
+        """Edges that are written from the later of their nodes to the earlier."""
+        return self.sources > self.targets
+
+    def in_node_order(self) -> tuple["MixtureGraph", Int[Array, " E"]]:
+        """The same graph with its edges in the order of their nodes, each from the earlier to the later; and that order."""
+        sources, targets = jnp.minimum(self.sources, self.targets), jnp.maximum(self.sources, self.targets)
+        order = jnp.argsort(sources * self.n_nodes + targets) if self.n_edges > 1 else jnp.arange(self.n_edges)
+        edges = {"sources": sources, "targets": targets}
+        edges |= {name: getattr(self, name) for name in ("edge_weights", "epsilon", "rho")}
+        return dataclasses.replace(self, **taken(edges, order)), order
 
     def fitted(self, parameters: Parameters, origin: Float[Array, " d"]) -> GaussianMixture:
         """The nodes at fitted parameters, relative to an origin; frozen nodes come back untouched."""
