@@ -39,9 +39,15 @@ def array(name: str, value: Any, *shape: int | str) -> jax.Array:
 
 def finite(name: str, value: jax.Array, remedy: str = "remove or replace them") -> None:
     if known(value):
-        bad = value.size - int(np.isfinite(np.asarray(value)).sum())
+        # Counted where they lie: on the host by NumPy, without compilation; on an accelerator a copy of a cloud would cost more.
+        bad = value.size - int(np.isfinite(np.asarray(value)).sum() if on_host(value) else jnp.isfinite(value).sum())
         if bad:
             raise ValueError(f"{name}: {bad} of {value.size} values are NaN or infinite; {remedy}")
+
+
+def on_host(value: Any) -> bool:
+    """Whether NumPy sees the array without a copy from an accelerator."""
+    return not isinstance(value, jax.Array) or all(device.platform == "cpu" for device in value.devices())
 
 
 def points(name: str, value: Any, n_features: int | None = None) -> jax.Array:

@@ -34,6 +34,45 @@ class GraphFit(Outcome):
     status: Int[Array, ""]
     n_steps: Int[Array, ""]
     history: History
+    edges: Int[Array, "E 2"] | None = None  # as given; files of before have none
+
+    def plan(self, edge: Any) -> Plan:
+        """The plan of one edge, between the mixtures in `gmms` without padding.
+
+        Args:
+          edge: its index, from 0; or its nodes (i, j), whichever of them it was written from: mass goes from i to j.
+
+        Raises:
+          TypeError, ValueError: there is no such edge, or the fit is a batch, or traced.
+        """
+        index, reverse = self._edge(edge)
+        i, j = np.asarray(self.edges)[index].tolist()
+        plan = _trimmed(taken(self.plans, index), self.gmms[i], self.gmms[j])
+        return plan.reverse() if reverse else plan
+
+    def _edge(self, edge: Any) -> tuple[int, bool]:
+        """The index of an edge, and whether it was asked for against its direction."""
+        if self.edges is None:
+            raise ValueError("edge: the fit was saved before fits kept their edges; read plans, or fit again")
+        if not checks.known(self.edges):
+            raise ValueError(
+                "edge: under a transformation sizes of plans are not known; read plans, or call plan outside"
+            )
+        edges = np.asarray(self.edges)
+        if edges.ndim != 2:
+            raise ValueError(
+                f"edge: the fit is a batch of {len(edges)}; take one of it: jax.tree.map(lambda leaf: leaf[i], fit)"
+            )
+        if isinstance(edge, (tuple, list)) and len(edge) == 2:
+            written = [tuple(nodes) for nodes in edges.tolist()]
+            for reverse, nodes in ((False, tuple(edge)), (True, tuple(edge[::-1]))):
+                if nodes in written:
+                    return written.index(nodes), reverse
+            raise ValueError(f"edge: no edge joins nodes {edge[0]} and {edge[1]}; the edges are {written}")
+        index = checks.integer("edge", edge, 0)
+        if index >= len(edges):
+            raise ValueError(f"edge: there is no edge {index}; the graph has {len(edges)}, from 0")
+        return index, False
 
 
 @pytree
@@ -108,16 +147,24 @@ def _settings(run: _Run, n_points: int, n_components: int, n_features: int, solv
     return Settings(length, run.em_steps, solver, run.optimizer, progress)
 
 
+def _trimmed(padded: Plan, gmm0: GaussianMixture, gmm1: GaussianMixture) -> Plan:
+    """A plan between padded mixtures as one between the mixtures themselves."""
+    k0, k1, (f, g) = gmm0.n_components, gmm1.n_components, padded.potentials
+    pair = padded.pair.replace(gmm0, gmm1)
+    return dataclasses.replace(padded, pair=pair, cost=padded.cost[:k0, :k1], potentials=(f[:k0], g[:k1]))
+
+
 def _edge_solver(method: str, graph: MixtureGraph) -> solvers.Solver:
     """The solver of all edges at once; OTT's needs one tau, known when it is compiled."""
     if not graph.n_edges:
         return solvers.solve_entropic
+    graph, _ = graph.in_node_order()
     nodes = {"gmm0": graph.nodes, "gmm1": graph.nodes}  # not looked at
     pairs = new(GaussianMixturePair, **nodes, epsilon=graph.epsilon, rho=graph.rho, balanced=graph.balanced)
     if method == "sinkhorn" and not graph.balanced and checks.known(graph.epsilon, graph.rho):
         tau = np.asarray(pairs.tau)
         if not np.allclose(tau, tau[0], rtol=1e-5, atol=0):
-            each = ", ".join(f"{one:.4g}" for one in tau)
+            each = ", ".join(np.array2string(one, precision=4) for one in tau)
             raise ValueError(
                 f"method: 'sinkhorn' needs one tau = rho / (rho + epsilon) for all edges, and these have {each}; "
                 "use 'entropic', or give all edges the same tau"
@@ -130,6 +177,7 @@ def _edge_solver(method: str, graph: MixtureGraph) -> solvers.Solver:
 def _fit_graph(problem: MixtureGraph, clouds: list, weights: list, controls: Controls, settings: Settings) -> GraphFit:
     # The program sees edges in node order, so that no result depends on how they are written; its answers are put back.
     ordered, order = problem.in_node_order()
+    edges = jnp.stack([problem.sources, problem.targets], axis=1)
     run = coupled.run(ordered, clouds, weights, controls, settings)
     back = jnp.argsort(order) if problem.n_edges > 1 else order
     history = dataclasses.replace(run.history, transport_terms=run.history.transport_terms[:, back])
@@ -149,7 +197,7 @@ def _fit_graph(problem: MixtureGraph, clouds: list, weights: list, controls: Con
         found,
     )
     plans = plan.from_potentials(pairs, costs, potentials)
-    return GraphFit(problem.split(run.nodes), plans, run.value, run.status, run.n_steps, history)
+    return GraphFit(problem.split(run.nodes), plans, run.value, run.status, run.n_steps, history, edges)
 
 
 @functools.partial(jax.jit, static_argnames="settings")
@@ -165,12 +213,7 @@ def _fit_pair(
 ) -> PairFit:
     problem = MixtureGraph.from_pair(pair, transport_weight, frozen)
     fit = _fit_graph(problem, clouds, weights, controls, settings)
-    k0, k1 = problem.sizes
-    stacked = taken(fit.plans, 0)
-    f, g = stacked.potentials
-    whole = dataclasses.replace(
-        stacked, pair=pair.replace(*fit.gmms), cost=stacked.cost[:k0, :k1], potentials=(f[:k0], g[:k1])
-    )
+    whole = _trimmed(taken(fit.plans, 0), *fit.gmms)
     return PairFit(whole.pair, whole, fit.penalized_log_likelihood, fit.status, fit.n_steps, fit.history)
 
 
@@ -233,7 +276,9 @@ def fit_graph(
     """
     checks.instance("graph", graph, MixtureGraph)
     if graph.sources.ndim != 1:
-        raise ValueError(f"graph: is a batch of {len(graph.sources)} graphs; fit them with jax.vmap, or take one of them")
+        raise ValueError(
+            f"graph: is a batch of {len(graph.sources)} graphs; fit them with jax.vmap, or take one of them"
+        )
     run = _check_run(em_steps, m_steps, optimizer, learning_rate, tol, ridge, method, chunk_size, progress)
     clouds = checks.sequence("clouds", clouds)
     weights = [None] * graph.n_nodes if point_weights is None else checks.sequence("point_weights", point_weights)
