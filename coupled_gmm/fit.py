@@ -156,20 +156,21 @@ def _trimmed(padded: Plan, gmm0: GaussianMixture, gmm1: GaussianMixture) -> Plan
 
 def _edge_solver(method: str, graph: MixtureGraph) -> solvers.Solver:
     """The solver of all edges at once; OTT's needs one tau, known when it is compiled."""
-    if not graph.n_edges:
+    if method == "entropic" or not graph.n_edges:
         return solvers.solve_entropic
-    graph, _ = graph.in_node_order()
-    nodes = {"gmm0": graph.nodes, "gmm1": graph.nodes}  # not looked at
-    pairs = new(GaussianMixturePair, **nodes, epsilon=graph.epsilon, rho=graph.rho, balanced=graph.balanced)
-    if method == "sinkhorn" and not graph.balanced and checks.known(graph.epsilon, graph.rho):
-        tau = np.asarray(pairs.tau)
-        if not np.allclose(tau, tau[0], rtol=1e-5, atol=0):
-            each = ", ".join(np.array2string(one, precision=4) for one in tau)
-            raise ValueError(
-                f"method: 'sinkhorn' needs one tau = rho / (rho + epsilon) for all edges, and these have {each}; "
-                "use 'entropic', or give all edges the same tau"
-            )
-    return solvers.solver_for(method, taken(pairs, 0))
+    with jax.ensure_compile_time_eval():  # of a graph that is known, inside jit as well
+        graph, _ = graph.in_node_order()
+        prices = {"epsilon": graph.epsilon, "rho": graph.rho, "balanced": graph.balanced}
+        edges = new(GaussianMixturePair, gmm0=graph.nodes, gmm1=graph.nodes, **prices)  # of which prices are looked at
+        if not graph.balanced and checks.known(graph.epsilon, graph.rho):
+            tau = np.asarray(edges.tau)
+            if not np.allclose(tau, tau[0], rtol=1e-5, atol=0):
+                each = ", ".join(np.array2string(one, precision=4) for one in tau)
+                raise ValueError(
+                    f"method: 'sinkhorn' needs one tau = rho / (rho + epsilon) for all edges, and these have {each}; "
+                    "use 'entropic', or give all edges the same tau"
+                )
+        return solvers.solver_for(method, taken(edges, 0))
 
 
 @functools.partial(jax.jit, static_argnames="settings")
@@ -296,9 +297,9 @@ def fit_graph(
         else _check_cloud(f"clouds[{i}]", cloud, f"point_weights[{i}]", weight, graph.nodes)
         for i, (cloud, weight) in enumerate(zip(clouds, weights, strict=True))
     ]
-    known = checks.known(graph.frozen)
+    thawed = ~np.asarray(graph.frozen) if checks.known(graph.frozen) else np.zeros(graph.n_nodes, bool)
     for i, gmm in enumerate(graph.split(graph.nodes)):
-        if clouds[i] is not None or (known and not graph.frozen[i]):
+        if clouds[i] is not None or thawed[i]:
             gmm.check_densities(f"node {i}")
     matched = graph.n_nodes == 2 and graph.n_edges == 1 and all(cloud is not None for cloud in clouds)
     graph = dataclasses.replace(graph, matched=matched)

@@ -16,6 +16,8 @@ from coupled_gmm.pair import GaussianMixturePair
 from coupled_gmm.statistics import Parameters
 from coupled_gmm.tree import new, pytree, static, taken
 
+_BALANCED = float("1")  # an object of its own, to tell a tau that was given
+
 
 @pytree
 class MixtureGraph:
@@ -48,7 +50,7 @@ class MixtureGraph:
         *,
         edge_weights: Any = 1.0,
         epsilon: Any = None,
-        tau: Any = 1.0,
+        tau: Any = _BALANCED,
         rho: Any = None,
         node_weights: Any = None,
         frozen: Sequence[int] = (),
@@ -215,7 +217,7 @@ def _prices(tau: Any, rho: Any, epsilon: Float[Array, " E"]) -> tuple[Float[Arra
         tau = _spread("tau", checks.scalar("tau", tau, above=0, at_most=1, batched=True), len(epsilon), two=True)
         epsilon = jnp.expand_dims(epsilon, range(1, tau.ndim))
         return jnp.where(tau < 1, epsilon * tau / jnp.where(tau < 1, 1 - tau, 1), jnp.inf), balanced
-    if not checks.known(tau) or np.any(np.asarray(tau) != 1):
+    if tau is not _BALANCED:
         raise ValueError("rho: is given beside tau, and either sets the other; keep one of them")
     balanced = checks.known(rho) and bool(np.all(np.isinf(np.asarray(rho))))
     rho = checks.scalar("rho", rho, above=0, infinite=True, batched=True)

@@ -129,6 +129,7 @@ class GaussianMixture:
         noise = jax.random.normal(key_noise, (n, self.n_features), self.dtype)
         return self.means[component] + jnp.einsum("nij,nj->ni", self.cholesky[component], noise)
 
+    @matrices.precise
     def mean(self) -> Float[Array, " d"]:
         """Mean of the whole mixture."""
         return self.weights @ self.means

@@ -1,5 +1,7 @@
 """Fits of graphs: the same however a graph is written, traced or named, and against fits of pairs."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,6 +97,9 @@ def cloudless():
 def test_traced_graphs_with_cloudless_nodes():
     graph, value = cloudless()
     np.testing.assert_allclose(jax.jit(value)(graph), value(graph), rtol=1e-5)
+    jax.eval_shape(
+        lambda weight: value(dataclasses.replace(graph, edge_weights=weight)), graph.edge_weights
+    )  # known in part
 
 
 @pytest.mark.slow

@@ -74,7 +74,7 @@ def test_maps(problem):
     plan = cg.solve_plan(cg.GaussianMixturePair(gmm, other, 0.5))
     share = np.exp(posterior(gmm, x)[0])
     rows = np.asarray(plan.matrix, np.float64)
-    rows /= rows.sum(1, keepdims=True)
+    rows = rows / rows.sum(1, keepdims=True)
     (m0, s0, _), (m1, s1, _) = moments(gmm), moments(other)
     expected = np.zeros_like(x, np.float64)
     for k in range(K):
