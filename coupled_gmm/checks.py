@@ -72,16 +72,20 @@ def _shaped(name: str, value: Any, *shape: int | str) -> Any:
 
 def finite(name: str, value: Any, remedy: str = "remove or replace them") -> None:
     if known(value):
-        bad = value.size - int(np.isfinite(np.asarray(value)).sum())
+        # Counted where they lie: on the host by NumPy, without compilation; on an accelerator a copy of a cloud would cost more.
+        bad = value.size - int(np.isfinite(np.asarray(value)).sum() if on_host(value) else jnp.isfinite(value).sum())
         if bad:
             raise ValueError(f"{name}: {bad} of {value.size} values are NaN or infinite; {remedy}")
 
 
+def on_host(value: Any) -> bool:
+    """Whether NumPy sees the array without a copy from an accelerator."""
+    return not isinstance(value, jax.Array) or all(device.platform == "cpu" for device in value.devices())
+
+
 def where_it_lies(value: Any) -> tuple[Any, Any]:
     """An array and the module to read it with: the host's memory by NumPy, an accelerator's by JAX, without a copy."""
-    if isinstance(value, jax.Array) and any(device.platform != "cpu" for device in value.devices()):
-        return value, jnp
-    return np.asarray(value), np
+    return (np.asarray(value), np) if on_host(value) else (value, jnp)
 
 
 def points(name: str, value: Any, n_features: int | None = None) -> Any:

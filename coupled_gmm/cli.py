@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import optax
 import typer
 from jaxtyping import Array
@@ -24,6 +24,7 @@ from coupled_gmm.result import Status
 from coupled_gmm.sections import ConfigError, at, blame
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+_USABLE = (Status.CONVERGED, Status.STEPS_DONE, Status.NOT_CONVERGED, Status.PRECISION)  # ends of a start
 _WIDTH = 120  # of tables where standard output is no terminal
 # Arguments whose key has another name, or stands in another section.
 _FIT_KEYS = {"x": "data", "x0": "data.cloud0", "x1": "data.cloud1", "point_weights": "data.weights0"}
@@ -32,8 +33,8 @@ _FIT_KEYS |= {"init": "fit.ridge", "gmm": "fit.ridge", "pair.gmm0": "fit.ridge",
 _BARYCENTER_KEYS = {"init": "start.mixtures"}
 _FLOW_KEYS = {"source": "source"}
 
-Points = tuple[Array, Array]
-Weights = tuple[Array | None, Array | None]
+Points = tuple[np.ndarray | Array, np.ndarray | Array]
+Weights = tuple[np.ndarray | None, np.ndarray | None]
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="The configuration.", show_default=False)]
 Out = Annotated[Path | None, typer.Option(metavar="DIR", help="Run folder, in place of output.directory.")]
 
@@ -114,7 +115,7 @@ def _run(
 
 def _fit(path: Path, settings: FitConfig, points: Points, weights: Weights, console: Console) -> tuple[FitConfig, Any]:
     sizes = " and ".join(f"{len(x):,}" for x in points)
-    _say(console, f"clouds: {sizes} points of {points[0].shape[1]} features, {points[0].dtype}")
+    _say(console, f"clouds: {sizes} points of {points[0].shape[1]} features, {settings.fit.precision}")
     with console.status("fitting the start"), blame(path, "start", config.Start, _FIT_KEYS):
         pooled = _pooled_start(settings, points, weights)
     components = settings.start.n_components
@@ -193,34 +194,39 @@ def _described(gmms: list[cg.GaussianMixture]) -> str:
 
 
 def _read_data(path: Path, settings: FitConfig) -> tuple[Points, Weights]:
-    """Both clouds and their weights, in the precision of the fit."""
-    data, dtype = settings.data, jnp.dtype(settings.fit.precision)
+    """Both clouds and their weights, with all the digits that the files hold: the fit centres them before it rounds."""
+    data = settings.data
     if data.source == "tutorial":
         x0, x1 = clouds.tutorial_clouds(jax.random.key(data.seed or 0), data.n or config.TUTORIAL_SIZE)
         return (x0, x1), (None, None)
     if data.source == "photographs":
         with blame(path, "data", config.Data, _FIT_KEYS):
             x0, x1 = clouds.photograph_clouds(data.n, data.seed or 0)
-        return (jnp.asarray(x0, dtype), jnp.asarray(x1, dtype)), (None, None)
-    (x0, w0), (x1, w1) = (_read_side(path, data, side, dtype) for side in "01")
+        dtype = np.dtype(settings.fit.precision)
+        return (x0.astype(dtype), x1.astype(dtype)), (None, None)
+    (x0, w0), (x1, w1) = (_read_side(path, data, side, settings.fit.precision) for side in "01")
     if x0.shape[1] != x1.shape[1]:
         both = f"{x1.shape[1]} features and cloud0 has {x0.shape[1]}"
         raise ConfigError(f"{path}: data.cloud1: has {both}; choose the same ones with columns")
     return (x0, x1), (w0, w1)
 
 
-def _read_side(path: Path, data: config.Data, side: str, dtype: Any) -> tuple[Array, Array | None]:
+def _read_side(path: Path, data: config.Data, side: str, precision: str) -> tuple[np.ndarray, np.ndarray | None]:
     file, name = getattr(data, f"cloud{side}"), getattr(data, f"weights{side}")
     inside = None if config.is_file(name) else name
     with at(path, f"data.cloud{side}"):
         exclude = [] if inside is None else [inside]
         x = clouds.read_cloud(file, columns=data.columns, exclude=exclude, key=getattr(data, f"key{side}"))
-        x = checks.points(file, x.astype(dtype))
+        single = x.dtype == np.float32 and precision == "float32"
+        x = x if single else x.astype(np.float64)
+        checks.points(file, x)
     if name is None:
         return x, None
     with at(path, f"data.weights{side}"):
         source = name if inside is None else file
-        return x, checks.weights(source, clouds.read_weights(source, name=inside).astype(dtype), len(x))
+        w = clouds.read_weights(source, name=inside).astype(np.float64)
+        checks.weights(source, w, len(x))
+        return x, w
 
 
 def _make_folder(path: Path, settings: FitConfig | BarycenterConfig | FlowConfig) -> Path:
@@ -234,24 +240,32 @@ def _make_folder(path: Path, settings: FitConfig | BarycenterConfig | FlowConfig
 
 
 def _pooled_start(settings: FitConfig, points: Points, weights: Weights) -> Any:
-    """One mixture fitted to both clouds together, each cloud counting by its number of points."""
+    """One mixture fitted to both clouds together, each cloud counting by its number of points.
+
+    Raises:
+      FitError: that fit failed. Where its steps ran out, it is a start all the same.
+    """
     start, ridge = settings.start, settings.fit.ridge
-    pooled, point_weights = jnp.concatenate(points), None
+    pooled, point_weights = np.concatenate(points), None
     if any(w is not None for w in weights):
         pairs = zip(points, weights, strict=True)
-        point_weights = jnp.concatenate([jnp.ones(len(x)) if w is None else w * len(x) / jnp.sum(w) for x, w in pairs])
+        point_weights = np.concatenate([np.ones(len(x)) if w is None else w / w.mean() for x, w in pairs])
     shared = {"point_weights": point_weights, "ridge": ridge}
     init = cg.init_gmm(jax.random.key(start.seed), pooled, start.n_components, n_init=start.n_init, **shared)
     found = cg.fit_gmm(pooled, init, max_steps=start.max_steps, tol=start.tol, **shared)
-    if int(found.status) == Status.NOT_FINITE:
-        found.raise_if_failed()
+    if int(found.status) not in _USABLE:
+        raise cg.FitError(f"its start, one mixture for both clouds: {found.message}")
     return found
 
 
 def _pair(section: config.Fit, gmm: cg.GaussianMixture) -> cg.GaussianMixturePair:
     if section.rho is not None:
-        return cg.GaussianMixturePair.from_rho(gmm, gmm, section.epsilon, section.rho)
-    return cg.GaussianMixturePair(gmm, gmm, section.epsilon, 1.0 if section.tau is None else section.tau)
+        return cg.GaussianMixturePair.from_rho(gmm, gmm, section.epsilon, _prices(section.rho))
+    return cg.GaussianMixturePair(gmm, gmm, section.epsilon, 1.0 if section.tau is None else _prices(section.tau))
+
+
+def _prices(given: float | list[float]) -> Any:
+    return np.asarray(given) if isinstance(given, list) else given
 
 
 def _fit_pair(

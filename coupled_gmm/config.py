@@ -3,11 +3,12 @@
 Files that a configuration names are found from its own folder, the output folder from the working directory.
 """
 
+import math
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, Field, ValidationInfo, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
 
 from coupled_gmm.clouds import FORMATS
 from coupled_gmm.sections import ConfigError, File, Section, check, found, read, refuse
@@ -20,6 +21,29 @@ Seed = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Precision = Literal["float32", "float64"]
+
+
+def _prices(at_most: float) -> BeforeValidator:
+    """Above 0: one number, or a list of two, for mixture 0 and for mixture 1."""
+
+    def check(given: Any) -> float | list[float]:
+        several = given if isinstance(given, list) else [given]
+        if isinstance(given, list) and len(given) != 2:
+            raise refuse(f"must be one number or two (of mixture 0 and of mixture 1), got {given!r}")
+        for one in several:
+            if isinstance(one, bool) or not isinstance(one, (int, float)):
+                raise refuse(f"must be a valid number, got {one!r}")
+            if not one > 0:
+                raise refuse(f"must be greater than 0, got {one!r}")
+            if one > at_most:
+                raise refuse(f"must be less than or equal to {at_most:g}, got {one!r}")
+        return [float(one) for one in several] if isinstance(given, list) else float(given)
+
+    return BeforeValidator(check)
+
+
+Tau = Annotated[float | list[float], _prices(1)]
+Rho = Annotated[float | list[float], _prices(math.inf)]
 
 
 def is_file(weights: str | None) -> bool:
@@ -93,8 +117,8 @@ class Fit(Section):
 
     transport_weight: NonNegative
     epsilon: Positive | None = None
-    tau: Annotated[float, Field(gt=0, le=1)] | None = None
-    rho: Annotated[float, Field(gt=0)] | None = None
+    tau: Tau | None = None
+    rho: Rho | None = None
     em_steps: Count = 30
     m_steps: Count = 20
     optimizer: Literal["default", "adam"] = "default"

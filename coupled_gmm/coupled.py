@@ -49,6 +49,8 @@ class History:
 
     @property
     def q1(self) -> Float[Array, " steps"]:
+        if self.q.shape[-1] == 1:
+            raise AttributeError("history.q1: the graph has one node, and q0 is its column; read history.q0")
         return self.q[..., 1]
 
     @property
@@ -255,8 +257,8 @@ def _chosen(condition: Array, one: Any, other: Any) -> Any:
 
 
 def _columns(row: History) -> dict[str, Array]:
-    names = ["q0", "q1", "transport", "objective", "penalized_log_likelihood", "marginal_error"]
-    return {name: getattr(row, name) for name in names if name != "q1" or row.q.shape[-1] > 1}
+    names = ["transport", "objective", "penalized_log_likelihood", "marginal_error"]
+    return {f"q{i}": q for i, q in enumerate(row.q)} | {name: getattr(row, name) for name in names}
 
 
 def _row(graph: MixtureGraph, place: _Place, moved: m_step.MStep | None, unit: Array, has_cloud: Array) -> History:

@@ -35,7 +35,48 @@ class GraphFit(Outcome):
     status: Int[Array, ""]
     n_steps: Int[Array, ""]
     history: History
-    log_likelihoods: Float[Array, " V"] | None = None  # of each cloud, mean per point: the densities' own, without ridge
+    log_likelihoods: Float[Array, " V"] | None = (
+        None  # of each cloud, mean per point: the densities' own, without ridge
+    )
+    edges: Int[Array, "E 2"] | None = None  # as given; files of before have none
+
+    def plan(self, edge: Any) -> Plan:
+        """The plan of one edge, between the mixtures in `gmms` without padding.
+
+        Args:
+          edge: its index, from 0; or its nodes (i, j), whichever of them it was written from: mass goes from i to j.
+
+        Raises:
+          TypeError, ValueError: there is no such edge, or the fit is a batch, or traced.
+        """
+        index, reverse = self._edge(edge)
+        i, j = np.asarray(self.edges)[index].tolist()
+        plan = _trimmed(taken(self.plans, index), self.gmms[i], self.gmms[j])
+        return plan.reverse() if reverse else plan
+
+    def _edge(self, edge: Any) -> tuple[int, bool]:
+        """The index of an edge, and whether it was asked for against its direction."""
+        if self.edges is None:
+            raise ValueError("edge: the fit was saved before fits kept their edges; read plans, or fit again")
+        if not checks.known(self.edges):
+            raise ValueError(
+                "edge: under a transformation sizes of plans are not known; read plans, or call plan outside"
+            )
+        edges = np.asarray(self.edges)
+        if edges.ndim != 2:
+            raise ValueError(
+                f"edge: the fit is a batch of {len(edges)}; take one of it: jax.tree.map(lambda leaf: leaf[i], fit)"
+            )
+        if isinstance(edge, (tuple, list)) and len(edge) == 2:
+            written = [tuple(nodes) for nodes in edges.tolist()]
+            for reverse, nodes in ((False, tuple(edge)), (True, tuple(edge[::-1]))):
+                if nodes in written:
+                    return written.index(nodes), reverse
+            raise ValueError(f"edge: no edge joins nodes {edge[0]} and {edge[1]}; the edges are {written}")
+        index = checks.integer("edge", edge, 0)
+        if index >= len(edges):
+            raise ValueError(f"edge: there is no edge {index}; the graph has {len(edges)}, from 0")
+        return index, False
 
 
 @pytree
@@ -109,10 +150,41 @@ def _settings(run: _Run, n_points: int, n_components: int, n_features: int, solv
     return Settings(length, run.em_steps, solver, run.optimizer, progress)
 
 
+def _trimmed(padded: Plan, gmm0: GaussianMixture, gmm1: GaussianMixture) -> Plan:
+    """A plan between padded mixtures as one between the mixtures themselves."""
+    k0, k1, (f, g) = gmm0.n_components, gmm1.n_components, padded.potentials
+    pair = padded.pair.replace(gmm0, gmm1)
+    return dataclasses.replace(padded, pair=pair, cost=padded.cost[:k0, :k1], potentials=(f[:k0], g[:k1]))
+
+
+def _edge_solver(method: str, graph: MixtureGraph) -> solvers.Solver:
+    """The solver of all edges at once; OTT's needs one tau, known when it is compiled."""
+    if method == "entropic" or not graph.n_edges:
+        return solvers.solve_entropic
+    with jax.ensure_compile_time_eval():  # of a graph that is known, inside jit as well
+        graph, _ = graph.in_node_order()
+        prices = {"epsilon": graph.epsilon, "rho": graph.rho, "balanced": graph.balanced}
+        edges = new(GaussianMixturePair, gmm0=graph.nodes, gmm1=graph.nodes, **prices)  # of which prices are looked at
+        if not graph.balanced and checks.known(graph.epsilon, graph.rho):
+            tau = np.asarray(edges.tau)
+            if not np.allclose(tau, tau[0], rtol=1e-5, atol=0):
+                each = ", ".join(np.array2string(one, precision=4) for one in tau)
+                raise ValueError(
+                    f"method: 'sinkhorn' needs one tau = rho / (rho + epsilon) for all edges, and these have {each}; "
+                    "use 'entropic', or give all edges the same tau"
+                )
+        return solvers.solver_for(method, taken(edges, 0))
+
+
 @functools.partial(jax.jit, static_argnames="settings")
 @matrices.precise
 def _fit_graph(problem: MixtureGraph, sight: Sight, controls: Controls, settings: Settings) -> GraphFit:
-    run = coupled.run(problem, sight, controls, settings)
+    # The program sees edges in node order, so that no result depends on how they are written; its answers are put back.
+    ordered, order = problem.in_node_order()
+    edges = jnp.stack([problem.sources, problem.targets], axis=1)
+    run = coupled.run(ordered, sight, controls, settings)
+    back = jnp.argsort(order) if problem.n_edges > 1 else order
+    history = dataclasses.replace(run.history, transport_terms=run.history.transport_terms[:, back])
     ends = [taken(run.nodes, index) for index in (problem.sources, problem.targets)]
     pairs = new(
         GaussianMixturePair,
@@ -122,9 +194,15 @@ def _fit_graph(problem: MixtureGraph, sight: Sight, controls: Controls, settings
         rho=problem.rho,
         balanced=problem.balanced,
     )
-    plans = plan.from_potentials(pairs, run.terms.costs, run.terms.potentials)
+    found = taken((run.terms.costs, run.terms.potentials), back)
+    costs, potentials = jax.tree.map(
+        lambda turned, found: jnp.where(jnp.expand_dims(problem.turned, range(1, found.ndim)), turned, found),
+        (found[0].swapaxes(1, 2), found[1].swap()),
+        found,
+    )
+    plans = plan.from_potentials(pairs, costs, potentials)
     return GraphFit(
-        problem.split(run.nodes), plans, run.value, run.status, run.n_steps, run.history, run.log_likelihoods
+        problem.split(run.nodes), plans, run.value, run.status, run.n_steps, history, run.log_likelihoods, edges
     )
 
 
@@ -140,12 +218,7 @@ def _fit_pair(
 ) -> PairFit:
     problem = MixtureGraph.from_pair(pair, transport_weight, frozen)
     fit = _fit_graph(problem, sight, controls, settings)
-    k0, k1 = problem.sizes
-    stacked = taken(fit.plans, 0)
-    f, g = stacked.potentials
-    whole = dataclasses.replace(
-        stacked, pair=pair.replace(*fit.gmms), cost=stacked.cost[:k0, :k1], potentials=(f[:k0], g[:k1])
-    )
+    whole = _trimmed(taken(fit.plans, 0), *fit.gmms)
     end = fit.penalized_log_likelihood, fit.status, fit.n_steps, fit.history, fit.log_likelihoods
     return PairFit(whole.pair, whole, *end)
 
@@ -209,6 +282,10 @@ def fit_graph(
     as in `fit_pair`; what is frozen, and the weights of nodes and edges, are the graph's.
     """
     checks.instance("graph", graph, MixtureGraph)
+    if graph.sources.ndim != 1:
+        raise ValueError(
+            f"graph: is a batch of {len(graph.sources)} graphs; fit them with jax.vmap, or take one of them"
+        )
     run = _check_run(em_steps, m_steps, optimizer, learning_rate, tol, ridge, method, chunk_size, progress)
     clouds = checks.sequence("clouds", clouds)
     weights = [None] * graph.n_nodes if point_weights is None else checks.sequence("point_weights", point_weights)
@@ -226,15 +303,13 @@ def fit_graph(
         else _check_cloud(f"clouds[{i}]", cloud, f"point_weights[{i}]", weight, graph.nodes)
         for i, (cloud, weight) in enumerate(zip(clouds, weights, strict=True))
     ]
-    if checks.known(graph):
-        for i, gmm in enumerate(graph.split(graph.nodes)):
-            frozen = bool(graph.frozen[i])
-            if (clouds[i] is None and not frozen) or (clouds[i] is not None and (frozen or not frame.raises(ridge))):
-                gmm.check_densities(f"node {i}")
-    if graph.n_nodes == 2 and graph.n_edges == 1 and all(cloud is not None for cloud in clouds):
-        graph = dataclasses.replace(graph, matched=checks.known(graph.sources) and int(graph.sources[0]) == 0)
-    pairs = new(GaussianMixturePair, epsilon=graph.epsilon[:1], rho=graph.rho[:1], balanced=graph.balanced)
-    solver = solvers.solver_for(method, pairs) if graph.n_edges else solvers.solve_entropic
+    for i, gmm in enumerate(graph.split(graph.nodes)):
+        frozen = bool(graph.frozen[i]) if checks.known(graph.frozen) else clouds[i] is None
+        if frozen == (clouds[i] is not None) or (clouds[i] is not None and not frame.raises(ridge)):
+            gmm.check_densities(f"node {i}")
+    matched = graph.n_nodes == 2 and graph.n_edges == 1 and all(cloud is not None for cloud in clouds)
+    graph = dataclasses.replace(graph, matched=matched)
+    solver = _edge_solver(method, graph)
     n_points = max(len(cloud) for cloud, _ in checked if cloud is not None)
     settings = _settings(run, n_points, max(graph.sizes), graph.nodes.n_features, solver)
     names = [f"clouds[{i}]" for i in range(graph.n_nodes)]

@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
@@ -136,7 +135,9 @@ def raises(ridge: Any) -> bool:
     return not checks.known(ridge) or bool(np.all(np.asarray(ridge) > 0))
 
 
-def seen(names: Sequence[str], clouds: Sequence[Any], weights: Sequence[Any], gmm: GaussianMixture, ridge: Any) -> Sight:
+def seen(
+    names: Sequence[str], clouds: Sequence[Any], weights: Sequence[Any], gmm: GaussianMixture, ridge: Any
+) -> Sight:
     """Checked clouds, brought into the precision of a mixture from their own.
 
     Raises:
@@ -195,7 +196,7 @@ def _name_constant_features(name: str, x: Any, ridge: Any) -> None:
 class Settled(NamedTuple):
     """Clouds in their frame, the variances of their features together, and what ridge adds to those of each cloud."""
 
-    clouds: list[Array | None]
+    clouds: list[Any]
     frame: Frame
     pooled: Float[Array, " d"]
     floors: Float[Array, "V d"]

@@ -1,5 +1,6 @@
 """A graph of mixtures: nodes are mixtures, some with a cloud to explain; edges keep two of them close."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,8 @@ from coupled_gmm.mixture import GaussianMixture
 from coupled_gmm.pair import GaussianMixturePair
 from coupled_gmm.tree import pytree, static, taken
 
+_BALANCED = float("1")  # an object of its own, to tell a tau that was given
+
 
 @pytree
 class MixtureGraph:
@@ -22,7 +25,8 @@ class MixtureGraph:
     .. math:: J = \sum_i v_i \, \overline{\log p_i} - \sum_{(i, j)} \lambda_{ij} T(p_i, p_j)
 
     Mixtures of unequal size are stacked with components of weight zero. Everything that a user sweeps is a leaf; sizes and
-    whether transport is balanced are structure.
+    whether transport is balanced are structure. Which of its two nodes an edge names first says how its plan is read, and
+    changes nothing else.
     """
 
     nodes: GaussianMixture  # stacked on a leading axis V
@@ -30,7 +34,7 @@ class MixtureGraph:
     targets: Int[Array, " E"]
     edge_weights: Float[Array, " E"]
     epsilon: Float[Array, " E"]
-    rho: Float[Array, " E"]
+    rho: Float[Array, "E *sides"]  # (E,), or (E, 2): of changes at the source and at the target
     node_weights: Float[Array, " V"]
     frozen: Bool[Array, " V"]
     sizes: tuple[int, ...] = static()
@@ -45,63 +49,52 @@ class MixtureGraph:
         *,
         edge_weights: Any = 1.0,
         epsilon: Any = None,
-        tau: Any = 1.0,
+        tau: Any = _BALANCED,
+        rho: Any = None,
         node_weights: Any = None,
         frozen: Sequence[int] = (),
     ) -> "MixtureGraph":
-        """A graph from mixtures and pairs of their indices.
+        r"""A graph from mixtures and pairs of their indices.
 
         Args:
           gmms: V mixtures over the same features.
-          edges: E pairs (i, j) of distinct nodes.
+          edges: E pairs (i, j) of distinct nodes, each pair of nodes at most once; a fit's plan of it goes from i to j.
           edge_weights: lambda, at least 0, one or (E,).
           epsilon: above 0, one or (E,), squared data units; None takes 1e-2 of each edge's mean starting cost.
-          tau: in (0, 1], one for all edges; 1 is balanced.
+          tau: in (0, 1], 1 is balanced: :math:`\rho = \epsilon \tau / (1 - \tau)`. So with epsilon None every edge gets
+            a rho of its own; give `rho` where a change of mass shall cost the same on all. One number; one an edge, (E,);
+            or two an edge, (E, 2): of changes at i and at j, where (1, 2) is a pair for all edges. (2,) is one an edge.
+          rho: in place of tau: above 0, squared data units, infinite is balanced; shapes as of tau.
           node_weights: v, at least 0, (V,); None is 1 each.
           frozen: nodes that a fit leaves as they are.
+
+        Raises:
+          TypeError, ValueError: an argument of the wrong kind, shape or range; tau and rho both given.
         """
-        gmms = checks.sequence("gmms", gmms)
-        if not gmms:
-            raise ValueError("gmms: the list is empty; a graph needs at least one mixture")
-        for i, gmm in enumerate(gmms):
-            checks.instance(f"gmms[{i}]", gmm, GaussianMixture)
-            if gmm.n_features != gmms[0].n_features:
-                raise ValueError(
-                    f"gmms[{i}]: has {gmm.n_features} features and gmms[0] has {gmms[0].n_features}; "
-                    "mixtures are compared in one space: take a marginal of one"
-                )
+        gmms = _check_gmms(gmms)
         n_nodes = len(gmms)
-
-        def is_node(node: Any) -> bool:
-            return isinstance(node, (int, np.integer)) and not isinstance(node, bool) and bool(0 <= node < n_nodes)
-
-        edges = checks.sequence("edges", edges)
-        for edge in edges:
-            pair = list(edge) if isinstance(edge, (tuple, list, np.ndarray)) else []
-            if len(pair) != 2 or not all(map(is_node, pair)) or pair[0] == pair[1]:
-                raise ValueError(
-                    f"edges: {edge!r} does not join two of the {n_nodes} nodes; use indices from 0, two an edge"
-                )
+        edges = _check_edges(edges, n_nodes)
         frozen = checks.sequence("frozen", frozen)
         for node in frozen:
-            if not is_node(node):
+            if not _is_node(node, n_nodes):
                 raise ValueError(f"frozen: there is no node {node!r}; use indices from 0 to {n_nodes - 1}")
-        pairs = [GaussianMixturePair(gmms[i], gmms[j], None if epsilon is None else 1.0, tau) for i, j in edges]
+        ends = [(gmms[min(edge)], gmms[max(edge)]) for edge in edges]  # in one order, for roundings of epsilon
         if epsilon is None:
+            pairs = [GaussianMixturePair(*end) for end in ends]
             epsilon = jnp.stack([pair.epsilon for pair in pairs]) if pairs else jnp.ones(0)
-        per_edge = functools.partial(_spread, size=len(edges))
-        epsilon = per_edge("epsilon", checks.scalar("epsilon", epsilon, above=0, batched=True))
-        balanced = checks.known(tau) and bool(np.all(np.asarray(tau) == 1))
-        tau = checks.scalar("tau", tau, above=0, at_most=1)
+        epsilon = _spread("epsilon", checks.scalar("epsilon", epsilon, above=0, batched=True), len(edges))
+        rho, balanced = _prices(tau, rho, epsilon)
+        edge_weights = checks.scalar("edge_weights", edge_weights, at_least=0, batched=True)
         v = jnp.ones(n_nodes) if node_weights is None else checks.weights("node_weights", node_weights, n_nodes)
+        nodes = stack(gmms)
         return cls(
-            stack(gmms),
+            nodes,
             jnp.asarray([i for i, _ in edges], jnp.int32),
             jnp.asarray([j for _, j in edges], jnp.int32),
-            per_edge("edge_weights", checks.scalar("edge_weights", edge_weights, at_least=0, batched=True)),
-            epsilon,
-            jnp.where(tau < 1, epsilon * tau / jnp.where(tau < 1, 1 - tau, 1), jnp.inf),
-            v,
+            _spread("edge_weights", edge_weights, len(edges)).astype(nodes.dtype),
+            epsilon.astype(nodes.dtype),
+            rho.astype(nodes.dtype),
+            v.astype(nodes.dtype),
             jnp.asarray([node in frozen for node in range(n_nodes)]),
             tuple(gmm.n_components for gmm in gmms),
             balanced,
@@ -117,7 +110,7 @@ class MixtureGraph:
             jnp.ones(1, jnp.int32),
             one(transport_weight).astype(pair.epsilon.dtype),
             one(pair.epsilon),
-            one(pair.rho),
+            pair.rho[None],
             jnp.ones(2, pair.epsilon.dtype),
             jnp.asarray(frozen),
             (pair.gmm0.n_components, pair.gmm1.n_components),
@@ -140,6 +133,20 @@ class MixtureGraph:
     def n_edges(self) -> int:
         return self.sources.shape[0]
 
+    @property
+    def turned(self) -> Bool[Array, " E"]:
+        """Edges that are written from the later of their nodes to the earlier."""
+        return self.sources > self.targets
+
+    def in_node_order(self) -> tuple["MixtureGraph", Int[Array, " E"]]:
+        """The same graph with its edges in the order of their nodes, each from the earlier to the later; and that order."""
+        sources, targets = jnp.minimum(self.sources, self.targets), jnp.maximum(self.sources, self.targets)
+        order = jnp.argsort(sources * self.n_nodes + targets) if self.n_edges > 1 else jnp.arange(self.n_edges)
+        rho = self.rho if self.rho.ndim == 1 else jnp.where(self.turned[:, None], self.rho[:, ::-1], self.rho)
+        edges = {"sources": sources, "targets": targets, "rho": rho}
+        edges |= {"edge_weights": self.edge_weights, "epsilon": self.epsilon}
+        return dataclasses.replace(self, **taken(edges, order)), order
+
     def fitted(self, fitted: GaussianMixture) -> GaussianMixture:
         """The nodes after a fit; frozen nodes and absent components come back untouched."""
         nodes, fitted = mixture.alike([self.nodes, fitted])
@@ -155,10 +162,64 @@ class MixtureGraph:
         return [unpadded(taken(nodes, i), size) for i, size in enumerate(self.sizes)]
 
 
-def _spread(name: str, value: Array, size: int) -> Array:
-    if value.shape not in ((), (size,)):
-        raise ValueError(f"{name}: expected one number or one for each of the {size} edges, got shape {value.shape}")
-    return jnp.broadcast_to(value, (size,))
+def _check_gmms(gmms: Any) -> list[GaussianMixture]:
+    gmms = checks.sequence("gmms", gmms)
+    if not gmms:
+        raise ValueError("gmms: the list is empty; a graph needs at least one mixture")
+    for i, gmm in enumerate(gmms):
+        checks.instance(f"gmms[{i}]", gmm, GaussianMixture)
+        if gmm.n_features != gmms[0].n_features:
+            raise ValueError(
+                f"gmms[{i}]: has {gmm.n_features} features and gmms[0] has {gmms[0].n_features}; "
+                "mixtures are compared in one space: take a marginal of one"
+            )
+    return gmms
+
+
+def _is_node(node: Any, n_nodes: int) -> bool:
+    return isinstance(node, (int, np.integer)) and not isinstance(node, bool) and bool(0 <= node < n_nodes)
+
+
+def _check_edges(edges: Any, n_nodes: int) -> list[tuple[int, int]]:
+    pairs: list[tuple[int, int]] = []
+    for edge in checks.sequence("edges", edges):
+        pair = tuple(edge) if isinstance(edge, (tuple, list, np.ndarray)) else ()
+        if len(pair) != 2 or not all(_is_node(node, n_nodes) for node in pair) or pair[0] == pair[1]:
+            raise ValueError(
+                f"edges: {edge!r} does not join two of the {n_nodes} nodes; use indices from 0, two an edge"
+            )
+        i, j = map(int, pair)
+        if (i, j) in pairs or (j, i) in pairs:
+            raise ValueError(
+                f"edges: {edge!r} joins two nodes that are joined already; keep one edge, with the sum of the weights"
+            )
+        pairs.append((i, j))
+    return pairs
+
+
+def _spread(name: str, value: Array, size: int, two: bool = False) -> Array:
+    """One number for each edge, or two where two are allowed."""
+    pairs = ((1, 2), (size, 2)) if two else ()
+    if value.shape not in ((), (size,), *pairs):
+        choices = f"one number or one for each of the {size} edges" + (
+            f", or two: (1, 2) or ({size}, 2)" if two else ""
+        )
+        raise ValueError(f"{name}: expected {choices}, got shape {value.shape}")
+    return jnp.broadcast_to(value, (size, 2) if value.ndim == 2 else (size,))
+
+
+def _prices(tau: Any, rho: Any, epsilon: Float[Array, " E"]) -> tuple[Float[Array, "E *sides"], bool]:
+    """rho of every edge, or of both its sides, and whether all of them are known to be infinite."""
+    if rho is None:
+        balanced = checks.known(tau) and bool(np.all(np.asarray(tau) == 1))
+        tau = _spread("tau", checks.scalar("tau", tau, above=0, at_most=1, batched=True), len(epsilon), two=True)
+        epsilon = jnp.expand_dims(epsilon, range(1, tau.ndim))
+        return jnp.where(tau < 1, epsilon * tau / jnp.where(tau < 1, 1 - tau, 1), jnp.inf), balanced
+    if tau is not _BALANCED:
+        raise ValueError("rho: is given beside tau, and either sets the other; keep one of them")
+    balanced = checks.known(rho) and bool(np.all(np.isinf(np.asarray(rho))))
+    rho = checks.scalar("rho", rho, above=0, infinite=True, batched=True)
+    return _spread("rho", rho, len(epsilon), two=True), balanced
 
 
 def stack(gmms: Sequence[GaussianMixture]) -> GaussianMixture:

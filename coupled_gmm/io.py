@@ -5,10 +5,10 @@ of its fields, so that a file outlives a change of their order, and a file of an
 """
 
 import dataclasses
+import importlib
 import importlib.metadata
 import json
 import os
-import sys
 import zipfile
 from os import PathLike
 from pathlib import Path
@@ -23,6 +23,23 @@ from coupled_gmm.tree import new
 FORMAT = "coupled_gmm"
 VERSION = 1
 _HEADER = "header"
+# What files hold, by name, and where it is today: a class may move between modules.
+_MODULES = {
+    "BarycenterFit": "barycenter",
+    "BarycenterHistory": "barycenter",
+    "CostParts": "plan",
+    "FlowFit": "flow",
+    "FlowHistory": "flow",
+    "GaussianMixture": "mixture",
+    "GaussianMixturePair": "pair",
+    "GraphFit": "fit",
+    "History": "coupled",
+    "MixtureFit": "em",
+    "MixtureGraph": "graph",
+    "MixtureHistory": "em",
+    "PairFit": "fit",
+    "Plan": "plan",
+}
 
 
 def save(path: str | PathLike[str], tree: Any) -> None:
@@ -98,7 +115,7 @@ def _encode(value: Any, where: str, arrays: dict[str, np.ndarray]) -> dict[str, 
         return {type(value).__name__: [_encode(v, f"{where}[{i}]", arrays) for i, v in enumerate(value)]}
     if type(value) is dict and all(isinstance(key, str) for key in value):
         return {"dict": {key: _encode(v, f"{where}[{key!r}]", arrays) for key, v in value.items()}}
-    cls = _classes().get(type(value).__name__)
+    cls = _class(type(value).__name__)
     if cls is not None and cls is type(value):
         names = [field.name for field in dataclasses.fields(cls)]
         return {
@@ -132,7 +149,7 @@ def _decode(node: dict[str, Any], arrays: dict[str, np.ndarray]) -> Any:
 
 
 def _build(name: str, fields: dict[str, Any]) -> Any:
-    cls = _classes().get(name)
+    cls = _class(name)
     if cls is None:
         raise ValueError(f"holds a {name!r}, which is no class of this package; install the coupled_gmm that wrote it")
     defaults = {field.name: field.default for field in dataclasses.fields(cls)}
@@ -144,15 +161,10 @@ def _build(name: str, fields: dict[str, Any]) -> Any:
     return new(cls, **{name: defaults[name] for name in optional} | fields)
 
 
-def _classes() -> dict[str, Any]:
-    """The package's dataclasses by name: unique in the package, and the same when a class moves between modules."""
-    modules = [(name, module) for name, module in list(sys.modules.items()) if name.startswith(FORMAT + ".")]
-    return {
-        value.__name__: value
-        for name, module in modules
-        for value in vars(module).values()
-        if isinstance(value, type) and dataclasses.is_dataclass(value) and value.__module__ == name
-    }
+def _class(name: str) -> Any:
+    """The class that files call so, or None; its module is imported for it."""
+    module = _MODULES.get(name)
+    return None if module is None else getattr(importlib.import_module(f"coupled_gmm.{module}"), name)
 
 
 def _package_version() -> str:

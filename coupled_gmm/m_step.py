@@ -128,7 +128,8 @@ def _solved_log_weights(potentials: entropic.Potentials) -> Float[Array, "2 K"]:
 
 def _response(statistics: Statistics, graph: MixtureGraph, free: Bool[Array, ""]) -> Response:
     """How the masses of a pair answer to potentials: they maximise Q's part in them less the price of transport."""
-    rates = graph.edge_weights[0] / graph.node_weights
+    weighs = graph.node_weights > 0
+    rates = graph.edge_weights[0] / jnp.where(weighs, graph.node_weights, 1)
     moving = free & ~graph.frozen
     return Response(tuple(statistics.masses), tuple(rates), tuple(moving))
 
@@ -142,7 +143,9 @@ class Coordinates(NamedTuple):
 
     start: Float[Array, " p"]
     parameters: Callable[[Float[Array, " p"], Float[Array, "V K"]], Parameters]
-    promise: Callable[[Float[Array, " p"]], Float[Array, ""]]  # what a gradient promises, where every step is taken anyway
+    promise: Callable[
+        [Float[Array, " p"]], Float[Array, ""]
+    ]  # what a gradient promises, where every step is taken anyway
 
 
 def _log_softmax(logits: Array, present: Array) -> Array:
@@ -413,7 +416,9 @@ def m_step(
     zero = jnp.zeros((), base.means.dtype)
     search = optimiser.init(coordinates.start)
     count = jnp.zeros((), jnp.int32)
-    start = _Progress(search, no_terms(graph), potentials, base.log_weights, yes, zero, zero, ~yes, count)
+    # Masses of a node of weight zero follow no cloud: there is nothing that they would answer with.
+    solves = jnp.all((graph.node_weights > 0) | graph.frozen)
+    start = _Progress(search, no_terms(graph), potentials, base.log_weights, solves, zero, zero, ~yes, count)
     end = jax.lax.while_loop(unfinished, evaluate, start)
     reached = coordinates.parameters(end.search.best, end.log_weights)
     moved = end.moved | (not optimiser.monotone)

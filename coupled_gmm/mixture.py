@@ -151,6 +151,7 @@ class GaussianMixture:
         noise = jax.random.normal(key_noise, (n, self.n_features), self.dtype)
         return self.means[component] + jnp.einsum("nij,nj->ni", self.cholesky[component], noise)
 
+    @matrices.precise
     def mean(self) -> Float[Array, " d"]:
         """Mean of the whole mixture."""
         return self.weights @ self.means
@@ -251,9 +252,8 @@ def about_one_point(*gmms: GaussianMixture) -> list[GaussianMixture]:
     if all(gmm.remainders is None for gmm in gmms):
         return list(gmms)
     centre = gmms[0].means[jnp.argmax(gmms[0].weights)]
-    return [
-        dataclasses.replace(gmm, means=gmm.means - centre + gmm.remainders, remainders=None) for gmm in alike(gmms)
-    ]
+    moved = [gmm.means - centre + (0 if gmm.remainders is None else gmm.remainders) for gmm in gmms]
+    return [dataclasses.replace(gmm, means=means, remainders=None) for gmm, means in zip(gmms, moved, strict=True)]
 
 
 def _remainders(given: Any, means: Array, covariances: Array) -> Array | None:

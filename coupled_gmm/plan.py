@@ -85,6 +85,7 @@ class Plan(Outcome):
         return jnp.sum(self.matrix)
 
     @property
+    @matrices.precise
     def transport_cost(self) -> Float[Array, ""]:
         """<P, C>, squared data units."""
         if self.vertex is None:
@@ -179,6 +180,7 @@ class Plan(Outcome):
     def _masses(self) -> tuple[Float[Array, " K0"], Float[Array, " K1"]]:
         return self.pair.gmm0.weights, self.pair.gmm1.weights
 
+    @matrices.precise
     def _dual(self) -> Array:
         (a, b), (f, g), pair = self._masses, self.potentials, self.pair
         if self.vertex is not None:

@@ -4,6 +4,7 @@ Rows come from the running program, on a thread of JAX's; rich's console has a l
 standard output is no terminal (a file, a pipe) only plain rows are written.
 """
 
+from collections.abc import Container
 from types import TracebackType
 from typing import Any
 
@@ -21,20 +22,21 @@ COLUMNS = {
 }
 
 
-def table_header() -> str:
+def table_header(row: Container[str] = COLUMNS) -> str:
     """Titles of the columns of `table_row`; the starred one is penalised by transport and ridge."""
-    return " ".join(f"{title:>{width}}" for width, _, title in COLUMNS.values())
+    return " ".join(f"{title:>{width}}" for name, (width, _, title) in COLUMNS.items() if name in row)
 
 
 def table_row(row: dict[str, Any]) -> str:
-    """One EM step in aligned columns."""
-    return " ".join(f"{row[name]:>{width}{form}}" for name, (width, form, _) in COLUMNS.items())
+    """One EM step in aligned columns; of a graph of one node there is no q1, of a larger one q0 and q1 are shown."""
+    return " ".join(f"{row[name]:>{width}{form}}" for name, (width, form, _) in COLUMNS.items() if name in row)
 
 
 class ProgressBar:
     """A context manager to call with a row of each EM step as it is done.
 
-    A row is a dict of numbers: step, em_steps, q0, q1, transport, objective, penalized_log_likelihood, marginal_error.
+    A row is a dict of numbers: step, em_steps, q0, q1 (one a node), transport, objective, penalized_log_likelihood,
+    marginal_error.
     """
 
     def __init__(self, console: Console | None = None):
@@ -68,7 +70,7 @@ class ProgressBar:
         """Show one EM step."""
         if not self._started:
             self._started = True
-            self._write(table_header())
+            self._write(table_header(row))
             if self._bar is not None:
                 self._bar.start_task(self._task)
         if self._bar is not None:

@@ -117,7 +117,9 @@ class TestTwins:
         assert_same_mixture(fit.gmm, expected, rtol=1e-9, atol=1e-11)
         found = [*fit.history.penalized_log_likelihood, fit.penalized_log_likelihood]
         np.testing.assert_allclose(found, values, rtol=1e-11)
-        plain = [np.average(scipy_log_joint(cloud(), *mixture)[1], weights=w) for mixture in (host(start()), host(fit.gmm))]
+        plain = [
+            np.average(scipy_log_joint(cloud(), *mixture)[1], weights=w) for mixture in (host(start()), host(fit.gmm))
+        ]
         np.testing.assert_allclose([fit.history.log_likelihood[0], fit.log_likelihood], plain, rtol=1e-11)
 
     def test_ridge_adds_the_floor(self, x64):

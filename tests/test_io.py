@@ -1,9 +1,12 @@
 """Saved files: every class comes back as it was, and what is not ours is refused."""
 
 import dataclasses
+import importlib
 import json
 import re
+import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -51,12 +54,45 @@ def test_results_come_back(tmp_path, pair, fit):
     assert again.pair.balanced is False
 
 
-def test_names_of_classes_are_unique():
-    """A class is found by its name alone."""
-    modules = [module for name, module in sys.modules.items() if name.startswith("coupled_gmm.")]
+def package_classes():
+    """All dataclasses of the package, by name, whether they were imported or not."""
+    package = Path(cg.__file__).parent
+    modules = [importlib.import_module(f"coupled_gmm.{path.stem}") for path in package.glob("[!_]*.py")]
     classes = {c for module in modules for c in vars(module).values() if isinstance(c, type)}
-    names = [c.__name__ for c in classes if dataclasses.is_dataclass(c) and c.__module__.startswith("coupled_gmm.")]
-    assert len(names) == len(set(names))
+    classes = [c for c in classes if dataclasses.is_dataclass(c) and c.__module__.startswith("coupled_gmm.")]
+    assert len(classes) == len({c.__name__ for c in classes}), "a class is found by its name alone"
+    return {c.__name__: c for c in classes}
+
+
+def test_every_result_can_be_saved():
+    """The table of classes holds what the package exports, and whatever is a field of that."""
+    classes = package_classes()
+    wanted = [name for name in cg.__all__ if name in classes]
+    assert {"GaussianMixture", "GraphFit", "FlowFit"} <= set(wanted)
+    for name in wanted:  # grows on the way
+        fields = " ".join(str(field.type) for field in dataclasses.fields(classes[name]))
+        wanted += [part for part in re.findall(r"\w+", fields) if part in classes and part not in wanted]
+    for name in wanted:
+        assert io._class(name) is classes[name]
+    assert io._class("Settings") is None and io._class("sys") is None
+
+
+def test_loading_in_a_fresh_process(tmp_path, fit):
+    """Only `io` is imported there, and nothing else may have to be: the modules of the classes are fetched."""
+    io.save(tmp_path / "fit.npz", [fit, cg.MixtureGraph.single(fit.pair.gmm0)])
+    code = f"""
+import sys, types
+package = types.ModuleType("coupled_gmm")  # without the imports of its __init__
+package.__path__ = [{str(Path(cg.__file__).parent)!r}]
+sys.modules["coupled_gmm"] = package
+import coupled_gmm.io
+assert "coupled_gmm.fit" not in sys.modules and "coupled_gmm.graph" not in sys.modules
+fit, graph = coupled_gmm.io.load({str(tmp_path / "fit.npz")!r})
+print(type(fit).__name__, type(graph).__name__, float(fit.penalized_log_likelihood))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["PairFit", "MixtureGraph", str(float(fit.penalized_log_likelihood))]
 
 
 def test_plain_containers_and_dtypes_come_back(tmp_path):

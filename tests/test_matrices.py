@@ -1,5 +1,8 @@
 """Small dense matrices against NumPy's LAPACK in float64, derivatives against finite differences, and no LAPACK inside."""
 
+import dataclasses
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -178,29 +181,106 @@ def products(jaxpr):
                 yield from products(inner)
 
 
-def test_products_are_in_full_precision():
-    """A GPU rounds the factors of float32 products to 10 bits unless it is told not to."""
-    gmm0, gmm1 = random_mixture(0, 3, 4), random_mixture(1, 4, 4)
-    x = np.random.RandomState(0).randn(20, 4).astype(np.float32)
-    pair = cg.GaussianMixturePair(gmm0, gmm1, epsilon=0.1)
-    plan = cg.solve_plan(pair, method="exact")
-    key = jax.random.key(0)
-    programs = {
-        "density": lambda gmm: jax.grad(lambda g: jnp.sum(g.log_prob(x)))(gmm),
-        "exact": jax.grad(lambda gmm: cg.mw2_squared(gmm, gmm1)),
-        "entropic": jax.grad(lambda gmm: cg.mw2_squared(gmm, gmm1, epsilon=0.1)),
-        "map": lambda gmm: cg.map_points(plan, x),
-        "draw": lambda gmm: cg.map_points(plan, x, method="random", key=key),
-        "interpolate": lambda gmm: cg.interpolate(plan, 0.5),
-        "barycenter": lambda gmm: cg.barycenter([gmm, gmm1], gmm, max_steps=2),
-        "flow": lambda gmm: cg.flow(gmm, gmm1, steps=2),
-        "adam": lambda gmm: cg.flow(gmm, gmm1, steps=2, optimizer=optax.adam),
-        "fit": lambda gmm: cg.fit_pair(x, x, pair.replace(gmm, gmm1), transport_weight=0.1),
-        "likelihood": jax.grad(lambda gmm: cg.penalized_log_likelihood(pair.replace(gmm, gmm1), x, x, transport_weight=0.1)),
-    }  # fmt: skip
+class Examples:
+    """Something of every public class, and how to call what is public: made once, and traced in the tests."""
+
+    def __init__(self):
+        gmm0, gmm1 = random_mixture(0, 3, 4), random_mixture(1, 4, 4)
+        x = np.random.RandomState(0).randn(20, 4).astype(np.float32)
+        key, steps = jax.random.key(0), {"em_steps": 2, "m_steps": 2}
+        pairs = [cg.GaussianMixturePair(gmm0, gmm1, 0.1, tau) for tau in (1.0, 0.8)]
+        graph = cg.MixtureGraph.from_mixtures([gmm0, gmm1], [(1, 0)], tau=0.8, edge_weights=0.1)
+        plans = [*map(cg.solve_plan, pairs), cg.solve_plan(pairs[0], method="exact")]
+        self.instances = [gmm0, *pairs, graph, *plans]
+        self.functions = {
+            "barycenter": lambda: cg.barycenter([gmm0, gmm1], gmm1, max_steps=2),
+            "bures_cost_matrix": lambda: cg.bures_cost_matrix(gmm0, gmm1),
+            "fit_gmm": lambda: cg.fit_gmm(x, gmm0, max_steps=2),
+            "fit_graph": lambda: cg.fit_graph([x, None], graph, **steps),
+            "fit_pair": lambda: [cg.fit_pair(x, x, pair, transport_weight=0.1, **steps) for pair in pairs],
+            "flow": lambda: [cg.flow(gmm0, gmm1, steps=2, optimizer=o) for o in (None, optax.adam)],
+            "init_gmm": lambda: cg.init_gmm(key, x, 3),
+            "interpolate": lambda: [cg.interpolate(plan, 0.5) for plan in plans],
+            "map_points": lambda: [
+                cg.map_points(plan, x, method=method, key=key) for plan in plans for method in ("barycentric", "random")
+            ],
+            "mw2_squared": lambda: [cg.mw2_squared(gmm0, gmm1), cg.mw2_squared(gmm0, gmm1, epsilon=0.1)],
+            "penalized_log_likelihood": lambda: [
+                cg.penalized_log_likelihood(pair, x, x, transport_weight=0.1) for pair in pairs
+            ],
+            "plan_density": lambda: cg.plan_density(plans[0], x, x, atol=0.1),
+            "reduce_gmm": lambda: cg.reduce_gmm(key, gmm1, 2),
+            "solve_plan": lambda: [cg.solve_plan(pair) for pair in pairs] + [cg.solve_plan(pairs[0], method="exact")],
+        }
+        self.arguments = {
+            "component_log_prob": (x,), "condition": ([0, 2], [0.1, 0.2]), "log_posterior": (x,), "log_prob": (x,),
+            "marginal": ([0, 2],), "point_reweighting": (x,), "predict": (x,), "replace": (gmm0, gmm1), "sample": (key, 5),
+            "score": (x,), "aic": (x,), "bic": (x,), "split": (graph.nodes,),
+        }  # fmt: skip
+
+
+# What other libraries, files and the host do.
+ELSEWHERE = {"BuresCost", "from_ott", "from_sklearn", "load", "save", "to_ott", "to_pot", "to_sklearn"}
+INTERNAL = {"geometry", "fitted", "message", "raise_if_failed", "check_densities"}  # or of the host, or of OTT
+
+
+@pytest.fixture(scope="module")
+def examples():
+    return Examples()
+
+
+def is_public_function(name):
+    return name[0].islower() and name not in ELSEWHERE
+
+
+def low_products(program, *arguments):
+    """Products in a program that are not in full precision."""
+    leaves = jax.make_jaxpr(lambda *a: [leaf for leaf in jax.tree.leaves(program(*a)) if isinstance(leaf, jax.Array)])
     highest = (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)
-    for name, program in programs.items():
-        found = list(products(jax.make_jaxpr(program)(gmm0).jaxpr))
-        assert found, name
-        low = [what for precision, what in found if precision != highest]
-        assert not low, (name, low[:3])
+    return [what for precision, what in products(leaves(*arguments).jaxpr) if precision != highest]
+
+
+@pytest.mark.parametrize("name", sorted(filter(is_public_function, cg.__all__)))
+def test_products_of_functions_are_in_full_precision(examples, name):
+    """A GPU rounds the factors of float32 products to 10 bits unless it is told not to."""
+    assert name in examples.functions, "say how a new function is called"
+    assert not low_products(examples.functions[name])
+
+
+def test_products_of_methods_are_in_full_precision(examples):
+    """Every property and method of every public class; those with arguments that are needed stand in a table."""
+    low = {}
+    for instance in examples.instances:
+        cls = type(instance)
+        fields = {field.name for field in dataclasses.fields(cls)}
+        for name in sorted(set(dir(cls)) - fields - INTERNAL):
+            member = inspect.getattr_static(cls, name)
+            if name.startswith("_") or isinstance(member, (classmethod, staticmethod)):
+                continue
+
+            def program(instance, name=name, member=member):
+                found = getattr(instance, name)
+                return found if isinstance(member, property) else found(*examples.arguments.get(name, ()))
+
+            if bad := low_products(program, instance):
+                low[f"{cls.__name__}.{name}"] = bad[:2]
+    assert not low, sorted(low)
+
+
+def test_products_of_derivatives_are_in_full_precision(examples):
+    gmm0, pair, *_ = examples.instances
+    x = examples.arguments["log_prob"][0]
+    programs = {
+        "log_prob": lambda gmm: jnp.sum(gmm.log_prob(x)),
+        "log_posterior": lambda gmm: jnp.sum(gmm.log_posterior(x)),
+        "exact": lambda gmm: cg.mw2_squared(gmm, pair.gmm1),
+        "entropic": lambda gmm: cg.mw2_squared(gmm, pair.gmm1, epsilon=0.1),
+        "plan": lambda gmm: jnp.sum(cg.solve_plan(pair.replace(gmm, pair.gmm1)).matrix),
+        "cost": lambda gmm: cg.solve_plan(pair.replace(gmm, pair.gmm1)).regularized_cost,
+        "J": lambda gmm: cg.penalized_log_likelihood(pair.replace(gmm, pair.gmm1), x, x, transport_weight=0.1),
+    }
+    assert not {name: low[:2] for name, program in programs.items() if (low := low_products(jax.grad(program), gmm0))}
+
+
+def test_the_search_for_low_products_finds_them():
+    assert low_products(lambda a: a @ a, jnp.eye(2))

@@ -1,0 +1,204 @@
+"""Fits of graphs: the same however a graph is written, traced or named, and against fits of pairs."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import random_mixture
+
+import coupled_gmm as cg
+from coupled_gmm import fit as fit_module
+from coupled_gmm import solvers
+
+STEPS = {"em_steps": 6, "m_steps": 8}
+KINKED = {"edge_weights": 0.3, "epsilon": 0.05}  # where a balanced pair's masses must be solved for with its plan
+
+
+def clouds(n=80):
+    rng = np.random.RandomState(0)
+    left, right = rng.randn(n, 2) - [2, 0], 0.6 * rng.randn(n, 2) + [2, 1]
+    one, other = (np.where(rng.rand(n, 1) < share, left, right) for share in (0.7, 0.4))
+    return [one, np.array([0.5, -0.5]) + other, 0.8 * left + [0.2, 0.3]]
+
+
+GMMS = [random_mixture(k, size, 2) for k, size in enumerate((2, 3, 2))]
+
+
+def fit(given, graph, **options):
+    return cg.fit_graph(given, graph, **STEPS, **options)
+
+
+def same(one, other):
+    """Bit by bit."""
+    assert one.penalized_log_likelihood == other.penalized_log_likelihood and one.status == other.status
+    jax.tree.map(np.testing.assert_array_equal, one.gmms, other.gmms)
+    np.testing.assert_array_equal(one.history.objective, other.history.objective)
+
+
+def there_and_back(**options):
+    return (cg.MixtureGraph.from_mixtures(GMMS[:2], [edge], **options, **KINKED) for edge in ((0, 1), (1, 0)))
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.8])
+def test_an_edge_has_no_direction(tau):
+    """(1, 0) is (0, 1), to the last bit, with the plan the other way round."""
+    one, other = (fit(clouds()[:2], graph) for graph in there_and_back(tau=tau))
+    same(one, other)
+    np.testing.assert_array_equal(one.plans.cost[0], other.plans.cost[0].T)
+    for mine, theirs in zip(one.plans.potentials, other.plans.potentials[::-1]):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def test_a_traced_graph_takes_the_same_algorithm():
+    """Inside jit as outside, in either direction, and both as `fit_pair`."""
+    x, (there, back) = clouds()[:2], there_and_back()
+    inside = jax.jit(lambda graph: fit(x, graph))
+    same(inside(there), inside(back))
+    pair = cg.GaussianMixturePair(*GMMS[:2], KINKED["epsilon"])
+    expected = cg.fit_pair(*x, pair, transport_weight=KINKED["edge_weights"], **STEPS).penalized_log_likelihood
+    for got in (fit(x, there), inside(there)):
+        np.testing.assert_allclose(got.penalized_log_likelihood, expected, atol=2e-4)
+
+
+def test_nodes_have_no_names():
+    """Nodes in another order: the same fit up to rounding, where no kinks amplify it."""
+    x, gmms = clouds(), [random_mixture(k, 2, 2) for k in range(3)]
+    edges, order = [(0, 1), (1, 2)], [2, 0, 1]
+    options = {"edge_weights": [0.1, 0.3], "epsilon": [0.5, 0.8], "tau": 0.8}
+    mine = fit(x, cg.MixtureGraph.from_mixtures(gmms, edges, **options))
+    named = [(order.index(j), order.index(i)) for i, j in edges]
+    theirs = fit([x[i] for i in order], cg.MixtureGraph.from_mixtures([gmms[i] for i in order], named, **options))
+    np.testing.assert_allclose(mine.penalized_log_likelihood, theirs.penalized_log_likelihood, rtol=3e-6)
+    for i, node in enumerate(order):
+        np.testing.assert_allclose(theirs.gmms[i].means, mine.gmms[node].means, atol=2e-3)
+    np.testing.assert_allclose(mine.history.transport_terms, theirs.history.transport_terms, rtol=1e-3)
+
+
+def test_the_order_of_edges_and_the_kind_of_integers_do_not_matter():
+    x = clouds()
+    edges, weights = [(0, 1), (1, 2), (2, 0)], np.array([0.1, 0.2, 0.3])
+    first = fit(x, cg.MixtureGraph.from_mixtures(GMMS, edges, edge_weights=weights))
+    order = [2, 0, 1]
+    written = np.array([edges[e] for e in order], np.int16)
+    again = fit(x, cg.MixtureGraph.from_mixtures(GMMS, written, edge_weights=weights[order]))
+    same(first, again)
+    np.testing.assert_array_equal(again.history.transport_terms, first.history.transport_terms[:, order])
+    np.testing.assert_array_equal(again.plans.cost, first.plans.cost[jnp.asarray(order)])
+
+
+def cloudless():
+    graph = cg.MixtureGraph.from_mixtures(GMMS, [(0, 1), (2, 1)], edge_weights=0.2, epsilon=0.5, tau=0.8, frozen=[0])
+    x = clouds()
+    return graph, lambda given: fit([x[0], None, x[2]], given).penalized_log_likelihood
+
+
+def test_traced_graphs_with_cloudless_nodes():
+    graph, value = cloudless()
+    np.testing.assert_allclose(jax.jit(value)(graph), value(graph), rtol=1e-5)
+    jax.eval_shape(
+        lambda weight: value(dataclasses.replace(graph, edge_weights=weight)), graph.edge_weights
+    )  # known in part
+
+
+@pytest.mark.slow
+def test_batches_of_graphs():
+    graph, value = cloudless()
+    graphs = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), graph)
+    np.testing.assert_allclose(jax.vmap(value)(graphs), [value(graph)] * 2, rtol=1e-5)
+
+
+def test_a_batch_of_graphs_is_no_graph():
+    graph, value = cloudless()
+    with pytest.raises(ValueError, match=r"^graph: is a batch of 2 graphs; .*jax.vmap"):
+        value(jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), graph))
+
+
+@pytest.mark.slow
+def test_sinkhorn_on_unbalanced_graphs():
+    x = clouds()
+    options = {"edge_weights": 0.2, "tau": 0.8}
+    graph = cg.MixtureGraph.from_mixtures(GMMS, [(0, 1), (2, 1)], **options)  # an epsilon, and so a rho, for each edge
+    assert graph.rho[0] != graph.rho[1]
+    ours, theirs = fit(x, graph), fit(x, graph, method="sinkhorn")
+    np.testing.assert_allclose(ours.penalized_log_likelihood, theirs.penalized_log_likelihood, atol=1e-4)
+
+
+def test_sinkhorn_takes_one_tau():
+    """OTT branches on it, and one program solves all edges."""
+    edges = [(0, 1), (2, 1)]
+    for tau in (1.0, 0.8):
+        graph = cg.MixtureGraph.from_mixtures(GMMS, edges, tau=tau)
+        solver = fit_module._edge_solver("sinkhorn", graph)
+        np.testing.assert_allclose(solver.tau, tau, rtol=1e-6)
+    graph = cg.MixtureGraph.from_mixtures(GMMS, edges, epsilon=0.1, rho=[0.1, 0.3])
+    assert fit_module._edge_solver("entropic", graph) is solvers.solve_entropic
+    with pytest.raises(ValueError, match=r"^method: 'sinkhorn' needs one tau .*have 0.5, 0.75; use 'entropic', or"):
+        fit(clouds(), graph, method="sinkhorn")
+
+
+def test_one_node():
+    """Its progress and history have one column of q, and no other is made up."""
+    x = clouds()[0]
+    graph = cg.MixtureGraph.from_mixtures(GMMS[:1], [])
+    rows = []
+    end = fit([x], graph, progress=rows.append)
+    assert "q0" in rows[0] and "q1" not in rows[0] and end.history.q.shape == (6, 1)
+    np.testing.assert_allclose([row["q0"] for row in rows], end.history.q0, rtol=1e-6)
+    with pytest.raises(AttributeError, match=r"^history.q1: the graph has one node.*read history.q0"):
+        end.history.q1  # noqa: B018
+    np.testing.assert_allclose(end.penalized_log_likelihood, cg.fit_gmm(x, GMMS[0], max_steps=6, tol=0).log_likelihood)
+
+
+def test_one_node_draws_its_bar(capsys):
+    end = fit([clouds()[0]], cg.MixtureGraph.from_mixtures(GMMS[:1], []), progress=True)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    header = next(line for line in lines if "q0" in line)
+    assert "q1" not in header and float(lines[-1][1]) == pytest.approx(float(end.history.q0[-1]), abs=1e-4)
+
+
+def test_all_frozen():
+    """Nothing moves, and J is that of the start: as `penalized_log_likelihood` has it."""
+    x = clouds()[:2]
+    graph = cg.MixtureGraph.from_mixtures(GMMS[:2], [(1, 0)], tau=0.8, frozen=np.array([0, 1]), **KINKED)
+    end = fit(x, graph)
+    jax.tree.map(np.testing.assert_array_equal, end.gmms, GMMS[:2])
+    pair = cg.GaussianMixturePair(*GMMS[:2], KINKED["epsilon"], 0.8)
+    expected = cg.penalized_log_likelihood(pair, *x, transport_weight=KINKED["edge_weights"])
+    np.testing.assert_allclose(end.penalized_log_likelihood, expected, rtol=1e-5)
+
+
+def test_what_no_edge_pulls_is_plain_em():
+    """An isolated node, an edge of weight zero, and no edge at all."""
+    x = clouds()
+    gmms = [cg.init_gmm(jax.random.key(0), cloud, 2) for cloud in x]
+    alone = [cg.fit_gmm(cloud, gmm, max_steps=40, tol=0).log_likelihood for cloud, gmm in zip(x, gmms)]
+    options = {"em_steps": 40, "m_steps": 20}
+    isolated = cg.MixtureGraph.from_mixtures(gmms, [(0, 1)], edge_weights=0.0)
+    for graph in (isolated, cg.MixtureGraph.from_mixtures(gmms, [])):
+        end = cg.fit_graph(x, graph, **options)
+        np.testing.assert_allclose(end.penalized_log_likelihood, np.sum(alone), atol=2e-3)
+
+
+def test_a_node_of_weight_zero_is_a_node_without_a_cloud():
+    x = clouds()[:2]
+    weightless = cg.MixtureGraph.from_mixtures(GMMS[:2], [(0, 1)], node_weights=[0, 1], frozen=[0], **KINKED)
+    without = cg.MixtureGraph.from_mixtures(GMMS[:2], [(0, 1)], frozen=[0], **KINKED)
+    values = [
+        float(fit(x, weightless).penalized_log_likelihood),
+        float(fit([None, x[1]], without).penalized_log_likelihood),
+    ]
+    np.testing.assert_allclose(values[0], values[1], atol=2e-2)  # one solves for masses with the plan, one searches
+
+
+@pytest.mark.parametrize(
+    ("edges", "message"),
+    [
+        ([(0, 1), (0, 1)], r"^edges: \(0, 1\) joins two nodes that are joined already; keep one edge"),
+        ([(0, 1), (1, 0)], r"^edges: \(1, 0\) joins two nodes that are joined already; keep one edge"),
+    ],
+)
+def test_refused_edges(edges, message):
+    with pytest.raises(ValueError, match=message):
+        cg.MixtureGraph.from_mixtures(GMMS, edges)
