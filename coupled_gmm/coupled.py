@@ -168,7 +168,8 @@ def run(problem: MixtureGraph, sight: Sight, controls: Controls, settings: Setti
     row = _row(graph, end.place, None, data.frame.unit, has_cloud)
     status = _checked(end.status, problem, nodes, data.frame.unit * end.place.parameters.factors, has_cloud)
     terms = m_step.scaled(end.place.terms, data.frame.unit**2)
-    return Run(nodes, terms, row.log_likelihoods, row.penalized_log_likelihood, status, end.step, end.history)
+    log_likelihoods = jnp.asarray(row.log_likelihoods)
+    return Run(nodes, terms, log_likelihoods, row.penalized_log_likelihood, status, end.step, end.history)
 
 
 def _in_frame(problem: MixtureGraph, unit: Array) -> MixtureGraph:

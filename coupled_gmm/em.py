@@ -232,10 +232,9 @@ def _fit(inits: GaussianMixture, sight: Sight, controls: Controls, settings: Set
         history = MixtureHistory(log_likelihoods[:, 0], run.history.penalized_log_likelihood)
         return MixtureFit(gmm, run.log_likelihoods[0], run.status, run.n_steps, history, run.value)
 
-    if len(inits.weights) == 1:  # no loop, which vmap would batch
-        ends = jax.tree.map(lambda leaf: leaf[None], one(taken(inits, 0)))
-    else:
-        ends = jax.lax.map(one, inits)
+    if len(inits.weights) == 1:
+        return dataclasses.replace(one(taken(inits, 0)), start=jnp.zeros((), jnp.int32))
+    ends = jax.lax.map(one, inits)
     values = jnp.where(jnp.isfinite(ends.penalized_log_likelihood), ends.penalized_log_likelihood, -jnp.inf)
     best = jnp.argmax(values)
     return dataclasses.replace(taken(ends, best), start=best)
