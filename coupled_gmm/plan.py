@@ -47,6 +47,7 @@ class Plan(Outcome):
     status: Int[Array, ""]
     n_iterations: Int[Array, ""]
     vertex: Float[Array, "K0 K1"] | None = None  # an exact plan's matrix
+    gap: Float[Array, ""] | None = None  # and its duality gap, from potentials more precise than `potentials`
 
     @property
     def matrix(self) -> Float[Array, "K0 K1"]:
@@ -146,8 +147,11 @@ class Plan(Outcome):
         """Primal minus dual objective, at least 0 up to rounding: a bound on how far `regularized_cost` is from optimal.
 
         A balanced plan also counts as rounded to its marginals (Altschuler, Weed & Rigollet 2017), so that the optimum lies
-        between that legal plan's cost and the dual's; the raw plan's own may lie outside.
+        between that legal plan's cost and the dual's; the raw plan's own may lie outside. Of an exact plan, a sum of mass times
+        reduced cost, which does not cancel: a bound for the masses that the plan has.
         """
+        if self.gap is not None:
+            return jax.lax.stop_gradient(self.gap)
         fixed = jax.lax.stop_gradient(self)
         raw, dual = fixed._parts(fixed.matrix).total, fixed._dual()
         legal = fixed._parts(_rounded(fixed.matrix, *fixed._masses)).total if self.pair.balanced else raw
@@ -210,11 +214,11 @@ def from_potentials(pair: GaussianMixturePair, cost: Array, solution: Potentials
 def from_vertex(pair: GaussianMixturePair, cost: Array, vertex: Vertex, tol: Array) -> Plan:
     """The plan of an exact solver's vertex, with its status."""
     error = _distance(vertex.matrix, pair.gmm0.weights, pair.gmm1.weights)
-    status = jnp.where(error <= tol, Status.CONVERGED, Status.PRECISION)
-    status = jnp.where(vertex.optimal, status, Status.NOT_CONVERGED)
-    finite = jnp.all(jnp.isfinite(vertex.f)) & jnp.all(jnp.isfinite(vertex.g))
+    status = jnp.where((error <= tol) & vertex.optimal, Status.CONVERGED, Status.PRECISION)
+    status = jnp.where(vertex.done, status, Status.NOT_CONVERGED)
+    finite = jnp.all(jnp.isfinite(vertex.f)) & jnp.all(jnp.isfinite(vertex.g)) & jnp.isfinite(vertex.gap)
     status = jnp.where(finite & jnp.isfinite(error), status, Status.NOT_FINITE)
-    return Plan(pair, cost, (vertex.f, vertex.g), status, vertex.n_iterations, vertex.matrix)
+    return Plan(pair, cost, (vertex.f, vertex.g), status, vertex.n_iterations, vertex.matrix, vertex.gap)
 
 
 def _kl(p: Array, q: Array) -> Array:
