@@ -144,12 +144,12 @@ def _certified(
     price = jnp.where(present, cost, 0)
     gap, known = _gap(price, a, b, matrix, f, g, float(jnp.finfo(cost.dtype).eps))
     gap = jnp.where(jnp.all(jnp.isfinite(price)), gap, jnp.nan)
-    f, g = _centred(a, b, f, g)
-    f, g = (
-        jnp.where(a > 0, f, jnp.min(jnp.where(b > 0, cost - g, jnp.inf), axis=1)),
-        jnp.where(b > 0, g, jnp.min(jnp.where((a > 0)[:, None], cost - f[:, None], jnp.inf), axis=0)),
-    )
-    return Vertex(matrix, f, g, n_iterations, done, done & (gap <= known), gap)
+    rounded_f, rounded_g = _centred(a, b, f, g)
+    # Those of absent components are as large as the others' allow.
+    free_f = jnp.min(jnp.where(b > 0, cost - rounded_g, jnp.inf), axis=1)
+    free_g = jnp.min(jnp.where(jnp.expand_dims(a > 0, 1), cost - rounded_f[:, None], jnp.inf), axis=0)
+    rounded_f, rounded_g = jnp.where(a > 0, rounded_f, free_f), jnp.where(b > 0, rounded_g, free_g)
+    return Vertex(matrix, rounded_f, rounded_g, n_iterations, done, done & (gap <= known), gap)
 
 
 def _gap(price: Any, a: Any, b: Any, matrix: Any, f: Expansion, g: Expansion, eps: float) -> tuple[Any, Any]:
