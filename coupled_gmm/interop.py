@@ -113,9 +113,13 @@ def to_ott(gmm_or_pair: GaussianMixture | GaussianMixturePair) -> Any:
         )
     gmm0 = _mixture_to_ott("gmm_or_pair.gmm0", gmm_or_pair.gmm0)
     gmm1 = _mixture_to_ott("gmm_or_pair.gmm1", gmm_or_pair.gmm1)
-    if gmm_or_pair.epsilon.ndim or gmm_or_pair.rho.ndim:
-        raise ValueError("gmm_or_pair: holds several epsilon or rho; take one of the stack first")
-    epsilon, rho = float(gmm_or_pair.epsilon), float(gmm_or_pair.rho)
+    if gmm_or_pair.epsilon.ndim:
+        raise ValueError("gmm_or_pair: holds several pairs; take one of the stack first")
+    epsilon, rho = float(gmm_or_pair.epsilon), float(gmm_or_pair.rho0)
+    if rho != float(gmm_or_pair.rho1):
+        raise ValueError(
+            "gmm_or_pair: has two prices rho, and OTT's pair holds one tau; pass tau_a and tau_b to its solver"
+        )
     return gaussian_mixture_pair.GaussianMixturePair(gmm0, gmm1, epsilon=epsilon, tau=1 / (1 + epsilon / rho))
 
 
