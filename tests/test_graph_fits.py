@@ -131,7 +131,10 @@ def test_sinkhorn_takes_one_tau():
     for tau in (1.0, 0.8):
         graph = cg.MixtureGraph.from_mixtures(GMMS, edges, tau=tau)
         solver = fit_module._edge_solver("sinkhorn", graph)
-        np.testing.assert_allclose(solver.tau, tau, rtol=1e-6)
+        np.testing.assert_allclose([solver.tau0, solver.tau1], tau, rtol=1e-6)
+    graph = cg.MixtureGraph.from_mixtures(GMMS, edges, epsilon=0.1, rho=[(0.1, 0.3), (0.1, 0.3)])
+    with pytest.raises(ValueError, match=r"^method: .*have \[0.5 +0.75\], \[0.75 +0.5 *\]"):  # in node order: (1, 2)
+        fit_module._edge_solver("sinkhorn", graph)
     graph = cg.MixtureGraph.from_mixtures(GMMS, edges, epsilon=0.1, rho=[0.1, 0.3])
     assert fit_module._edge_solver("entropic", graph) is solvers.solve_entropic
     with pytest.raises(ValueError, match=r"^method: 'sinkhorn' needs one tau .*have 0.5, 0.75; use 'entropic', or"):
@@ -202,3 +205,50 @@ def test_a_node_of_weight_zero_is_a_node_without_a_cloud():
 def test_refused_edges(edges, message):
     with pytest.raises(ValueError, match=message):
         cg.MixtureGraph.from_mixtures(GMMS, edges)
+
+
+def two_price_pair(rho):
+    return cg.GaussianMixturePair(*GMMS[:2], 0.05, rho=rho)
+
+
+def test_two_equal_prices_are_one():
+    """To the last bit; and two that differ make a plan that is certified, of the edge written either way."""
+    x, weight = clouds()[:2], KINKED["edge_weights"]
+    one, two, other = (
+        cg.fit_pair(*x, two_price_pair(rho), transport_weight=weight, **STEPS) for rho in (0.5, (0.5, 0.5), (0.5, 5.0))
+    )
+    assert one.penalized_log_likelihood == two.penalized_log_likelihood
+    jax.tree.map(np.testing.assert_array_equal, (one.pair.gmm0, one.plan.cost), (two.pair.gmm0, two.plan.cost))
+    assert other.plan.marginal_error < 1e-3 and other.plan.duality_gap < 1e-4
+    expected = cg.solve_plan(other.pair)
+    np.testing.assert_allclose(other.plan.matrix, expected.matrix, atol=1e-4)
+    graphs = [
+        cg.MixtureGraph.from_mixtures(GMMS[:2], [edge], rho=[rho], **KINKED)
+        for edge, rho in (((0, 1), (0.5, 5.0)), ((1, 0), (5.0, 0.5)))
+    ]
+    there, back = (fit(x, graph) for graph in graphs)
+    same(there, back)
+    np.testing.assert_allclose(there.penalized_log_likelihood, other.penalized_log_likelihood, atol=1e-4)
+    np.testing.assert_array_equal(back.plans.pair.rho, [[5.0, 0.5]])
+
+
+@pytest.mark.parametrize("rho", [(0.5, 5.0), (np.inf, 0.5)])
+def test_derivatives_of_j_with_two_prices(x64, rho):
+    x = clouds()[:2]
+    gmm0, gmm1 = (random_mixture(k, 2, 2) for k in (0, 1))
+
+    def value(shift, rho):
+        moved = dataclasses.replace(gmm0, means=gmm0.means + shift)
+        pair = cg.GaussianMixturePair(moved, gmm1, 0.5, rho=rho)
+        return cg.penalized_log_likelihood(pair, *x, transport_weight=0.3)
+
+    value = jax.jit(value)
+    step = 1e-5
+    direction = jnp.asarray([[0.3, -1.0], [0.5, 0.2]])
+    for argument, slope in ((0, direction), (1, jnp.asarray([1.0, 0.0])), (1, jnp.asarray([0.0, 1.0]))):
+        at = [jnp.zeros((2, 2)), jnp.asarray(rho)]
+        if np.isinf(at[argument][slope != 0]).any():
+            continue
+        got = jnp.sum(jnp.where(slope != 0, jax.grad(value, argument)(*at) * slope, 0))
+        ends = [value(*(a + sign * step * slope if i == argument else a for i, a in enumerate(at))) for sign in (1, -1)]
+        np.testing.assert_allclose(got, (ends[0] - ends[1]) / (2 * step), rtol=1e-5, atol=1e-8)
