@@ -157,8 +157,14 @@ def sequence(name: str, value: Any) -> list:
 
 
 def instance(name: str, value: Any, cls: type) -> None:
+    """One of a class, not a stack of them."""
     if not isinstance(value, cls):
         raise TypeError(f"{name}: expected a {cls.__name__}, got {type(value).__name__}")
+    shape = getattr(value, "batch_shape", ())
+    if shape:
+        raise ValueError(
+            f"{name}: holds several, stacked in shape {shape}; take one of them, {name}[i], or map over them with jax.vmap"
+        )
 
 
 def choice(name: str, value: Any, options: tuple[str, ...]) -> str:

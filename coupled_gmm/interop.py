@@ -113,8 +113,7 @@ def to_ott(gmm_or_pair: GaussianMixture | GaussianMixturePair) -> Any:
         )
     gmm0 = _mixture_to_ott("gmm_or_pair.gmm0", gmm_or_pair.gmm0)
     gmm1 = _mixture_to_ott("gmm_or_pair.gmm1", gmm_or_pair.gmm1)
-    if gmm_or_pair.epsilon.ndim:
-        raise ValueError("gmm_or_pair: holds several pairs; take one of the stack first")
+    checks.instance("gmm_or_pair", gmm_or_pair, GaussianMixturePair)
     epsilon, rho = float(gmm_or_pair.epsilon), float(gmm_or_pair.rho0)
     if rho != float(gmm_or_pair.rho1):
         raise ValueError(
@@ -169,8 +168,7 @@ def _from_moments(name: str, means: Any, covariances: Any, weights: Any) -> Gaus
 
 
 def _check_single(name: str, gmm: GaussianMixture) -> None:
-    if gmm.means.ndim != 2:
-        raise ValueError(f"{name}: holds mixtures stacked in shape {gmm.means.shape[:-2]}; take one of them first")
+    checks.instance(name, gmm, GaussianMixture)
 
 
 def _expect(name: str, value: Any, *classes: type) -> None:

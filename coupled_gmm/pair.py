@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from coupled_gmm import bures, checks
 from coupled_gmm.mixture import GaussianMixture
-from coupled_gmm.tree import new, pytree, static
+from coupled_gmm.tree import Stackable, mapped, new, pytree, single, static
 
 if TYPE_CHECKING:
     from ott.geometry import pointcloud
@@ -19,7 +19,7 @@ _BALANCED = float("1")  # an object of its own, to tell a tau that was given
 
 
 @pytree
-class GaussianMixturePair:
+class GaussianMixturePair(Stackable):
     r"""Two mixtures, the entropic weight epsilon, and the price rho of changing masses (infinite: balanced transport).
 
     rho is one number, or two: the price on gmm0's side and on gmm1's (one may be infinite: that side's masses are kept). epsilon
@@ -99,13 +99,19 @@ class GaussianMixturePair:
         return 1 / (1 + (self.epsilon[..., None] if two else self.epsilon) / self.rho)
 
     @property
+    def batch_shape(self) -> tuple[int, ...]:
+        return self.epsilon.shape
+
+    @property
     def n_features(self) -> int:
         return self.gmm0.n_features
 
+    @mapped
     def cost_matrix(self) -> Float[Array, "K0 K1"]:
         """Squared Bures-Wasserstein distances between components, squared data units."""
         return bures.bures_cost_matrix(self.gmm0, self.gmm1)
 
+    @single
     def geometry(self) -> "pointcloud.PointCloud":
         """The same costs as an OTT point cloud of packed Gaussians under `BuresCost`, for OTT's solvers."""
         from ott.geometry import pointcloud  # slow to import, and only needed here
@@ -119,6 +125,14 @@ class GaussianMixturePair:
         """The same problem between two other mixtures."""
         return new(
             GaussianMixturePair, gmm0=gmm0, gmm1=gmm1, epsilon=self.epsilon, rho=self.rho, balanced=self.balanced
+        )
+
+    def reverse(self) -> "GaussianMixturePair":
+        """The same problem from gmm1 to gmm0."""
+        two = jnp.ndim(self.rho) > jnp.ndim(self.epsilon)
+        rho = jnp.flip(self.rho, axis=-1) if two else self.rho
+        return new(
+            GaussianMixturePair, gmm0=self.gmm1, gmm1=self.gmm0, epsilon=self.epsilon, rho=rho, balanced=self.balanced
         )
 
 

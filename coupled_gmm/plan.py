@@ -1,5 +1,6 @@
 """Transport plans between mixtures, with their certificates and what their cost is made of."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from coupled_gmm.entropic import Potentials
 from coupled_gmm.exact import Vertex
 from coupled_gmm.pair import GaussianMixturePair
 from coupled_gmm.result import Outcome, Status
-from coupled_gmm.tree import pytree
+from coupled_gmm.tree import Stackable, mapped, pytree
 
 _NO_DERIVATIVE = (
     "an exact plan's matrix can't be differentiated: it jumps from vertex to vertex; differentiate plan.transport_cost, use "
@@ -34,11 +35,12 @@ class CostParts:
 
 
 @pytree
-class Plan(Outcome):
+class Plan(Stackable, Outcome):
     r"""A solved transport problem, raw: never rounded to its marginals.
 
     Entropic plans are :math:`P = a b^T \exp((f + g - C) / \epsilon)`, and everything read off them is differentiable in both
-    mixtures, epsilon and rho. Exact ones are a vertex of the linear programme; their costs are differentiable.
+    mixtures, epsilon and rho. Exact ones are a vertex of the linear programme; their costs are differentiable. Of plans stacked on
+    leading axes (a graph's edges, a batch) `plan[i]` is one; all that is read off them comes stacked too.
     """
 
     pair: GaussianMixturePair
@@ -50,6 +52,22 @@ class Plan(Outcome):
     gap: Float[Array, ""] | None = None  # and its duality gap, from potentials more precise than `potentials`
 
     @property
+    def batch_shape(self) -> tuple[int, ...]:
+        return self.cost.shape[:-2]
+
+    def reverse(self) -> "Plan":
+        """The plan of the same problem from gmm1 to gmm0."""
+        vertex = None if self.vertex is None else matrices.transpose(self.vertex)
+        return dataclasses.replace(
+            self,
+            pair=self.pair.reverse(),
+            cost=matrices.transpose(self.cost),
+            potentials=self.potentials[::-1],
+            vertex=vertex,
+        )
+
+    @property
+    @mapped
     def matrix(self) -> Float[Array, "K0 K1"]:
         """Mass from each component of gmm0 to each of gmm1."""
         if self.vertex is not None:
@@ -58,6 +76,7 @@ class Plan(Outcome):
         return entropic.plan_matrix(self.cost, *self._masses, *self.potentials, self.pair.epsilon)
 
     @property
+    @mapped
     def normalized_matrix(self) -> Float[Array, "K0 K1"]:
         """The plan divided by its total mass, however little that is."""
         if self.vertex is not None:
@@ -66,6 +85,7 @@ class Plan(Outcome):
         log_weights = pair.gmm0.log_weights, pair.gmm1.log_weights
         return jax.nn.softmax(entropic.log_plan(self.cost, *log_weights, *self.potentials, pair.epsilon), axis=(0, 1))
 
+    @mapped
     def conditionals(self) -> tuple[Float[Array, "K0 K1"], Float[Array, "K0 K1"]]:
         """The plan's rows over their own sums, and its columns over theirs: where mass goes, and where it comes from.
 
@@ -81,11 +101,13 @@ class Plan(Outcome):
         return forward, jax.nn.softmax(log_kernel + pair.gmm0.log_weights[:, None], axis=0)
 
     @property
+    @mapped
     def total_mass(self) -> Float[Array, ""]:
         """F: 1 when balanced, at most 1 otherwise."""
         return jnp.sum(self.matrix)
 
     @property
+    @mapped
     @matrices.precise
     def transport_cost(self) -> Float[Array, ""]:
         """<P, C>, squared data units."""
@@ -97,6 +119,7 @@ class Plan(Outcome):
         return jnp.sum(jax.lax.stop_gradient(self.vertex) * self.cost) + change
 
     @property
+    @mapped
     def regularized_cost(self) -> Float[Array, ""]:
         r""":math:`\langle P, C \rangle + \epsilon KL(P | a b^T) + \rho_0 KL(P 1 | a) + \rho_1 KL(P^T 1 | b)`, the primal
         objective.
@@ -110,11 +133,13 @@ class Plan(Outcome):
         return self._dual() + fixed._parts(fixed.matrix).total - fixed._dual()
 
     @property
+    @mapped
     def cost_parts(self) -> CostParts:
         """The terms of `regularized_cost`."""
         return self._parts(self.matrix)
 
     @property
+    @mapped
     def normalized_cost(self) -> Float[Array, ""]:
         r"""The objective at the normalised plan P / F.
 
@@ -123,6 +148,7 @@ class Plan(Outcome):
         return self._parts(self.normalized_matrix).total
 
     @property
+    @mapped
     def mass_penalty(self) -> Float[Array, ""]:
         r""":math:`(\epsilon + \rho_0 + \rho_1)(F \log F - F + 1)`: the price of a total mass F, zero at 1; a lower bound of the
         cost. Zero where one side's masses are kept: F is then 1."""
@@ -133,12 +159,14 @@ class Plan(Outcome):
         return jnp.where(kept, 0, jnp.where(kept, 1, bound) * _kl(mass, jnp.ones_like(mass)))
 
     @property
+    @mapped
     def cost_bound(self) -> Float[Array, ""]:
         r""":math:`\epsilon + \rho_0 + \rho_1`, the cost of moving nothing: no optimal plan costs more. Infinite where a side's
         masses are kept."""
         return self.pair.epsilon + self.pair.rho0 + self.pair.rho1
 
     @property
+    @mapped
     def marginal_error(self) -> Float[Array, ""]:
         r"""L1 distance of the raw plan's marginals from a and b, or from :math:`a e^{-f/\rho_0}` and :math:`b e^{-g/\rho_1}`."""
         if self.vertex is not None:
@@ -148,6 +176,7 @@ class Plan(Outcome):
         return entropic.marginal_error(self.cost, *log_weights, *self.potentials, pair.epsilon, pair.rho, pair.balanced)
 
     @property
+    @mapped
     def duality_gap(self) -> Float[Array, ""]:
         """Primal minus dual objective, at least 0 up to rounding: a bound on how far `regularized_cost` is from optimal.
 
@@ -162,6 +191,7 @@ class Plan(Outcome):
         legal = fixed._parts(_legal(fixed.matrix, *fixed._masses, fixed.pair)).total
         return jnp.maximum(legal, raw) - jnp.minimum(dual, raw)
 
+    @mapped
     def reweighting(self) -> tuple[Float[Array, " K0"], Float[Array, " K1"]]:
         """Outflow over mass of gmm0's components, inflow over mass of gmm1's; 1 where a component has no mass."""
         matrix, (a, b) = self.matrix, self._masses
@@ -171,6 +201,7 @@ class Plan(Outcome):
 
         return ratio(matrix.sum(1), a), ratio(matrix.sum(0), b)
 
+    @mapped
     @matrices.precise
     def point_reweighting(self, x: Any) -> Float[Array, " n"]:
         r"""Factor by which the weight of each point changes on its way from gmm0 to gmm1.

@@ -132,7 +132,9 @@ def test_prices_of_edges():
 def test_mixtures_in_float32_make_graphs_in_float32(x64):
     gmms = [jax.tree.map(lambda leaf: leaf.astype(jnp.float32), gmm) for gmm in three()]
     built = cg.MixtureGraph.from_mixtures(gmms, [(0, 1)], epsilon=0.1, edge_weights=0.3, tau=0.5)
-    assert {leaf.dtype for leaf in jax.tree.leaves(built) if jnp.issubdtype(leaf.dtype, jnp.floating)} == {np.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(built) if jnp.issubdtype(leaf.dtype, jnp.floating)} == {
+        np.dtype("float32")
+    }
 
 
 @pytest.mark.parametrize(
