@@ -157,6 +157,19 @@ def scalar(
     return number
 
 
+def one_or_two(name: str, value: Any, **bounds: Any) -> jax.Array:
+    """A number for both sides of a pair, or two: one for each."""
+    if isinstance(value, (tuple, list)) and not known(*value):
+        value = jnp.stack([jnp.asarray(each) for each in value]) if len(value) else jnp.zeros(0)
+    number = scalar(name, value, batched=True, **bounds)
+    if number.shape not in ((), (2,)):
+        raise ValueError(
+            f"{name}: expected one number, or two (gmm0's side, gmm1's side), got shape {number.shape}; "
+            "for many problems at once map over them with jax.vmap"
+        )
+    return number
+
+
 def integer(name: str, value: Any, at_least: int) -> int:
     """A Python integer: sizes and step counts are static."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
@@ -196,8 +209,14 @@ def sequence(name: str, value: Any) -> list:
 
 
 def instance(name: str, value: Any, cls: type) -> None:
+    """One of a class, not a stack of them."""
     if not isinstance(value, cls):
         raise TypeError(f"{name}: expected a {cls.__name__}, got {type(value).__name__}")
+    shape = getattr(value, "batch_shape", ())
+    if shape:
+        raise ValueError(
+            f"{name}: holds several, stacked in shape {shape}; take one of them, {name}[i], or map over them with jax.vmap"
+        )
 
 
 def choice(name: str, value: Any, options: tuple[str, ...]) -> str:

@@ -2,20 +2,22 @@ r"""Entropic transport between small discrete measures, balanced or not, by Newt
 
 The problem, for a cost C, masses a and b, and P >= 0:
 
-.. math:: \min_P \langle P, C \rangle + \epsilon KL(P | a b^T) + \rho KL(P 1 | a) + \rho KL(P^T 1 | b)
+.. math:: \min_P \langle P, C \rangle + \epsilon KL(P | a b^T) + \rho_0 KL(P 1 | a) + \rho_1 KL(P^T 1 | b)
 
-(:math:`\rho = \infty`: the marginals are a and b). Its solution is :math:`P = a b^T \exp((f + g - C) / \epsilon)`. The potential
-g is eliminated; what remains is, in the unknowns f, that the row sums equal :math:`a e^{-f / \rho}`. Sinkhorn's iteration is
-the Jacobi step of these equations in the logarithm of the row sums. Here is their Newton step: with U and V the row- and
-column-stochastic forms of P, and R the logarithm of wanted over actual row sums,
+(a price :math:`\rho` that is infinite holds its marginals to a, or b; one number `rho` stands for both prices). Its solution is
+:math:`P = a b^T \exp((f + g - C) / \epsilon)`. The potential g is eliminated; what remains is, in the unknowns f, that the row sums
+equal :math:`a e^{-f / \rho_0}`. Sinkhorn's iteration is the Jacobi step of these equations in the logarithm of the row sums. Here
+is their Newton step: with U and V the row- and column-stochastic forms of P, R the logarithm of wanted over actual row sums, and
+:math:`\tau_1 = \rho_1 / (\rho_1 + \epsilon)`,
 
-.. math:: ((1 + \epsilon / \rho + \mu) I - \tau U V^T) \delta = R, \qquad f \leftarrow f + \epsilon \delta .
+.. math:: ((1 + \epsilon / \rho_0 + \mu) I - \tau_1 U V^T) \delta = R, \qquad f \leftarrow f + \epsilon \delta .
 
-The matrix is a diagonally dominant M-matrix whose row sums are at least :math:`\mu`, so a damping
-:math:`\mu = \min(1, |R|_\infty / r)` bounds the step: it is never longer than r epsilon, or |R| if that is more, and it
-becomes Newton's own near the solution. To first order a step never makes :math:`|R|_\infty` larger; one that doubles it has
-overshot: it is halved, and r with it. Otherwise r grows back to 8, and beyond where steps come near it: nearly equal
-weights at a small epsilon make potentials that hardly matter, and R a plateau many epsilon wide.
+Where masses may change, little may move; errors of marginals count as a part of what does. The matrix is a diagonally dominant
+M-matrix whose row sums are at least :math:`\mu`, so a damping :math:`\mu = \min(1, |R|_\infty / r)` bounds the step: it is never
+longer than r epsilon, or |R| if that is more, and it becomes Newton's own near the solution. To first order a step never makes
+:math:`|R|_\infty` larger; one that doubles it has overshot: it is halved, and r with it. Otherwise r grows back to 8, and beyond
+where steps come near it: nearly equal weights at a small epsilon make potentials that hardly matter, and R a plateau many epsilon
+wide.
 
 A step at its bound says that the potentials are far, in units of epsilon, from the solution. Epsilon is then heated until
 the step is short, and annealed back stage by stage. Potentials of a nearby problem need neither. Components of mass zero
@@ -51,7 +53,7 @@ class Potentials:
     log_b: Float[Array, " K1"]
     marginal_error: Float[Array, ""]
     n_iterations: Int[Array, ""]
-    converged: Bool[Array, ""]
+    converged: Bool[Array, ""]  # the marginal error is at most the tolerance, as a part of the mass that moves
     stalled: Bool[Array, ""]  # at what the precision can reach, above the tolerance
 
     def swap(self) -> "Potentials":
@@ -60,7 +62,8 @@ class Potentials:
 
 
 class Look(NamedTuple):
-    """Log-marginal equations at some unknowns: residuals, L1 error of the marginals, and the matrix of their Newton step."""
+    """Log-marginal equations at some unknowns: residuals, L1 error of the marginals as a part of all mass, and the matrix of
+    their Newton step."""
 
     residual: Float[Array, " n"]
     error: Float[Array, ""]
@@ -173,19 +176,20 @@ def solve(
     log_a: Float[Array, " K0"],
     log_b: Float[Array, " K1"],
     epsilon: Float[Array, ""],
-    rho: Float[Array, ""],
+    rho: Float[Array, "*two"],
     init: Float[Array, " K0"],
     tol: Float[Array, ""],
     max_iterations: int,
     balanced: bool,
 ) -> Potentials:
-    """Potentials whose plan misses its marginals by at most `tol` (L1), or as little as the precision allows."""
+    """Potentials whose plan misses its marginals by at most `tol` (L1, of the mass that moves), or as little as the precision
+    allows."""
     a = jnp.exp(log_a)
     present = a > 0
-    inverse_rho = jnp.zeros((), cost.dtype) if balanced else 1 / rho
+    inverse_rho0, inverse_rho1 = inverse_prices(rho, balanced)
 
     def look(f: Array, eps: Array, memory: Any) -> Look:
-        tau = 1 / (1 + eps * inverse_rho)
+        tau = 1 / (1 + eps * inverse_rho1)
         kernel = (f[:, None] - cost) / eps
         columns = kernel + log_a[:, None]
         log_columns = jax.nn.logsumexp(columns, axis=0)
@@ -193,19 +197,20 @@ def solve(
         rows = kernel - tau * log_columns + log_b
         log_rows = jax.nn.logsumexp(rows, axis=1)
         u = jnp.exp(rows - log_rows[:, None])
-        error = jnp.sum(jnp.abs(jnp.exp(log_a - f * inverse_rho) - jnp.exp(log_a + log_rows)))
-        matrix = (1 + eps * inverse_rho) * jnp.eye(len(a), dtype=cost.dtype) - tau * u @ v.T
+        log_all = 0 if balanced else jax.nn.logsumexp(log_a + log_rows)
+        error = jnp.sum(jnp.abs(jnp.exp(log_a - f * inverse_rho0 - log_all) - jnp.exp(log_a + log_rows - log_all)))
+        matrix = (1 + eps * inverse_rho0) * jnp.eye(len(a), dtype=cost.dtype) - tau * u @ v.T
         merit = None
         if balanced:  # minus the dual objective, g eliminated
             gain, price = eps * jnp.exp(log_b) * log_columns, jnp.where(present, a * f, 0)
             merit = jnp.sum(gain) - jnp.sum(price), jnp.sum(jnp.abs(gain)) + jnp.sum(jnp.abs(price))
-        return Look(-f * inverse_rho - log_rows, error, matrix, memory, merit)
+        return Look(-f * inverse_rho0 - log_rows, error, matrix, memory, merit)
 
     goal = 0.5 * tol  # room for the rounding of g, which the certificate sees
     scale = jnp.max(jnp.where(present[:, None] & (log_b > -jnp.inf), jnp.abs(cost), 0))
     end = anneal(look, init, (), present, a if balanced else 0 * a, scale, epsilon, goal, max_iterations, scale)
-    g = transform(cost.T, log_a, end.x, epsilon, rho, balanced)
-    f = jnp.where(present, end.x, transform(cost, log_b, g, epsilon, rho, balanced))
+    g = transform(cost.T, log_a, end.x, epsilon, inverse_rho1)
+    f = jnp.where(present, end.x, transform(cost, log_b, g, epsilon, inverse_rho0))
     return certified(cost, log_a, log_b, f, g, epsilon, rho, tol, end, balanced)
 
 
@@ -222,26 +227,46 @@ def certified(
     balanced: bool,
 ) -> Potentials:
     """Potentials with the marginal error that they have as they are returned, after rounding."""
-    error = marginal_error(cost, log_a, log_b, f, g, epsilon, rho, balanced)
-    converged = error <= tol
+    part, log_all = missed(cost, log_a, log_b, f, g, epsilon, rho, balanced)
+    converged = part <= tol
+    error = part * jnp.exp(log_all)
     return Potentials(f, g, log_a, log_b, error, end.n_iterations, converged, ~converged & end.at_floor)
 
 
-def transform(cost: Array, log_b: Array, g: Array, epsilon: Array, rho: Array, balanced: bool) -> Float[Array, " K0"]:
-    """The f that is optimal for a given g: one half-step of Sinkhorn's iteration."""
-    tau = 1.0 if balanced else 1 / (1 + epsilon / rho)
-    return -epsilon * tau * jax.nn.logsumexp(log_b + (g - cost) / epsilon, axis=1)
+def prices(rho: Array) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Of changing masses on either side, from one number for both or two."""
+    return (rho[0], rho[1]) if jnp.ndim(rho) else (rho, rho)
+
+
+def inverse_prices(rho: Array, balanced: bool) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    zero = jnp.zeros((), jnp.result_type(rho))
+    return (zero, zero) if balanced else prices(1 / rho)
+
+
+def transform(cost: Array, log_b: Array, g: Array, epsilon: Array, inverse_rho: Array) -> Float[Array, " K0"]:
+    """The f that is optimal for a given g, at its own side's price: one half-step of Sinkhorn's iteration."""
+    return -epsilon / (1 + epsilon * inverse_rho) * jax.nn.logsumexp(log_b + (g - cost) / epsilon, axis=1)
 
 
 def marginal_error(
     cost: Array, log_a: Array, log_b: Array, f: Array, g: Array, epsilon: Array, rho: Array, balanced: bool
 ) -> Float[Array, ""]:
-    """L1 distance of the plan's marginals from a and b, or from a e^(-f / rho) and b e^(-g / rho) when unbalanced."""
-    plan = jnp.exp(log_plan(cost, log_a, log_b, f, g, epsilon))
+    """L1 distance of the plan's marginals from a and b, or from a e^(-f / rho0) and b e^(-g / rho1) when unbalanced."""
+    part, log_all = missed(cost, log_a, log_b, f, g, epsilon, rho, balanced)
+    return part * jnp.exp(log_all)
+
+
+def missed(
+    cost: Array, log_a: Array, log_b: Array, f: Array, g: Array, epsilon: Array, rho: Array, balanced: bool
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The marginal error as a part of the mass that moves (of 1, if balanced), and the logarithm of that mass."""
+    inverse_rho0, inverse_rho1 = inverse_prices(rho, balanced)
+    matrix = log_plan(cost, log_a, log_b, f, g, epsilon)
+    log_all = jnp.zeros((), cost.dtype) if balanced else jax.nn.logsumexp(matrix)
+    plan = jnp.exp(matrix - log_all)
     # A mass of zero stays zero whatever its potential is, which may be too large for the exponential.
-    rows = jnp.exp(log_a if balanced else log_a - f / rho)
-    columns = jnp.exp(log_b if balanced else log_b - g / rho)
-    return jnp.sum(jnp.abs(plan.sum(1) - rows)) + jnp.sum(jnp.abs(plan.sum(0) - columns))
+    rows, columns = jnp.exp(log_a - f * inverse_rho0 - log_all), jnp.exp(log_b - g * inverse_rho1 - log_all)
+    return jnp.sum(jnp.abs(plan.sum(1) - rows)) + jnp.sum(jnp.abs(plan.sum(0) - columns)), log_all
 
 
 def log_plan(cost: Array, log_a: Array, log_b: Array, f: Array, g: Array, epsilon: Array) -> Float[Array, "K0 K1"]:
@@ -269,18 +294,25 @@ def dual_value(
     f: Float[Array, " K0"],
     g: Float[Array, " K1"],
     epsilon: Float[Array, ""],
-    rho: Float[Array, ""],
+    rho: Float[Array, "*two"],
     balanced: bool,
 ) -> Float[Array, ""]:
     r"""The dual objective :math:`\langle \phi(f), a \rangle + \langle \phi(g), b \rangle + \epsilon (|a||b| - |P|)`.
 
-    :math:`\phi(f) = \rho (1 - e^{-f / \rho})`, or f when balanced. Differentiated, it is the optimal value: its derivatives at
-    fixed potentials are right (envelope theorem), with an error of the potentials' own order, and theirs follow by `implicit`.
+    :math:`\phi(f) = \rho (1 - e^{-f / \rho})` at its side's price, or f where that is infinite. Differentiated, it is the optimal
+    value: its derivatives at fixed potentials are right (envelope theorem), with an error of the potentials' own order, and theirs
+    follow by `implicit`.
     """
     mass = jnp.sum(plan_matrix(cost, a, b, f, g, epsilon))
     if not balanced:
-        f, g = (jnp.where(jnp.isinf(rho), p, -rho * jnp.expm1(jnp.minimum(-p / rho, _largest(cost)))) for p in (f, g))
+        f, g = (_worth(potential, price) for potential, price in zip((f, g), prices(rho), strict=True))
     return f @ a + g @ b + epsilon * (jnp.sum(a) * jnp.sum(b) - mass)
+
+
+def _worth(potential: Array, price: Array) -> Array:
+    finite = jnp.where(jnp.isinf(price), 1, price)
+    changed = -finite * jnp.expm1(jnp.minimum(-potential / finite, _largest(potential)))
+    return jnp.where(jnp.isinf(price), potential, changed)
 
 
 @dual_value.defjvp
@@ -313,16 +345,16 @@ def implicit(
 def _implicit_jvp(balanced: bool, primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
     cost, a, b, f, g, epsilon, rho = primals
     f, g = implicit(cost, a, b, f, g, epsilon, rho, balanced)
-    inverse_rho = jnp.zeros_like(epsilon) if balanced else 1 / rho
-    rate = jnp.zeros_like(epsilon) if balanced else -tangents[6] / rho**2
+    inverse_rho = inverse_prices(rho, balanced)
+    rate = jax.tree.map(jnp.zeros_like, inverse_rho) if balanced else prices(-tangents[6] / rho**2)
 
-    def kernels(cost: Array, epsilon: Array, inverse_rho: Array) -> tuple[Array, Array]:
+    def kernels(cost: Array, epsilon: Array, inverse_rho: tuple[Array, Array]) -> tuple[Array, Array]:
         """P / (a b^T) over the row sums, and over the column sums, that are wanted."""
         log_kernel = (f[:, None] + g - cost) / epsilon
-        by_row, by_column = log_kernel + (f * inverse_rho)[:, None], log_kernel + g * inverse_rho
+        by_row, by_column = log_kernel + (f * inverse_rho[0])[:, None], log_kernel + g * inverse_rho[1]
         return jnp.exp(jnp.minimum(by_row, _largest(cost))), jnp.exp(jnp.minimum(by_column, _largest(cost)))
 
-    def log_marginals(cost: Array, a: Array, b: Array, epsilon: Array, inverse_rho: Array) -> tuple[Array, Array]:
+    def log_marginals(cost: Array, a: Array, b: Array, epsilon: Array, inverse_rho: tuple) -> tuple[Array, Array]:
         """Logarithms of actual over wanted row and column sums: zero, for absent components as well."""
         rows, columns = kernels(cost, epsilon, inverse_rho)
         return jnp.log(rows @ b), jnp.log(a @ columns)
@@ -333,22 +365,26 @@ def _implicit_jvp(balanced: bool, primals: tuple, tangents: tuple) -> tuple[tupl
     u, v = rows * b, a[:, None] * columns
     flow = a * jnp.sum(u, axis=1), b * jnp.sum(v, axis=0)
     u, v = u / jnp.sum(u, axis=1, keepdims=True), v / jnp.sum(v, axis=0)
-    tau = 1 / (1 + epsilon * inverse_rho)
+    tau0, tau1 = (1 / (1 + epsilon * inverse) for inverse in inverse_rho)
     # Where balanced, a common shift of f is free; masses weigh it, as they do the sum of the equations, which is empty.
-    free = inverse_rho == 0
+    free = (inverse_rho[0] == 0) & (inverse_rho[1] == 0)
+    centre0, centre1 = (jnp.where(free, mass / jnp.sum(mass), 0) for mass in flow)
     right0, right1 = -epsilon * missed[0], -epsilon * missed[1]
     if len(a) <= len(b):
-        in_f, in_g = _eliminated(u, v, right0, right1, tau, jnp.where(free, flow[0] / jnp.sum(flow[0]), 0))
+        in_f, in_g = _eliminated(u, v, right0, right1, (tau0, tau1), centre0)
     else:
-        in_g, in_f = _eliminated(v.T, u.T, right1, right0, tau, jnp.where(free, flow[1] / jnp.sum(flow[1]), 0))
+        in_g, in_f = _eliminated(v.T, u.T, right1, right0, (tau1, tau0), centre1)
     return (f, g), (in_f, in_g)
 
 
-def _eliminated(u: Array, v: Array, right0: Array, right1: Array, tau: Array, centre: Array) -> tuple[Array, Array]:
-    """The x and y with x / tau + U y = right0 and V^T x + y / tau = right1."""
-    matrix = jnp.eye(len(u), dtype=u.dtype) / tau - tau * u @ v.T
+def _eliminated(
+    u: Array, v: Array, right0: Array, right1: Array, tau: tuple[Array, Array], centre: Array
+) -> tuple[Array, Array]:
+    """The x and y with x / tau0 + U y = right0 and V^T x + y / tau1 = right1."""
+    tau0, tau1 = tau
+    matrix = jnp.eye(len(u), dtype=u.dtype) / tau0 - tau1 * u @ v.T
     damped = matrix + 10 * jnp.finfo(u.dtype).eps * jnp.eye(len(u), dtype=u.dtype)
-    right = right0 - tau * u @ right1
+    right = right0 - tau1 * u @ right1
     x = jax.lax.custom_linear_solve(
         lambda x: matrix @ x,
         right - jnp.sum(centre * right),
@@ -356,4 +392,4 @@ def _eliminated(u: Array, v: Array, right0: Array, right1: Array, tau: Array, ce
         lambda _, right: matrices.solve_dominant(damped.T, right),
     )
     x = x - jnp.sum(centre * x)
-    return x, tau * (right1 - v.T @ x)
+    return x, tau1 * (right1 - v.T @ x)

@@ -22,12 +22,12 @@ from coupled_gmm.mixture import GaussianMixture
 from coupled_gmm.pair import GaussianMixturePair
 from coupled_gmm.plan import Plan
 from coupled_gmm.result import Outcome
-from coupled_gmm.tree import new, pytree, taken
+from coupled_gmm.tree import Stackable, new, pytree, single, taken
 
 
 @pytree
-class GraphFit(Outcome):
-    """A fitted graph: its mixtures, its plans edge by edge, and how it went."""
+class GraphFit(Stackable, Outcome):
+    """A fitted graph: its mixtures, its plans edge by edge, and how it went. Of a batch of fits, `fit[i]` is one."""
 
     gmms: list[GaussianMixture]
     plans: Plan  # of the padded mixtures, stacked on a leading axis E
@@ -40,6 +40,11 @@ class GraphFit(Outcome):
     )
     edges: Int[Array, "E 2"] | None = None  # as given; files of before have none
 
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        return jnp.shape(self.status)
+
+    @single
     def plan(self, edge: Any) -> Plan:
         """The plan of one edge, between the mixtures in `gmms` without padding.
 
@@ -51,37 +56,32 @@ class GraphFit(Outcome):
         """
         index, reverse = self._edge(edge)
         i, j = np.asarray(self.edges)[index].tolist()
-        plan = _trimmed(taken(self.plans, index), self.gmms[i], self.gmms[j])
+        plan = _trimmed(self.plans[index], self.gmms[i], self.gmms[j])
         return plan.reverse() if reverse else plan
 
     def _edge(self, edge: Any) -> tuple[int, bool]:
         """The index of an edge, and whether it was asked for against its direction."""
         if self.edges is None:
-            raise ValueError("edge: the fit was saved before fits kept their edges; read plans, or fit again")
+            raise ValueError("edge: the fit was saved before fits kept their edges; read plans[i], or fit again")
         if not checks.known(self.edges):
             raise ValueError(
-                "edge: under a transformation sizes of plans are not known; read plans, or call plan outside"
+                "edge: under a transformation sizes of plans are not known; read plans[i], or ask outside of it"
             )
-        edges = np.asarray(self.edges)
-        if edges.ndim != 2:
-            raise ValueError(
-                f"edge: the fit is a batch of {len(edges)}; take one of it: jax.tree.map(lambda leaf: leaf[i], fit)"
-            )
+        written = [tuple(nodes) for nodes in np.asarray(self.edges).tolist()]
         if isinstance(edge, (tuple, list)) and len(edge) == 2:
-            written = [tuple(nodes) for nodes in edges.tolist()]
             for reverse, nodes in ((False, tuple(edge)), (True, tuple(edge[::-1]))):
                 if nodes in written:
                     return written.index(nodes), reverse
             raise ValueError(f"edge: no edge joins nodes {edge[0]} and {edge[1]}; the edges are {written}")
         index = checks.integer("edge", edge, 0)
-        if index >= len(edges):
-            raise ValueError(f"edge: there is no edge {index}; the graph has {len(edges)}, from 0")
+        if index >= len(written):
+            raise ValueError(f"edge: there is no edge {index}; the edges from 0 are {written}")
         return index, False
 
 
 @pytree
-class PairFit(Outcome):
-    """A fitted pair with its plan, and how the fit went."""
+class PairFit(Stackable, Outcome):
+    """A fitted pair with its plan, and how the fit went. Of a batch of fits, `fit[i]` is one."""
 
     pair: GaussianMixturePair
     plan: Plan
@@ -90,6 +90,10 @@ class PairFit(Outcome):
     n_steps: Int[Array, ""]
     history: History
     log_likelihoods: Float[Array, "2"] | None = None  # of each cloud, mean per point: the densities' own, without ridge
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        return jnp.shape(self.status)
 
 
 class _Run(NamedTuple):

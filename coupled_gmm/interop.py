@@ -113,9 +113,12 @@ def to_ott(gmm_or_pair: GaussianMixture | GaussianMixturePair) -> Any:
         )
     gmm0 = _mixture_to_ott("gmm_or_pair.gmm0", gmm_or_pair.gmm0)
     gmm1 = _mixture_to_ott("gmm_or_pair.gmm1", gmm_or_pair.gmm1)
-    if gmm_or_pair.epsilon.ndim or gmm_or_pair.rho.ndim:
-        raise ValueError("gmm_or_pair: holds several epsilon or rho; take one of the stack first")
-    epsilon, rho = float(gmm_or_pair.epsilon), float(gmm_or_pair.rho)
+    checks.instance("gmm_or_pair", gmm_or_pair, GaussianMixturePair)
+    epsilon, rho = float(gmm_or_pair.epsilon), float(gmm_or_pair.rho0)
+    if rho != float(gmm_or_pair.rho1):
+        raise ValueError(
+            "gmm_or_pair: has two prices rho, and OTT's pair holds one tau; pass tau_a and tau_b to its solver"
+        )
     return gaussian_mixture_pair.GaussianMixturePair(gmm0, gmm1, epsilon=epsilon, tau=1 / (1 + epsilon / rho))
 
 
@@ -165,8 +168,7 @@ def _from_moments(name: str, means: Any, covariances: Any, weights: Any) -> Gaus
 
 
 def _check_single(name: str, gmm: GaussianMixture) -> None:
-    if gmm.means.ndim != 2:
-        raise ValueError(f"{name}: holds mixtures stacked in shape {gmm.means.shape[:-2]}; take one of them first")
+    checks.instance(name, gmm, GaussianMixture)
 
 
 def _expect(name: str, value: Any, *classes: type) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from coupled_gmm import checks, matrices
-from coupled_gmm.tree import new, pytree
+from coupled_gmm.tree import Stackable, mapped, new, pytree, single
 
 LOG_2PI = math.log(2 * math.pi)
 # Called outside of jit, a loop is compiled anew at every call.
@@ -24,10 +24,11 @@ _cholesky, _invert_triangular = jax.jit(matrices.cholesky), jax.jit(matrices.inv
 
 
 @pytree
-class GaussianMixture:
+class GaussianMixture(Stackable):
     r"""A mixture :math:`\sum_k w_k N(m_k, S_k)` of K Gaussians in d dimensions.
 
-    Build one with `from_moments`, which checks; the bare constructor does not.
+    Build one with `from_moments`, which checks; the bare constructor does not. Mixtures may be stacked on leading axes, as a flow's
+    path is: `gmm[i]` is one of them.
 
     `remainders` is what the precision of the means leaves of them: a fit sets it where a cloud lies so far from 0, in its own
     standard deviations, that one float would round a mean away from its points. Densities and fits read it.
@@ -73,6 +74,10 @@ class GaussianMixture:
         return cls(means, covariances, (weights / jnp.sum(weights)).astype(dtype), remainders)
 
     @property
+    def batch_shape(self) -> tuple[int, ...]:
+        return self.means.shape[:-2]
+
+    @property
     def n_components(self) -> int:
         return self.means.shape[-2]
 
@@ -94,6 +99,7 @@ class GaussianMixture:
         """Logarithms of the weights: -inf, with zero gradient, where a weight is zero."""
         return log_weights(self.weights)
 
+    @single
     @matrices.precise
     def component_log_prob(self, x: Any) -> Float[Array, "n K"]:
         r""":math:`\log N(x; m_k, S_k)`, (n, K), without weights; NaN for a singular component of weight zero.
@@ -132,15 +138,18 @@ class GaussianMixture:
         present = self.weights > 0
         return jnp.where(present, jnp.where(present, log_prob, 0) + self.log_weights, -jnp.inf)
 
+    @single
     def log_prob(self, x: Any) -> Float[Array, " n"]:
         r"""Log-density :math:`\log \sum_k w_k N(x; m_k, S_k)` at points (n, d)."""
         return jax.nn.logsumexp(self._joint_log_prob(x), axis=-1)
 
+    @single
     def log_posterior(self, x: Any) -> Float[Array, "n K"]:
         """Log-probability of each component given the point, (n, K); -inf for components of weight zero."""
         joint = self._joint_log_prob(x)
         return joint - jax.nn.logsumexp(joint, axis=-1, keepdims=True)
 
+    @single
     @matrices.precise
     def sample(self, key: PRNGKeyArray, n: int) -> Float[Array, "n d"]:
         """n independent draws; the key decides them."""
@@ -151,11 +160,13 @@ class GaussianMixture:
         noise = jax.random.normal(key_noise, (n, self.n_features), self.dtype)
         return self.means[component] + jnp.einsum("nij,nj->ni", self.cholesky[component], noise)
 
+    @mapped
     @matrices.precise
     def mean(self) -> Float[Array, " d"]:
         """Mean of the whole mixture."""
         return self.weights @ self.means
 
+    @mapped
     @matrices.precise
     def covariance(self) -> Float[Array, "d d"]:
         """Covariance of the whole mixture: within plus between components."""
@@ -164,6 +175,7 @@ class GaussianMixture:
         within = jnp.einsum("k,kij->ij", self.weights, self.covariances)
         return within + jnp.einsum("k,ki,kj->ij", self.weights, spread, spread)
 
+    @single
     def marginal(self, axes: Sequence[int]) -> "GaussianMixture":
         """The mixture over some of the features, in the order given."""
         index = np.asarray(self._check_axes(axes))
@@ -171,6 +183,7 @@ class GaussianMixture:
         covariances = self.covariances[:, index[:, None], index]
         return GaussianMixture(self.means[:, index], covariances, self.weights, remainders)
 
+    @single
     @matrices.precise
     def condition(self, axes: Sequence[int], values: Any) -> "GaussianMixture":
         """The mixture over the other features, given `values` (len(axes),) of the features `axes`.

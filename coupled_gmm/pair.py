@@ -9,73 +9,109 @@ from jaxtyping import Array, Float
 
 from coupled_gmm import bures, checks
 from coupled_gmm.mixture import GaussianMixture
-from coupled_gmm.tree import new, pytree, static
+from coupled_gmm.tree import Stackable, mapped, new, pytree, single, static
 
 if TYPE_CHECKING:
     from ott.geometry import pointcloud
 
 
+_BALANCED = float("1")  # an object of its own, to tell a tau that was given
+
+
 @pytree
-class GaussianMixturePair:
+class GaussianMixturePair(Stackable):
     r"""Two mixtures, the entropic weight epsilon, and the price rho of changing masses (infinite: balanced transport).
 
-    epsilon and rho are leaves, so sweeping them recompiles nothing; whether transport is balanced is part of the structure.
+    rho is one number, or two: the price on gmm0's side and on gmm1's (one may be infinite: that side's masses are kept). epsilon
+    and rho are leaves, so sweeping them recompiles nothing; whether transport is balanced is part of the structure.
     """
 
     gmm0: GaussianMixture
     gmm1: GaussianMixture
     epsilon: Float[Array, ""]
-    rho: Float[Array, ""]
+    rho: Float[Array, "*two"]
     balanced: bool = static()
 
-    def __init__(self, gmm0: GaussianMixture, gmm1: GaussianMixture, epsilon: Any = None, tau: Any = 1.0):
+    def __init__(
+        self,
+        gmm0: GaussianMixture,
+        gmm1: GaussianMixture,
+        epsilon: Any = None,
+        tau: Any = _BALANCED,
+        *,
+        rho: Any = None,
+    ):
         r"""A pair with :math:`\rho = \epsilon \tau / (1 - \tau)`; tau = 1 is balanced transport.
 
         Args:
           gmm0, gmm1: mixtures over the same features; their numbers of components may differ.
           epsilon: above 0, squared data units; None takes 1e-2 of the mean cost between components.
-          tau: in (0, 1]. A traced tau is taken as unbalanced.
+          tau: in (0, 1], one number, or two: gmm0's side and gmm1's (OTT's and moscot's tau_a, tau_b). A traced tau is taken as
+            unbalanced.
+          rho: instead of tau, the price itself: above 0, squared data units, infinite is balanced; one number or two.
 
         Raises:
-          TypeError, ValueError: not mixtures, features that disagree, epsilon or tau out of range.
+          TypeError, ValueError: not mixtures, features that disagree, numbers out of range or of another shape, tau and rho.
         """
-        given, tau = tau, checks.scalar("tau", tau, above=0, at_most=1, batched=True)
-        balanced = checks.known(given) and bool(np.all(np.asarray(given) == 1))
+        if rho is not None and tau is not _BALANCED:
+            raise ValueError("rho: given beside tau, and both say what it costs to change masses; keep one of them")
+        if rho is None:
+            given, value = tau, checks.one_or_two("tau", tau, above=0, at_most=1)
+        else:
+            given, value = rho, checks.one_or_two("rho", rho, above=0, infinite=True)
+        balanced = checks.known(given) and bool(np.all(np.asarray(given) == (1 if rho is None else np.inf)))
         epsilon = _check(gmm0, gmm1, epsilon)
-        rho = jnp.where(tau < 1, epsilon * tau / jnp.where(tau < 1, 1 - tau, 1), jnp.inf)
-        self._set(gmm0, gmm1, epsilon, rho, balanced)
+        if rho is None:
+            value = jnp.where(value < 1, epsilon * value / jnp.where(value < 1, 1 - value, 1), jnp.inf)
+        dtype = jnp.result_type(gmm0.dtype, gmm1.dtype)
+        fields = {"gmm0": gmm0, "gmm1": gmm1, "epsilon": epsilon.astype(dtype), "rho": value.astype(dtype)}
+        for name, value in {**fields, "balanced": balanced}.items():
+            object.__setattr__(self, name, value)
 
     @classmethod
     def from_rho(
         cls, gmm0: GaussianMixture, gmm1: GaussianMixture, epsilon: Any = None, rho: Any = jnp.inf
     ) -> "GaussianMixturePair":
-        """A pair from rho itself (above 0, squared data units; infinite is balanced). A traced rho is unbalanced."""
-        given, rho = rho, checks.scalar("rho", rho, above=0, infinite=True, batched=True)
-        balanced = checks.known(given) and bool(np.all(np.isinf(np.asarray(given))))
-        epsilon = _check(gmm0, gmm1, epsilon)
-        self = object.__new__(cls)
-        self._set(gmm0, gmm1, epsilon, rho, balanced)
-        return self
-
-    def _set(self, gmm0: GaussianMixture, gmm1: GaussianMixture, epsilon: Array, rho: Array, balanced: bool) -> None:
-        dtype = jnp.result_type(gmm0.dtype, gmm1.dtype)
-        fields = {"gmm0": gmm0, "gmm1": gmm1, "epsilon": epsilon.astype(dtype), "rho": rho.astype(dtype)}
-        for name, value in {**fields, "balanced": balanced}.items():
-            object.__setattr__(self, name, value)
+        """A pair from rho itself: `GaussianMixturePair` with its argument `rho`. A traced rho is unbalanced."""
+        if rho is None:
+            raise TypeError("rho: expected a real number, got None; leave it out for balanced transport")
+        return cls(gmm0, gmm1, epsilon, rho=rho)
 
     @property
-    def tau(self) -> Float[Array, ""]:
-        r""":math:`\rho / (\rho + \epsilon)`: 1 when balanced."""
-        return 1 / (1 + self.epsilon / self.rho)
+    def rho0(self) -> Float[Array, ""]:
+        """The price of changing masses on gmm0's side."""
+        return self._prices[0]
+
+    @property
+    def rho1(self) -> Float[Array, ""]:
+        """The price of changing masses on gmm1's side."""
+        return self._prices[1]
+
+    @property
+    def _prices(self) -> tuple[Array, Array]:
+        two = jnp.ndim(self.rho) > jnp.ndim(self.epsilon)
+        return (self.rho[..., 0], self.rho[..., 1]) if two else (self.rho, self.rho)
+
+    @property
+    def tau(self) -> Float[Array, "*two"]:
+        r""":math:`\rho / (\rho + \epsilon)`: 1 when balanced; two where rho is two."""
+        two = jnp.ndim(self.rho) > jnp.ndim(self.epsilon)
+        return 1 / (1 + (self.epsilon[..., None] if two else self.epsilon) / self.rho)
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        return self.epsilon.shape
 
     @property
     def n_features(self) -> int:
         return self.gmm0.n_features
 
+    @mapped
     def cost_matrix(self) -> Float[Array, "K0 K1"]:
         """Squared Bures-Wasserstein distances between components, squared data units."""
         return bures.bures_cost_matrix(self.gmm0, self.gmm1)
 
+    @single
     def geometry(self) -> "pointcloud.PointCloud":
         """The same costs as an OTT point cloud of packed Gaussians under `BuresCost`, for OTT's solvers."""
         from ott.geometry import pointcloud  # slow to import, and only needed here
@@ -91,6 +127,14 @@ class GaussianMixturePair:
             GaussianMixturePair, gmm0=gmm0, gmm1=gmm1, epsilon=self.epsilon, rho=self.rho, balanced=self.balanced
         )
 
+    def reverse(self) -> "GaussianMixturePair":
+        """The same problem from gmm1 to gmm0."""
+        two = jnp.ndim(self.rho) > jnp.ndim(self.epsilon)
+        rho = jnp.flip(self.rho, axis=-1) if two else self.rho
+        return new(
+            GaussianMixturePair, gmm0=self.gmm1, gmm1=self.gmm0, epsilon=self.epsilon, rho=rho, balanced=self.balanced
+        )
+
 
 def _check(gmm0: GaussianMixture, gmm1: GaussianMixture, epsilon: Any) -> jax.Array:
     checks.instance("gmm0", gmm0, GaussianMixture)
@@ -98,7 +142,7 @@ def _check(gmm0: GaussianMixture, gmm1: GaussianMixture, epsilon: Any) -> jax.Ar
     bures.same_features(gmm0, gmm1)
     if epsilon is None:
         return _default_epsilon(gmm0, gmm1)
-    return checks.scalar("epsilon", epsilon, above=0, batched=True)
+    return checks.scalar("epsilon", epsilon, above=0)
 
 
 @jax.jit

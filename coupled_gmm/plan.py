@@ -1,5 +1,6 @@
 """Transport plans between mixtures, with their certificates and what their cost is made of."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from coupled_gmm.entropic import Potentials
 from coupled_gmm.exact import Vertex
 from coupled_gmm.pair import GaussianMixturePair
 from coupled_gmm.result import Outcome, Status
-from coupled_gmm.tree import pytree
+from coupled_gmm.tree import Stackable, mapped, pytree
 
 _NO_DERIVATIVE = (
     "an exact plan's matrix can't be differentiated: it jumps from vertex to vertex; differentiate plan.transport_cost, use "
@@ -25,8 +26,8 @@ class CostParts:
 
     transport: Float[Array, ""]  # <P, C>
     entropy: Float[Array, ""]  # epsilon KL(P | a b^T)
-    outflow: Float[Array, ""]  # rho KL(P 1 | a), the price of reweighting what leaves gmm0's components
-    inflow: Float[Array, ""]  # rho KL(P^T 1 | b), of what enters gmm1's
+    outflow: Float[Array, ""]  # rho0 KL(P 1 | a), the price of reweighting what leaves gmm0's components
+    inflow: Float[Array, ""]  # rho1 KL(P^T 1 | b), of what enters gmm1's
 
     @property
     def total(self) -> Float[Array, ""]:
@@ -34,11 +35,12 @@ class CostParts:
 
 
 @pytree
-class Plan(Outcome):
+class Plan(Stackable, Outcome):
     r"""A solved transport problem, raw: never rounded to its marginals.
 
     Entropic plans are :math:`P = a b^T \exp((f + g - C) / \epsilon)`, and everything read off them is differentiable in both
-    mixtures, epsilon and rho. Exact ones are a vertex of the linear programme; their costs are differentiable.
+    mixtures, epsilon and rho. Exact ones are a vertex of the linear programme; their costs are differentiable. Of plans stacked on
+    leading axes (a graph's edges, a batch) `plan[i]` is one; all that is read off them comes stacked too.
     """
 
     pair: GaussianMixturePair
@@ -47,8 +49,25 @@ class Plan(Outcome):
     status: Int[Array, ""]
     n_iterations: Int[Array, ""]
     vertex: Float[Array, "K0 K1"] | None = None  # an exact plan's matrix
+    gap: Float[Array, ""] | None = None  # and its duality gap, from potentials more precise than `potentials`
 
     @property
+    def batch_shape(self) -> tuple[int, ...]:
+        return self.cost.shape[:-2]
+
+    def reverse(self) -> "Plan":
+        """The plan of the same problem from gmm1 to gmm0."""
+        vertex = None if self.vertex is None else matrices.transpose(self.vertex)
+        return dataclasses.replace(
+            self,
+            pair=self.pair.reverse(),
+            cost=matrices.transpose(self.cost),
+            potentials=self.potentials[::-1],
+            vertex=vertex,
+        )
+
+    @property
+    @mapped
     def matrix(self) -> Float[Array, "K0 K1"]:
         """Mass from each component of gmm0 to each of gmm1."""
         if self.vertex is not None:
@@ -57,6 +76,7 @@ class Plan(Outcome):
         return entropic.plan_matrix(self.cost, *self._masses, *self.potentials, self.pair.epsilon)
 
     @property
+    @mapped
     def normalized_matrix(self) -> Float[Array, "K0 K1"]:
         """The plan divided by its total mass, however little that is."""
         if self.vertex is not None:
@@ -65,6 +85,7 @@ class Plan(Outcome):
         log_weights = pair.gmm0.log_weights, pair.gmm1.log_weights
         return jax.nn.softmax(entropic.log_plan(self.cost, *log_weights, *self.potentials, pair.epsilon), axis=(0, 1))
 
+    @mapped
     def conditionals(self) -> tuple[Float[Array, "K0 K1"], Float[Array, "K0 K1"]]:
         """The plan's rows over their own sums, and its columns over theirs: where mass goes, and where it comes from.
 
@@ -80,11 +101,13 @@ class Plan(Outcome):
         return forward, jax.nn.softmax(log_kernel + pair.gmm0.log_weights[:, None], axis=0)
 
     @property
+    @mapped
     def total_mass(self) -> Float[Array, ""]:
         """F: 1 when balanced, at most 1 otherwise."""
         return jnp.sum(self.matrix)
 
     @property
+    @mapped
     @matrices.precise
     def transport_cost(self) -> Float[Array, ""]:
         """<P, C>, squared data units."""
@@ -96,8 +119,10 @@ class Plan(Outcome):
         return jnp.sum(jax.lax.stop_gradient(self.vertex) * self.cost) + change
 
     @property
+    @mapped
     def regularized_cost(self) -> Float[Array, ""]:
-        r""":math:`\langle P, C \rangle + \epsilon KL(P | a b^T) + \rho KL(P 1 | a) + \rho KL(P^T 1 | b)`, the primal objective.
+        r""":math:`\langle P, C \rangle + \epsilon KL(P | a b^T) + \rho_0 KL(P 1 | a) + \rho_1 KL(P^T 1 | b)`, the primal
+        objective.
 
         Of an exact plan, <P, C>: what it minimises.
         """
@@ -108,34 +133,42 @@ class Plan(Outcome):
         return self._dual() + fixed._parts(fixed.matrix).total - fixed._dual()
 
     @property
+    @mapped
     def cost_parts(self) -> CostParts:
         """The terms of `regularized_cost`."""
         return self._parts(self.matrix)
 
     @property
+    @mapped
     def normalized_cost(self) -> Float[Array, ""]:
         r"""The objective at the normalised plan P / F.
 
-        :math:`cost(P) = F \, cost(P / F) + (\epsilon + 2 \rho)(F \log F - F + 1)`: all that F does to it.
+        :math:`cost(P) = F \, cost(P / F) + (\epsilon + \rho_0 + \rho_1)(F \log F - F + 1)`: all that F does to it.
         """
         return self._parts(self.normalized_matrix).total
 
     @property
+    @mapped
     def mass_penalty(self) -> Float[Array, ""]:
-        r""":math:`(\epsilon + 2 \rho)(F \log F - F + 1)`: the price of a total mass F, zero at 1; a lower bound of the cost."""
+        r""":math:`(\epsilon + \rho_0 + \rho_1)(F \log F - F + 1)`: the price of a total mass F, zero at 1; a lower bound of the
+        cost. Zero where one side's masses are kept: F is then 1."""
         if self.pair.balanced:
             return jnp.zeros_like(self.pair.epsilon)
-        mass = self.total_mass
-        return self.cost_bound * _kl(mass, jnp.ones_like(mass))
+        mass, bound = self.total_mass, self.cost_bound
+        kept = jnp.isinf(bound)
+        return jnp.where(kept, 0, jnp.where(kept, 1, bound) * _kl(mass, jnp.ones_like(mass)))
 
     @property
+    @mapped
     def cost_bound(self) -> Float[Array, ""]:
-        r""":math:`\epsilon + 2 \rho`, the cost of moving nothing: no optimal plan costs more. Infinite where balanced."""
-        return self.pair.epsilon + 2 * self.pair.rho
+        r""":math:`\epsilon + \rho_0 + \rho_1`, the cost of moving nothing: no optimal plan costs more. Infinite where a side's
+        masses are kept."""
+        return self.pair.epsilon + self.pair.rho0 + self.pair.rho1
 
     @property
+    @mapped
     def marginal_error(self) -> Float[Array, ""]:
-        r"""L1 distance of the raw plan's marginals from a and b, or from :math:`a e^{-f/\rho}` and :math:`b e^{-g/\rho}`."""
+        r"""L1 distance of the raw plan's marginals from a and b, or from :math:`a e^{-f/\rho_0}` and :math:`b e^{-g/\rho_1}`."""
         if self.vertex is not None:
             return _distance(self.vertex, *self._masses)
         pair = self.pair
@@ -143,17 +176,22 @@ class Plan(Outcome):
         return entropic.marginal_error(self.cost, *log_weights, *self.potentials, pair.epsilon, pair.rho, pair.balanced)
 
     @property
+    @mapped
     def duality_gap(self) -> Float[Array, ""]:
         """Primal minus dual objective, at least 0 up to rounding: a bound on how far `regularized_cost` is from optimal.
 
-        A balanced plan also counts as rounded to its marginals (Altschuler, Weed & Rigollet 2017), so that the optimum lies
-        between that legal plan's cost and the dual's; the raw plan's own may lie outside.
+        Masses that are kept count as such: of a plan rounded to its marginals (Altschuler, Weed & Rigollet 2017). The optimum lies
+        between that legal plan's cost and the dual's; the raw plan's own may lie outside. Of an exact plan, a sum of mass times
+        reduced cost, which does not cancel: a bound for the masses that the plan has.
         """
+        if self.gap is not None:
+            return jax.lax.stop_gradient(self.gap)
         fixed = jax.lax.stop_gradient(self)
         raw, dual = fixed._parts(fixed.matrix).total, fixed._dual()
-        legal = fixed._parts(_rounded(fixed.matrix, *fixed._masses)).total if self.pair.balanced else raw
+        legal = fixed._parts(_legal(fixed.matrix, *fixed._masses, fixed.pair)).total
         return jnp.maximum(legal, raw) - jnp.minimum(dual, raw)
 
+    @mapped
     def reweighting(self) -> tuple[Float[Array, " K0"], Float[Array, " K1"]]:
         """Outflow over mass of gmm0's components, inflow over mass of gmm1's; 1 where a component has no mass."""
         matrix, (a, b) = self.matrix, self._masses
@@ -163,6 +201,7 @@ class Plan(Outcome):
 
         return ratio(matrix.sum(1), a), ratio(matrix.sum(0), b)
 
+    @mapped
     @matrices.precise
     def point_reweighting(self, x: Any) -> Float[Array, " n"]:
         r"""Factor by which the weight of each point changes on its way from gmm0 to gmm1.
@@ -193,8 +232,8 @@ class Plan(Outcome):
         entropy = zero if self.vertex is not None else pair.epsilon * _kl(matrix, a[:, None] * b)
         if pair.balanced:
             return CostParts(transport, entropy, zero, zero)
-        rho = jnp.where(jnp.isinf(pair.rho), 0, pair.rho)
-        return CostParts(transport, entropy, rho * _kl(matrix.sum(1), a), rho * _kl(matrix.sum(0), b))
+        rho0, rho1 = (jnp.where(jnp.isinf(rho), 0, rho) for rho in (pair.rho0, pair.rho1))
+        return CostParts(transport, entropy, rho0 * _kl(matrix.sum(1), a), rho1 * _kl(matrix.sum(0), b))
 
 
 @matrices.precise
@@ -212,11 +251,11 @@ def from_potentials(pair: GaussianMixturePair, cost: Array, solution: Potentials
 def from_vertex(pair: GaussianMixturePair, cost: Array, vertex: Vertex, tol: Array) -> Plan:
     """The plan of an exact solver's vertex, with its status."""
     error = _distance(vertex.matrix, pair.gmm0.weights, pair.gmm1.weights)
-    status = jnp.where(error <= tol, Status.CONVERGED, Status.PRECISION)
-    status = jnp.where(vertex.optimal, status, Status.NOT_CONVERGED)
-    finite = jnp.all(jnp.isfinite(vertex.f)) & jnp.all(jnp.isfinite(vertex.g))
+    status = jnp.where((error <= tol) & vertex.optimal, Status.CONVERGED, Status.PRECISION)
+    status = jnp.where(vertex.done, status, Status.NOT_CONVERGED)
+    finite = jnp.all(jnp.isfinite(vertex.f)) & jnp.all(jnp.isfinite(vertex.g)) & jnp.isfinite(vertex.gap)
     status = jnp.where(finite & jnp.isfinite(error), status, Status.NOT_FINITE)
-    return Plan(pair, cost, (vertex.f, vertex.g), status, vertex.n_iterations, vertex.matrix)
+    return Plan(pair, cost, (vertex.f, vertex.g), status, vertex.n_iterations, vertex.matrix, vertex.gap)
 
 
 def _kl(p: Array, q: Array) -> Array:
@@ -230,6 +269,17 @@ def _kl(p: Array, q: Array) -> Array:
 
 def _distance(matrix: Array, a: Array, b: Array) -> Array:
     return jnp.sum(jnp.abs(matrix.sum(1) - a)) + jnp.sum(jnp.abs(matrix.sum(0) - b))
+
+
+def _legal(matrix: Array, a: Array, b: Array, pair: GaussianMixturePair) -> Array:
+    """A plan of about the same cost with the marginals that are kept."""
+    if pair.balanced:
+        return _rounded(matrix, a, b)
+    kept0, kept1 = jnp.isinf(pair.rho0), jnp.isinf(pair.rho1)
+    rows, columns = matrix.sum(1), matrix.sum(0)
+    rows, columns = a / jnp.where(rows > 0, rows, 1), b / jnp.where(columns > 0, columns, 1)
+    one_side = matrix * jnp.where(kept0, rows, 1)[:, None] * jnp.where(kept1, columns, 1)
+    return jnp.where(kept0 & kept1, _rounded(matrix, a, b), one_side)
 
 
 def _rounded(matrix: Array, a: Array, b: Array) -> Array:

@@ -32,8 +32,8 @@ def solve_plan(
 ) -> Plan:
     r"""The optimal plan between the components of a pair, to a marginal error of at most `tol`.
 
-    Minimises :math:`\langle P, C \rangle + \epsilon KL(P | a b^T) + \rho KL(P 1 | a) + \rho KL(P^T 1 | b)`; the last two are
-    constraints when balanced. Exact plans minimise :math:`\langle P, C \rangle` alone.
+    Minimises :math:`\langle P, C \rangle + \epsilon KL(P | a b^T) + \rho_0 KL(P 1 | a) + \rho_1 KL(P^T 1 | b)`; where a price
+    is infinite, its term is a constraint. Exact plans minimise :math:`\langle P, C \rangle` alone.
 
     Args:
       pair: the mixtures, epsilon and rho.
@@ -42,7 +42,7 @@ def solve_plan(
         components a side, so that it batches and runs on a GPU, by POT's network simplex on the host beyond.
       init: potentials (f, g) of a nearby plan to start from, as in `plan.potentials`; None starts from zero. An exact plan
         starts from a corner and does not read them.
-      tol: above 0, L1 error of the marginals, as a part of the total mass.
+      tol: above 0, L1 error of the marginals, as a part of the total mass that moves.
       max_iterations: at least 1; None is 500 (entropic), 20,000 (sinkhorn) or 100,000 (exact).
 
     Returns:
@@ -142,7 +142,8 @@ def solver_for(method: str, pair: GaussianMixturePair) -> Solver:
             "method: 'sinkhorn' needs values of epsilon and rho that are known when it is compiled (OTT branches on tau); "
             "use 'entropic' under jit and vmap"
         )
-    return _Sinkhorn(1.0 if pair.balanced else float(pair.tau))
+    epsilon, rho0, rho1 = (float(jnp.reshape(x, ())) for x in (pair.epsilon, pair.rho0, pair.rho1))
+    return _Sinkhorn(1 / (1 + epsilon / rho0), 1 / (1 + epsilon / rho1))
 
 
 def solve_entropic(
@@ -159,6 +160,7 @@ def solve_entropic(
     """`entropic.solve`, from the side with fewer components: its linear systems are that large."""
     if cost.shape[0] <= cost.shape[1]:
         return entropic.solve(cost, log_a, log_b, epsilon, rho, init[0], tol, limit, balanced)
+    rho = jnp.flip(rho) if jnp.ndim(rho) else rho
     return entropic.solve(cost.T, log_b, log_a, epsilon, rho, init[1], tol, limit, balanced).swap()
 
 
@@ -166,11 +168,12 @@ def solve_entropic(
 class _Sinkhorn:
     r"""OTT's Sinkhorn on the same problem.
 
-    Unbalanced, OTT measures the plan's entropy against the counting measure. On the masses :math:`a^{1 + \epsilon/\rho}` and
-    :math:`b^{1 + \epsilon/\rho}` its optimality conditions are those of :math:`KL(P | a b^T)` on a and b.
+    Unbalanced, OTT measures the plan's entropy against the counting measure. On the masses :math:`a^{1 + \epsilon/\rho_0}` and
+    :math:`b^{1 + \epsilon/\rho_1}` its optimality conditions are those of :math:`KL(P | a b^T)` on a and b.
     """
 
-    tau: float
+    tau0: float
+    tau1: float
 
     def __call__(
         self,
@@ -188,15 +191,16 @@ class _Sinkhorn:
         from ott.problems.linear import linear_problem
         from ott.solvers.linear import sinkhorn
 
-        a, b = jnp.exp(log_a / self.tau), jnp.exp(log_b / self.tau)  # 1 / tau = 1 + epsilon / rho
+        a, b = jnp.exp(log_a / self.tau0), jnp.exp(log_b / self.tau1)  # 1 / tau = 1 + epsilon / rho
         geom = geometry.Geometry(cost_matrix=cost, epsilon=epsilon)  # pyright: ignore[reportArgumentType]
-        problem = linear_problem.LinearProblem(geom, a=a, b=b, tau_a=self.tau, tau_b=self.tau)
+        problem = linear_problem.LinearProblem(geom, a=a, b=b, tau_a=self.tau0, tau_b=self.tau1)
         offsets = epsilon * log_a, epsilon * log_b  # -inf where there is no mass: OTT's kernel then has no part of it
         limit = max(10, limit // 10 * 10)  # whole blocks of OTT's ten inner iterations
         solver = sinkhorn.Sinkhorn(threshold=tol, max_iterations=limit)  # pyright: ignore[reportArgumentType]
         output = solver(problem, init=(init[0] + offsets[0], init[1] + offsets[1]))
         g = jnp.where(jnp.isinf(log_b), 0, output.g - offsets[1])
-        f = entropic.transform(cost, log_b, g, epsilon, rho, balanced)
-        g = entropic.transform(cost.T, log_a, f, epsilon, rho, balanced)
-        error = entropic.marginal_error(cost, log_a, log_b, f, g, epsilon, rho, balanced)
-        return Potentials(f, g, log_a, log_b, error, jnp.asarray(output.n_iters), error <= tol, jnp.asarray(False))
+        inverse_rho0, inverse_rho1 = entropic.inverse_prices(rho, balanced)
+        f = entropic.transform(cost, log_b, g, epsilon, inverse_rho0)
+        g = entropic.transform(cost.T, log_a, f, epsilon, inverse_rho1)
+        end = entropic.Annealed(f, jnp.asarray(output.n_iters), jnp.asarray(False), ())
+        return entropic.certified(cost, log_a, log_b, f, g, epsilon, rho, tol, end, balanced)

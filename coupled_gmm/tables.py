@@ -121,7 +121,7 @@ def _costs(fit: PairFit) -> Titled:
     plan, pair = fit.plan, fit.pair
     rows = {
         "epsilon": f"{float(pair.epsilon):.6g}",
-        "rho": "infinite (balanced)" if pair.balanced else f"{float(pair.rho):.6g}",
+        "rho": "infinite (balanced)" if pair.balanced else ", ".join(f"{rho:.6g}" for rho in np.ravel(pair.rho)),
         "total mass F": f"{float(plan.total_mass):.6f}",
         "transport cost <P, C>": f"{float(plan.transport_cost):.6f}",
         "regularised cost": f"{float(plan.regularized_cost):.6f}",

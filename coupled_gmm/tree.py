@@ -6,7 +6,10 @@ should see, so `pytree` registers an unflatten that bypasses the constructor. Ch
 """
 
 import dataclasses
-from typing import Any, TypeVar, dataclass_transform
+import functools
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any, Self, TypeVar, cast, dataclass_transform
 
 import jax
 
@@ -29,6 +32,69 @@ def new(cls: type[T], **fields: Any) -> T:
 def taken(tree: T, index: Any) -> T:
     """Rows of a tree whose leaves are stacked on a leading axis."""
     return jax.tree.map(lambda leaf: leaf[index], tree)
+
+
+class Stackable:
+    """`x[i]`, `len(x)` and iteration for trees whose leaves may be stacked on leading axes: a batch, a path, a graph's edges."""
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """Of the leading axes: () for a single one."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return self._stack("len()")[0]
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __getitem__(self, index: Any) -> Self:
+        size = self._stack("[i]")[0]
+        if not isinstance(index, slice):
+            index = operator.index(index)
+            if not -size <= index < size:
+                raise IndexError(f"{type(self).__name__}: there are {size} in the stack, and no number {index}")
+        return taken(self, index)
+
+    def __iter__(self) -> Iterator[Self]:
+        return (self[i] for i in range(self._stack("iteration")[0]))
+
+    def _stack(self, what: str) -> tuple[int, ...]:
+        if not self.batch_shape:
+            raise TypeError(
+                f"{type(self).__name__}: {what} is for those stacked on a leading axis, and this is a single one"
+            )
+        return self.batch_shape
+
+
+F = TypeVar("F", bound=Callable)
+
+
+def mapped(method: F) -> F:
+    """A method of one, which maps over those of a stack."""
+
+    @functools.wraps(method)
+    def wrapped(self: Any, *args: Any) -> Any:
+        if not self.batch_shape:
+            return method(self, *args)
+        return jax.vmap(lambda one: wrapped(one, *args))(self)
+
+    return cast(F, wrapped)
+
+
+def single(method: F) -> F:
+    """A method of one, which refuses a stack by name."""
+
+    @functools.wraps(method)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.batch_shape:
+            raise ValueError(
+                f"{method.__name__}: this {type(self).__name__} holds several, stacked in shape {self.batch_shape}; take one of "
+                "them by [i], or map over them with jax.vmap"
+            )
+        return method(self, *args, **kwargs)
+
+    return cast(F, wrapped)
 
 
 @dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(static, dataclasses.field))

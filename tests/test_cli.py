@@ -1,5 +1,6 @@
 """The command line, end to end on small clouds: what a run leaves, and what each mistake says and returns."""
 
+import dataclasses
 import io
 import subprocess
 import sys
@@ -135,6 +136,56 @@ def test_a_fit_that_breaks_down_is_status_1_and_leaves_what_it_has(run):
     assert "the fit failed: a value was not finite: raise ridge, lower the learning rate" in result.stderr
     assert sorted(path.name for path in (run.folder / "wild").iterdir()) == [f for f in FILES if "png" not in f]
     assert "nan" in call("show", run.folder / "wild").stdout
+
+
+@pytest.mark.parametrize("status", [cg.Status.NOT_FINITE, cg.Status.COLLAPSED])
+def test_a_start_that_failed_is_status_1_and_writes_nothing(run, monkeypatch, status):
+    """The fit went on from it, and the run said "converged"."""
+    fit_gmm = cg.fit_gmm
+    monkeypatch.setattr(cg, "fit_gmm", lambda *a, **k: dataclasses.replace(fit_gmm(*a, **k), status=np.int32(status)))
+    result = call("fit", run.folder / "c.toml", "--out", run.folder / "failed")
+    assert result.exit_code == 1 and "run folder" not in result.stdout
+    assert result.stderr == f"the fit failed: its start, one mixture for both clouds: {status.message}\n"
+    assert not list((run.folder / "failed").iterdir())
+
+
+@pytest.mark.parametrize("ending", [".csv", ".parquet", ".npy"])
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_data_keep_their_digits(tmp_path, monkeypatch, ending, precision):
+    """Whatever the precision of the fit: it centres them before it rounds them, and so does the fit of the start."""
+    x = 2_459_000.5 + np.random.default_rng(0).normal(size=(30, 2))
+    weights = np.linspace(1e-41, 1, 30)
+    table = pl.DataFrame({"x": x[:, 0], "y": x[:, 1]})
+    write = {".csv": table.write_csv, ".parquet": table.write_parquet, ".npy": lambda path: np.save(path, x)}[ending]
+    write(tmp_path / f"a{ending}")
+    np.save(tmp_path / "w.npy", weights)
+    text = f"""data = {{cloud0 = "a{ending}", cloud1 = "a{ending}", weights1 = "w.npy"}}"""
+    fit = f'''fit = {{transport_weight = 0.1, precision = "{precision}"}}'''
+    (tmp_path / "c.toml").write_text(f"{text}\nstart = {{n_components = 2}}\n{fit}\n")
+    seen = {}
+
+    def record(name, result):
+        def recorded(*arguments, **options):
+            seen[name] = arguments, options
+            if isinstance(result, Exception):
+                raise result
+            return result
+
+        monkeypatch.setattr(cg, name, recorded)
+
+    gmm = cg.GaussianMixture.from_moments(np.zeros((2, 2)), np.stack([np.eye(2)] * 2), [0.5, 0.5])
+    record("init_gmm", gmm)
+    record("fit_gmm", SimpleNamespace(status=cg.Status.CONVERGED, gmm=gmm, n_steps=3))
+    record("fit_pair", cg.FitError("stopped by the test"))
+    assert call("fit", tmp_path / "c.toml", "--out", tmp_path / "out").exit_code == 1
+    for cloud in seen["fit_pair"][0][:2]:
+        assert cloud.dtype == np.float64
+        np.testing.assert_array_equal(cloud, x)
+    np.testing.assert_array_equal(seen["fit_pair"][1]["point_weights1"], weights)
+    for name, pooled in (("init_gmm", seen["init_gmm"][0][1]), ("fit_gmm", seen["fit_gmm"][0][0])):
+        np.testing.assert_array_equal(pooled, np.concatenate([x, x]))
+        expected = np.concatenate([np.ones(30), weights / weights.mean()])
+        np.testing.assert_allclose(seen[name][1]["point_weights"], expected, rtol=1e-12)
 
 
 @pytest.mark.slow

@@ -52,6 +52,14 @@ def load(tmp_path, text, job=FitConfig):
     return load_config(path, job)
 
 
+@pytest.mark.parametrize(("key", "one", "two"), [("rho", "2", "[1, inf]"), ("tau", "0.5", "[0.5, 1.0]")])
+def test_prices_of_mass_are_one_or_two(tmp_path, key, one, two):
+    for text in (one, two):
+        config = load(tmp_path, f"{GOOD}{key} = {text}")
+        assert getattr(config.fit, key) == tomllib.loads(f"x = {text}")["x"]
+        assert load(tmp_path, dump(config)) == config
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configurations_survive_a_round_trip(path, tmp_path):
     job = next(job for job in JOBS if job.command in tomllib.loads(path.read_text()))
@@ -128,6 +136,12 @@ FILES = 'cloud0 = "a.csv"\ncloud1 = "b.csv"'
         ("0.01", "0.01\nepsilon = inf", "fit.epsilon: must be a finite number, got inf"),
         ("0.01", "0.01\ntau = 1.5", "fit.tau: must be less than or equal to 1, got 1.5"),
         ("0.01", "0.01\nrho = 0.0", "fit.rho: must be greater than 0, got 0.0"),
+        ("0.01", "0.01\nrho = [1.0, 0.0]", "fit.rho: must be greater than 0, got 0.0"),
+        ("0.01", "0.01\ntau = [0.5, 2]", "fit.tau: must be less than or equal to 1, got 2"),
+        ("0.01", "0.01\nrho = [1.0]", "fit.rho: must be one number or two (of mixture 0 and of mixture 1), got [1.0]"),
+        ("0.01", "0.01\nrho = [nan, 1.0]", "fit.rho: must be greater than 0, got nan"),
+        ("0.01", "0.01\ntau = 'x'", "fit.tau: must be a valid number, got 'x'"),
+        ("0.01", "0.01\ntau = true", "fit.tau: must be a valid number, got True"),
         ("0.01", "0.01\ntau = 0.5\nrho = 1", "fit.rho: tau and rho say the same thing; keep one of them"),
         ("0.01", "0.01\nem_steps = 0", "fit.em_steps: must be greater than or equal to 1, got 0"),
         ("0.01", '0.01\noptimizer = "sgd"', "fit.optimizer: must be 'default' or 'adam', got 'sgd'"),

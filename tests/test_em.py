@@ -41,6 +41,7 @@ def assert_same_mixture(gmm, expected, **tolerance):
 
 def scikit_learn(x, gmm, steps):
     """scikit-learn's EM from the same start, and its mean log-likelihood after each number of steps up to `steps`."""
+    x = np.asarray(x, np.float64)  # of integers scikit-learn 1.9.1 returns other scores
     means, covariances, weights = host(gmm)
     scores = [np.average(scipy_log_joint(x, means, covariances, weights)[1])]
     for n in range(1, steps + 1):

@@ -103,6 +103,40 @@ def test_what_is_swept_is_a_leaf():
     assert jax.tree.unflatten(structure, [None] * 8).gmm0.means is None, "rebuilding checks nothing"
 
 
+def test_prices_of_edges():
+    edges, epsilon = [(0, 1), (2, 1)], np.array([0.1, 0.2], np.float32)
+
+    def prices(**options):
+        built = cg.MixtureGraph.from_mixtures(three(), edges, epsilon=epsilon, **options)
+        return np.asarray(built.rho), built.balanced
+
+    for given, expected in (
+        (2.0, [2, 2]), ([1, 2], [1, 2]), ([[1, 2]], [[1, 2], [1, 2]]), ([[1, 2], [3, np.inf]], [[1, 2], [3, np.inf]]),
+    ):  # fmt: skip
+        rho, balanced = prices(rho=given)
+        np.testing.assert_array_equal(rho, expected)
+        assert not balanced
+    for given in (np.inf, [np.inf, np.inf], [[np.inf, np.inf]]):
+        assert prices(rho=given)[1] and prices(tau=np.where(np.isinf(given), 1, 0))[1]
+    factors = np.array([1.0, 3.0])  # of tau / (1 - tau)
+    np.testing.assert_allclose(prices(tau=0.75)[0], 3 * epsilon, rtol=1e-5)
+    np.testing.assert_allclose(prices(tau=[0.5, 0.75])[0], factors * epsilon, rtol=1e-5)
+    np.testing.assert_allclose(prices(tau=[[0.5, 0.75]])[0], factors * epsilon[:, None], rtol=1e-5)
+    np.testing.assert_array_equal(prices(tau=[[0.5, 1.0]])[0][:, 1], np.inf)
+    # Without epsilon, one tau is another rho for every edge; one rho is one.
+    rho = cg.MixtureGraph.from_mixtures(three(), edges, tau=0.8).rho
+    assert rho[0] != rho[1]
+    np.testing.assert_array_equal(cg.MixtureGraph.from_mixtures(three(), edges, rho=0.8).rho, np.float32([0.8, 0.8]))
+
+
+def test_mixtures_in_float32_make_graphs_in_float32(x64):
+    gmms = [jax.tree.map(lambda leaf: leaf.astype(jnp.float32), gmm) for gmm in three()]
+    built = cg.MixtureGraph.from_mixtures(gmms, [(0, 1)], epsilon=0.1, edge_weights=0.3, tau=0.5)
+    assert {leaf.dtype for leaf in jax.tree.leaves(built) if jnp.issubdtype(leaf.dtype, jnp.floating)} == {
+        np.dtype("float32")
+    }
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -131,6 +165,10 @@ def test_refused_graphs(arguments, message):
         ({"epsilon": [0.1, -0.1]}, "epsilon: must be .*above 0"),
         ({"epsilon": [0.1] * 3}, "epsilon: expected one number or one for each of the 2 edges"),
         ({"tau": 0.0}, "tau: must be above 0"),
+        ({"rho": [1.0, 2.0, 3.0]}, r"rho: expected one number or one .* 2 edges, or two: \(1, 2\) or \(2, 2\), got"),
+        ({"rho": [[1.0, 2.0, 3.0]] * 2}, "rho: expected one number or one for each"),
+        ({"rho": [1.0, -2.0]}, "rho: must be above 0"),
+        ({"rho": 1.0, "tau": 1.0}, "rho: is given beside tau"),
         ({"tau": 1.1}, "tau: must be above 0 and at most 1"),
         ({"node_weights": [1.0, 2.0]}, "node_weights: expected shape"),
         ({"node_weights": [1.0, -2.0, 1.0]}, "node_weights: 1 weights are negative"),

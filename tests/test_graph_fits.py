@@ -131,7 +131,10 @@ def test_sinkhorn_takes_one_tau():
     for tau in (1.0, 0.8):
         graph = cg.MixtureGraph.from_mixtures(GMMS, edges, tau=tau)
         solver = fit_module._edge_solver("sinkhorn", graph)
-        np.testing.assert_allclose(solver.tau, tau, rtol=1e-6)
+        np.testing.assert_allclose([solver.tau0, solver.tau1], tau, rtol=1e-6)
+    graph = cg.MixtureGraph.from_mixtures(GMMS, edges, epsilon=0.1, rho=[(0.1, 0.3), (0.1, 0.3)])
+    with pytest.raises(ValueError, match=r"^method: .*have \[0.5 +0.75\], \[0.75 +0.5 *\]"):  # in node order: (1, 2)
+        fit_module._edge_solver("sinkhorn", graph)
     graph = cg.MixtureGraph.from_mixtures(GMMS, edges, epsilon=0.1, rho=[0.1, 0.3])
     assert fit_module._edge_solver("entropic", graph) is solvers.solve_entropic
     with pytest.raises(ValueError, match=r"^method: 'sinkhorn' needs one tau .*have 0.5, 0.75; use 'entropic', or"):
@@ -202,3 +205,120 @@ def test_a_node_of_weight_zero_is_a_node_without_a_cloud():
 def test_refused_edges(edges, message):
     with pytest.raises(ValueError, match=message):
         cg.MixtureGraph.from_mixtures(GMMS, edges)
+
+
+def two_price_pair(rho):
+    return cg.GaussianMixturePair(*GMMS[:2], 0.05, rho=rho)
+
+
+def test_two_equal_prices_are_one():
+    """To the last bit; and two that differ make a plan that is certified, of the edge written either way."""
+    x, weight = clouds()[:2], KINKED["edge_weights"]
+    one, two, other = (
+        cg.fit_pair(*x, two_price_pair(rho), transport_weight=weight, **STEPS) for rho in (0.5, (0.5, 0.5), (0.5, 5.0))
+    )
+    assert one.penalized_log_likelihood == two.penalized_log_likelihood
+    jax.tree.map(np.testing.assert_array_equal, (one.pair.gmm0, one.plan.cost), (two.pair.gmm0, two.plan.cost))
+    assert other.plan.marginal_error < 1e-3 and other.plan.duality_gap < 1e-4
+    expected = cg.solve_plan(other.pair)
+    np.testing.assert_allclose(other.plan.matrix, expected.matrix, atol=1e-4)
+    graphs = [
+        cg.MixtureGraph.from_mixtures(GMMS[:2], [edge], rho=[rho], **KINKED)
+        for edge, rho in (((0, 1), (0.5, 5.0)), ((1, 0), (5.0, 0.5)))
+    ]
+    there, back = (fit(x, graph) for graph in graphs)
+    same(there, back)
+    np.testing.assert_allclose(there.penalized_log_likelihood, other.penalized_log_likelihood, atol=1e-4)
+    np.testing.assert_array_equal(back.plans.pair.rho, [[5.0, 0.5]])
+
+
+@pytest.mark.parametrize("rho", [(0.5, 5.0), (np.inf, 0.5)])
+def test_derivatives_of_j_with_two_prices(x64, rho):
+    x = clouds()[:2]
+    gmm0, gmm1 = (random_mixture(k, 2, 2) for k in (0, 1))
+
+    def value(shift, rho):
+        moved = dataclasses.replace(gmm0, means=gmm0.means + shift)
+        pair = cg.GaussianMixturePair(moved, gmm1, 0.5, rho=rho)
+        return cg.penalized_log_likelihood(pair, *x, transport_weight=0.3)
+
+    value = jax.jit(value)
+    step = 1e-5
+    direction = jnp.asarray([[0.3, -1.0], [0.5, 0.2]])
+    for argument, slope in ((0, direction), (1, jnp.asarray([1.0, 0.0])), (1, jnp.asarray([0.0, 1.0]))):
+        at = [jnp.zeros((2, 2)), jnp.asarray(rho)]
+        if np.isinf(at[argument][slope != 0]).any():
+            continue
+        got = jnp.sum(jnp.where(slope != 0, jax.grad(value, argument)(*at) * slope, 0))
+        ends = [value(*(a + sign * step * slope if i == argument else a for i, a in enumerate(at))) for sign in (1, -1)]
+        np.testing.assert_allclose(got, (ends[0] - ends[1]) / (2 * step), rtol=1e-5, atol=1e-8)
+
+
+def read_outs(plan):
+    names = ("matrix", "normalized_matrix", "transport_cost", "regularized_cost", "marginal_error", "total_mass")
+    return {name: np.asarray(getattr(plan, name)) for name in names}
+
+
+def test_plans_of_edges():
+    """Of one edge and of several, stacked and one by one: what `fit_pair` has, and what sums over their matrices say."""
+    x = clouds()
+    end = fit(x, cg.MixtureGraph.from_mixtures(GMMS, [(2, 1), (0, 1)], edge_weights=0.2, epsilon=0.5, tau=0.8))
+    stacked = read_outs(end.plans)
+    for index, (i, j) in enumerate([(2, 1), (0, 1)]):
+        plan = end.plan(index)
+        assert plan.matrix.shape == (end.gmms[i].n_components, end.gmms[j].n_components)
+        jax.tree.map(np.testing.assert_array_equal, (plan.pair.gmm0, plan.pair.gmm1), (end.gmms[i], end.gmms[j]))
+        for name, value in read_outs(plan).items():
+            whole = stacked[name][index]
+            whole = whole[: plan.matrix.shape[0], : plan.matrix.shape[1]] if whole.ndim else whole
+            np.testing.assert_allclose(value, whole, rtol=1e-5, atol=1e-7)
+        # The equations of an unbalanced plan, in NumPy: its marginals are a e^(-f / rho) and b e^(-g / rho).
+        (f, g), rho, matrix = (np.asarray(p, np.float64) for p in plan.potentials), float(plan.pair.rho), plan.matrix
+        np.testing.assert_allclose(matrix.sum(1), np.exp(-f / rho) * end.gmms[i].weights, atol=1e-4)
+        np.testing.assert_allclose(matrix.sum(0), np.exp(-g / rho) * end.gmms[j].weights, atol=1e-4)
+        np.testing.assert_allclose(plan.transport_cost, np.sum(np.asarray(matrix) * plan.cost), rtol=1e-5)
+        np.testing.assert_array_equal(end.plan((i, j)).matrix, matrix)
+        np.testing.assert_allclose(end.plan((j, i)).matrix, np.asarray(matrix).T, rtol=1e-6)
+    for edge, message in (
+        ((0, 2), "no edge joins nodes 0 and 2"),
+        (2, "there is no edge 2"),
+        (-1, "must be at least 0"),
+    ):
+        with pytest.raises(ValueError, match=f"^edge: {message}"):
+            end.plan(edge)
+    with pytest.raises(TypeError, match=r"^edge: expected an integer"):
+        end.plan("0")
+    batch = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), end)
+    with pytest.raises(ValueError, match=r"^plan: this GraphFit holds several, .*\[i\]"):
+        batch.plan(0)
+    np.testing.assert_array_equal(batch[1].plan(0).matrix, end.plan(0).matrix)
+
+
+def test_the_plan_of_a_pair_is_that_of_its_graph():
+    x, pair = clouds()[:2], cg.GaussianMixturePair(*GMMS[:2], KINKED["epsilon"])
+    expected = cg.fit_pair(*x, pair, transport_weight=KINKED["edge_weights"], **STEPS).plan
+    (graph, _) = there_and_back()
+    end = fit(x, graph)
+    assert len(end.plans) == 1
+    for name, value in read_outs(expected).items():
+        tolerance = {"rtol": 1e-3, "atol": 2e-3} if name.endswith("matrix") else {"rtol": 1e-2, "atol": 1e-3}
+        np.testing.assert_allclose(read_outs(end.plan(0))[name], value, **tolerance)
+        stacked = read_outs(end.plans)[name][0]
+        np.testing.assert_allclose(stacked[:2] if stacked.ndim else stacked, value, **tolerance)  # node 0 is padded
+
+
+@pytest.mark.slow
+def test_plans_of_a_batch_of_fits_are_those_of_a_loop():
+    x0, x1, x2 = clouds()
+    pair = cg.GaussianMixturePair(*GMMS[:2], 0.5, 0.8)
+
+    def one(x):
+        return cg.fit_pair(x, x1, pair, transport_weight=0.2, **STEPS)
+
+    batch = jax.vmap(one)(jnp.stack([x0, x2]))
+    assert len(batch) == len(batch.plan) == 2
+    for i, x in enumerate((x0, x2)):
+        expected = read_outs(one(x).plan)
+        for got in (read_outs(batch[i].plan), {name: value[i] for name, value in read_outs(batch.plan).items()}):
+            for name, value in expected.items():
+                np.testing.assert_allclose(got[name], value, rtol=1e-3, atol=1e-4)

@@ -18,7 +18,7 @@ import coupled_gmm as cg
 SIZES = [(3, 2), *(pytest.param(*size, marks=pytest.mark.slow) for size in ((1, 2), (4, 1)))]  # components, features
 
 
-def points(d: int, n: int = 50) -> np.ndarray:
+def points(d: int, n: int = 50) -> np.ndarray:  # floats: of integers scikit-learn 1.9.1 returns other scores
     return 2 * np.random.RandomState(7).randn(n, d)
 
 
