@@ -78,7 +78,7 @@ def barycenter(
       learn_weights: whether the weights are part of what is sought, once the barycenter for those of the start is found; with
         exact plans only. Components may end with none.
       max_steps: at least 1.
-      tol: at least 0; converged when a step changes the objective by no more than this part of it. 0 does all steps.
+      tol: at least 0; converged when a step lowers the objective by no more than this part of it. 0 does all steps.
 
     Raises:
       TypeError, ValueError: an argument of the wrong kind, shape or range.
@@ -167,9 +167,11 @@ def _descend(fixed: Star, free: Free, tol: Array, settings: _Settings) -> _State
             best = _best_weights(fixed, cost, allowed)
             free = free._replace(weights=jnp.where(state.learning, best, free.weights))
         plans = star.solve(fixed, cost, free.weights, state.memory)
-        change = jnp.abs(state.values[count - 1] - plans.objective)
-        still = (count > 0) & (tol > 0) & (change <= tol * jnp.abs(plans.objective))
-        settled = still | (change <= 16 * jnp.finfo(change.dtype).eps * jnp.abs(plans.objective))
+        fall = state.values[count - 1] - plans.objective
+        change, rounding = jnp.abs(fall), 16 * jnp.finfo(fall.dtype).eps * jnp.abs(plans.objective)
+        # What rises has not converged, however little.
+        still = (count > 0) & (tol > 0) & (change <= tol * jnp.abs(plans.objective)) & (fall >= -rounding)
+        settled = still | (change <= rounding)
         converged = still & (state.learning | (not settings.learn_weights))
         done = converged | (count == settings.max_steps) | ~jnp.isfinite(plans.objective)
         moved = _project(fixed, free, plans, settings.projection)
@@ -244,6 +246,9 @@ def _linear_programme(
 
     b, n, k = cost.shape
     masses = masses / masses.sum(1, keepdims=True)
+    # HiGHS's tolerances are absolute. Less what every plan pays, in units of what a plan might: far components count for nothing.
+    cost = cost - np.min(np.where(allowed[:, None] > 0, cost, np.inf), axis=1, keepdims=True)
+    cost = cost / (np.sum(masses * np.median(cost, axis=1)) or cost.max() or 1)
     row_sums = sparse.kron(sparse.identity(b * n), np.ones((1, k)))
     column_sums = sparse.kron(sparse.identity(b), sparse.kron(np.ones((1, n)), sparse.identity(k)))
     weights = sparse.vstack([-sparse.identity(n)] * b + [sparse.csr_matrix((b * k, n))])

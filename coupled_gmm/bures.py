@@ -215,7 +215,8 @@ def barycenter(
     r"""Cholesky factors of the Bures barycenters of G groups of centred Gaussians, all at once.
 
     :math:`S \leftarrow T S T`, the fixed point of Alvarez-Esteban, del Barrio, Cuesta-Albertos & Matran (2016), which no step
-    leads away from: until no S moves by more than rounding. A singular start stays singular: begin with the mean covariance.
+    leads away from: until no S moves by more than rounding, each entry in units of its own features. A singular start stays
+    singular: begin with the mean covariance.
     """
     tol = 10 * jnp.finfo(start.dtype).eps
 
@@ -225,8 +226,9 @@ def barycenter(
     def step(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         factor, _, count = carry
         moved = matrices.gram(averaged(factor, factors, group, shares))
-        size = jnp.max(jnp.abs(moved), axis=(-2, -1))
-        change = jnp.max(jnp.abs(moved - matrices.gram(factor)), axis=(-2, -1)) / jnp.where(size > 0, size, 1)
+        scale = jnp.sqrt(jnp.diagonal(moved, axis1=-2, axis2=-1))
+        size = scale[..., :, None] * scale[..., None, :]
+        change = jnp.abs(moved - matrices.gram(factor)) / jnp.where(size > 0, size, 1)
         return matrices.cholesky(moved), jnp.max(change), count + 1
 
     first = start, jnp.asarray(jnp.inf, start.dtype), jnp.zeros((), jnp.int32)

@@ -28,7 +28,7 @@ from coupled_gmm.star import Free, Plans, Star
 from coupled_gmm.tree import new, pytree, taken
 
 _HALVINGS = 12
-_FLOOR = 1e-6  # of the source's mean variance: no covariance is projected to less
+_FLOOR = 1e-6  # of the source's mean variance, feature by feature: no covariance is projected to less
 _NO_DERIVATIVE = (
     "a flow can't be differentiated: its plans are held fixed; differentiate mw2_squared, or use jax.lax.stop_gradient"
 )
@@ -194,7 +194,8 @@ def _optimise(
     """The same with an optax optimiser on means, covariances and logits."""
     step_size, mean_rate = rates
     optimizer = settings.optimizer if settings.built else settings.optimizer(step_size)
-    floor = _FLOOR * jnp.mean(jnp.trace(source.covariances, axis1=1, axis2=2)) / source.n_features
+    scale = jnp.sqrt(jnp.mean(jnp.diagonal(source.covariances, axis1=1, axis2=2), axis=0))
+    scale = jnp.where(scale > 0, scale, jnp.where(jnp.any(scale > 0), jnp.max(scale), 1))
     present = source.weights > 0
 
     def mixture(parameters: tuple) -> GaussianMixture:
@@ -219,7 +220,7 @@ def _optimise(
         moves: Any = updates  # optax's type hides that it is a tuple
         means, covariances, logits = (old + move for old, move in zip(parameters, moves, strict=True))
         means = means + (mean_rate - 1) * moves[0]
-        parameters = means, _definite(covariances, floor), logits
+        parameters = means, _definite(covariances, scale), logits
         return (parameters, state, plans.memory), (mixture(parameters), plans.objective, plans.solved)
 
     logits = jnp.where(present, jnp.log(jnp.where(present, source.weights, 1)), 0)
@@ -232,15 +233,16 @@ def _optimise(
     return path, jnp.append(losses, plans.objective), jnp.all(solved) & plans.solved
 
 
-def _definite(covariances: Float[Array, "n d d"], floor: Array) -> Float[Array, "n d d"]:
-    """The nearest matrices with no eigenvalue under a floor: of X = S - floor, the positive part (X + |X|) / 2.
+def _definite(covariances: Float[Array, "n d d"], scale: Float[Array, " d"]) -> Float[Array, "n d d"]:
+    """The nearest matrices, in units of a scale for each feature, with no eigenvalue under a floor.
 
-    |X| is U^T X with the polar factor U, so no eigenvectors are needed.
+    Of X = S - floor, the positive part (X + |X|) / 2. |X| is U^T X with the polar factor U, so no eigenvectors are needed.
     """
     identity = jnp.eye(covariances.shape[-1], dtype=covariances.dtype)
-    rest = 0.5 * (covariances + matrices.transpose(covariances)) - floor * identity
+    units = scale[:, None] * scale
+    rest = 0.5 * (covariances + matrices.transpose(covariances)) / units - _FLOOR * identity
     factor = bures.polar(rest, jnp.zeros(len(rest), rest.dtype))
     positive = 0.5 * (rest + matrices.transpose(factor) @ rest)
-    positive = 0.5 * (positive + matrices.transpose(positive)) + floor * identity
+    positive = 0.5 * (positive + matrices.transpose(positive)) + _FLOOR * identity
     definite = jnp.all(jnp.diagonal(matrices.cholesky(rest), axis1=-2, axis2=-1) > 0, axis=-1)
-    return jnp.where(definite[:, None, None], covariances, positive)
+    return jnp.where(definite[:, None, None], covariances, positive * units)

@@ -50,7 +50,8 @@ def map_points(
       key: a random key, for "random".
 
     Singular components of gmm0 have no density. Where there are some, all covariances are widened to tell which component a
-    point belongs to, and only for that: by 3e-4 (float32) or 1e-8 (float64) of the mixture's mean variance.
+    point belongs to, and only for that: by 3e-4 (float32) or 1e-8 (float64) of each feature's mean variance within components (of
+    the whole mixture, where there is none).
 
     Raises:
       TypeError, ValueError: points of another number of features, or not finite; an unknown method; no key.
@@ -140,11 +141,10 @@ class _Whitening(NamedTuple):
     def of(cls, gmm: GaussianMixture) -> "_Whitening":
         d, factor, present = gmm.n_features, gmm.cholesky, gmm.weights > 0
         singular = jnp.any(jnp.diagonal(factor, axis1=-2, axis2=-1) == 0, axis=-1)
-        variance = jnp.trace(gmm.covariance()) / d
-        floor = jnp.sqrt(jnp.finfo(gmm.dtype).eps) * jnp.where(variance > 0, variance, 1)
+        floor = jnp.sqrt(jnp.finfo(gmm.dtype).eps) * _feature_variances(gmm)
         wide = jnp.any(singular & present) | ~present
         identity = jnp.eye(d, dtype=gmm.dtype)
-        widened = matrices.cholesky(gmm.covariances + jnp.where(wide, floor, 0)[:, None, None] * identity)
+        widened = matrices.cholesky(gmm.covariances + wide[:, None, None] * floor * identity)
         matrix = matrices.invert_triangular(widened)
         correction = jnp.where(singular[:, None, None], matrices.invert_triangular(factor) @ widened, identity)
         centre = gmm.mean()
@@ -156,6 +156,14 @@ class _Whitening(NamedTuple):
         """The whitened point, and the probability of each component given the point."""
         whitened = jnp.einsum("kij,j->ki", self.matrix, x - self.centre) - self.shift
         return whitened, jax.nn.softmax(self.log_scale - 0.5 * jnp.sum(whitened**2, axis=-1))
+
+
+def _feature_variances(gmm: GaussianMixture) -> Float[Array, " d"]:
+    """Within components; where a feature has none, of the whole mixture. By feature: units may differ by orders of magnitude."""
+    within = gmm.weights @ jnp.diagonal(gmm.covariances, axis1=-2, axis2=-1)
+    between = gmm.weights @ (gmm.means - gmm.mean()) ** 2
+    variance = jnp.where(within > 0, within, between)
+    return jnp.where(variance > 0, variance, 1)
 
 
 def _moves(plan: Plan) -> _Moves:

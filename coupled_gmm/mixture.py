@@ -279,16 +279,19 @@ def _remainders(given: Any, means: Array, covariances: Array) -> Array | None:
 
 
 def _check_covariances(covariances: np.ndarray, eps: float) -> None:
-    scale = np.maximum(np.abs(covariances).max(axis=(1, 2)), np.finfo(np.float64).tiny)
-    asymmetry = np.abs(covariances - covariances.swapaxes(1, 2)).max(axis=(1, 2)) / scale
+    """Each entry in units of its own two features: beside a large one, nothing of a small one would be seen."""
+    largest = np.maximum(np.abs(covariances).max(axis=(1, 2)), np.finfo(np.float64).tiny)
+    variances = np.maximum(np.diagonal(covariances, axis1=1, axis2=2), eps**2 * largest[:, None])
+    scaled = covariances / np.sqrt(variances)[:, :, None] / np.sqrt(variances)[:, None, :]
+    asymmetry = np.abs(scaled - scaled.swapaxes(1, 2)).max(axis=(1, 2))
     if (asymmetry > max(1e-5, 100 * eps)).any():
         k = int(asymmetry.argmax())
         raise ValueError(f"covariances: component {k} is not symmetric; pass (S + S.T) / 2 if the difference is noise")
-    lowest = np.linalg.eigvalsh(covariances)[:, 0] / scale
+    lowest = np.linalg.eigvalsh(scaled)[:, 0]
     if (lowest < -10 * covariances.shape[-1] * eps).any():
         k = int(lowest.argmin())
         raise ValueError(
-            f"covariances: component {k} is indefinite (lowest eigenvalue {lowest[k] * scale[k]:.3g}); "
+            f"covariances: component {k} is indefinite (lowest eigenvalue {lowest[k]:.3g} of its correlations); "
             "clip its negative eigenvalues at zero"
         )
 

@@ -193,11 +193,13 @@ class Plan(Stackable, Outcome):
 
     @mapped
     def reweighting(self) -> tuple[Float[Array, " K0"], Float[Array, " K1"]]:
-        """Outflow over mass of gmm0's components, inflow over mass of gmm1's; 1 where a component has no mass."""
+        """Outflow over mass of gmm0's components, inflow over mass of gmm1's; 1 where a component has no mass to speak of: no more
+        than a rounding unit of all of it."""
         matrix, (a, b) = self.matrix, self._masses
 
         def ratio(flow: Array, mass: Array) -> Array:
-            return jnp.where(mass > 0, flow / jnp.where(mass > 0, mass, 1), 1)
+            some = mass > jnp.finfo(mass.dtype).eps * jnp.sum(mass)
+            return jnp.where(some, flow / jnp.where(some, mass, 1), 1)
 
         return ratio(matrix.sum(1), a), ratio(matrix.sum(0), b)
 

@@ -520,7 +520,7 @@ def test_statuses(x64):
     steps = int(found.n_steps)
     assert int(found.status) == cg.Status.CONVERGED and found.converged and 0 < steps < 100
     assert found.history.objective.shape == (101,)
-    falls(found.history, steps)
+    assert falls(found.history, steps)
     found.raise_if_failed()
     all_done = cg.barycenter(gmms, init, tol=0)
     assert int(all_done.status) == cg.Status.STEPS_DONE and int(all_done.n_steps) == 100 and not all_done.converged
