@@ -65,6 +65,7 @@ class Look(NamedTuple):
     residual: Float[Array, " n"]
     error: Float[Array, ""]
     matrix: Float[Array, "n n"]
+    rounding: Float[Array, ""]  # that of the error: a unit of rounding of the exponents, where the mass is
     memory: Any = ()  # carried to the next look
     merit: Any = None  # a convex function that the solution minimises, and the sum of its terms' sizes
 
@@ -116,14 +117,20 @@ def anneal(
     def longest(step: Array) -> Float[Array, ""]:
         return jnp.max(jnp.where(present, jnp.abs(step), 0))
 
+    def centred(x: Array) -> Array:
+        """Without the common shift that is free: potentials larger than they need be are rounded as coarsely."""
+        return x - jnp.sum(jnp.where(centre > 0, centre * x, 0))
+
     def iterate(state: _State) -> _State:
         x, eps = state.x, state.epsilon
         found = look(x, eps, state.memory)
         worst = longest(found.residual)
         # Rounding of potentials and costs alone can leave an error of this size (measured, it is several times less).
-        floor = 2 * eps_machine * scale / eps
+        floor = 2 * found.rounding
+        # The residual has that of the farthest component, whatever its mass.
+        coarse = 4 * eps_machine * scale / eps
 
-        overshot, merit, most = worst > jnp.maximum(2 * state.worst, 2 * floor), state.merit, 1
+        overshot, merit, most = worst > jnp.maximum(2 * state.worst, coarse), state.merit, 1
         if found.merit is not None:  # decides where it is more than rounding
             (merit, size), most = found.merit, jnp.inf
             rise, noise = merit - state.merit, 4 * eps_machine * size
@@ -132,7 +139,7 @@ def anneal(
         trust = state.trust * jnp.where(overshot, 0.5, jnp.where(wider, 2, 1))
         damping = jnp.clip(worst / trust, 10 * eps_machine, most)
         step = matrices.solve_dominant(found.matrix + damping * jnp.eye(len(x), dtype=x.dtype), found.residual)
-        step = step - jnp.sum(centre * step)
+        step = centred(step)
         distance = longest(step)
 
         final = eps <= epsilon
@@ -143,7 +150,7 @@ def anneal(
         stays = hot | stage_done
         cooler = jnp.maximum(eps / _COOLING, epsilon)
         return _State(
-            x=jnp.where(overshot, 0.5 * (x + state.last), jnp.where(stays, x, x + eps * step)),
+            x=centred(jnp.where(overshot, 0.5 * (x + state.last), jnp.where(stays, x, x + eps * step))),
             last=jnp.where(overshot, state.last, x),
             worst=jnp.where(overshot, state.worst, jnp.where(stays, jnp.inf, worst)),
             merit=jnp.where(overshot, state.merit, jnp.where(stays, jnp.inf, merit)),
@@ -161,7 +168,7 @@ def anneal(
     def unfinished(state: _State) -> Bool[Array, ""]:
         return ~state.done & (state.iteration < max_iterations)
 
-    zero, no = jnp.zeros((), jnp.int32), jnp.asarray(False)
+    init, zero, no = centred(init), jnp.zeros((), jnp.int32), jnp.asarray(False)
     infinite, trust = jnp.asarray(jnp.inf, init.dtype), jnp.asarray(_TRUST, init.dtype)
     start = _State(init, init, infinite, infinite, trust, init, infinite, epsilon, zero, zero, no, no, memory)
     end = jax.lax.while_loop(unfinished, iterate, start)
@@ -195,11 +202,12 @@ def solve(
         u = jnp.exp(rows - log_rows[:, None])
         error = jnp.sum(jnp.abs(jnp.exp(log_a - f * inverse_rho) - jnp.exp(log_a + log_rows)))
         matrix = (1 + eps * inverse_rho) * jnp.eye(len(a), dtype=cost.dtype) - tau * u @ v.T
+        unit = rounding(u * jnp.exp(log_a + log_rows)[:, None], cost, f, eps)
         merit = None
         if balanced:  # minus the dual objective, g eliminated
             gain, price = eps * jnp.exp(log_b) * log_columns, jnp.where(present, a * f, 0)
             merit = jnp.sum(gain) - jnp.sum(price), jnp.sum(jnp.abs(gain)) + jnp.sum(jnp.abs(price))
-        return Look(-f * inverse_rho - log_rows, error, matrix, memory, merit)
+        return Look(-f * inverse_rho - log_rows, error, matrix, unit, memory, merit)
 
     goal = 0.5 * tol  # room for the rounding of g, which the certificate sees
     scale = jnp.max(jnp.where(present[:, None] & (log_b > -jnp.inf), jnp.abs(cost), 0))
@@ -207,6 +215,12 @@ def solve(
     g = transform(cost.T, log_a, end.x, epsilon, rho, balanced)
     f = jnp.where(present, end.x, transform(cost, log_b, g, epsilon, rho, balanced))
     return certified(cost, log_a, log_b, f, g, epsilon, rho, tol, end, balanced)
+
+
+def rounding(plan: Array, cost: Array, f: Array, epsilon: Array) -> Float[Array, ""]:
+    """What a unit of rounding of costs and potentials is worth in the plan's marginals: far costs that no mass pays are nothing."""
+    sizes = jnp.where(plan > 0, plan * (jnp.abs(cost) + jnp.abs(f)[:, None]), 0)
+    return jnp.finfo(cost.dtype).eps * jnp.sum(sizes) / epsilon
 
 
 def certified(
@@ -245,7 +259,13 @@ def marginal_error(
 
 
 def log_plan(cost: Array, log_a: Array, log_b: Array, f: Array, g: Array, epsilon: Array) -> Float[Array, "K0 K1"]:
-    return log_a[:, None] + log_b + (f[:, None] + g - cost) / epsilon
+    return log_a[:, None] + log_b + exponent(cost, f, g) / epsilon
+
+
+def exponent(cost: Array, f: Array, g: Array) -> Float[Array, "K0 K1"]:
+    """f + g - C, the larger potential taken from the cost first: where mass moves, what is left is exact."""
+    f = f[:, None]
+    return jnp.where(jnp.abs(f) < jnp.abs(g), f - (cost - g), g - (cost - f))
 
 
 def plan_matrix(cost: Array, a: Array, b: Array, f: Array, g: Array, epsilon: Array) -> Float[Array, "K0 K1"]:
@@ -253,7 +273,7 @@ def plan_matrix(cost: Array, a: Array, b: Array, f: Array, g: Array, epsilon: Ar
 
     At such a mass potentials may be so large that the exponential must be kept finite, so that it vanishes in the product.
     """
-    return a[:, None] * b * jnp.exp(jnp.minimum((f[:, None] + g - cost) / epsilon, _largest(cost)))
+    return a[:, None] * b * jnp.exp(jnp.minimum(exponent(cost, f, g) / epsilon, _largest(cost)))
 
 
 def _largest(x: Array) -> Array:
@@ -318,7 +338,7 @@ def _implicit_jvp(balanced: bool, primals: tuple, tangents: tuple) -> tuple[tupl
 
     def kernels(cost: Array, epsilon: Array, inverse_rho: Array) -> tuple[Array, Array]:
         """P / (a b^T) over the row sums, and over the column sums, that are wanted."""
-        log_kernel = (f[:, None] + g - cost) / epsilon
+        log_kernel = exponent(cost, f, g) / epsilon
         by_row, by_column = log_kernel + (f * inverse_rho)[:, None], log_kernel + g * inverse_rho
         return jnp.exp(jnp.minimum(by_row, _largest(cost))), jnp.exp(jnp.minimum(by_column, _largest(cost)))
 

@@ -101,7 +101,7 @@ def solve(
         f, g = x[:k0], -x[k0:]
         wanted_a, slope_a, level_a = one.answer(f, levels[0], _LEVEL_STEPS)
         wanted_b, slope_b, level_b = other.answer(g, levels[1], _LEVEL_STEPS)
-        log_plan = log_a[:, None] + log_b + (f[:, None] + g - cost) / eps
+        log_plan = entropic.log_plan(cost, log_a, log_b, f, g, eps)
         log_rows, log_columns = jax.nn.logsumexp(log_plan, axis=1), jax.nn.logsumexp(log_plan, axis=0)
         u = jnp.exp(log_plan - jnp.where(one.present, log_rows, 0)[:, None])
         v = jnp.exp(log_plan - jnp.where(other.present, log_columns, 0)).T
@@ -115,7 +115,8 @@ def solve(
         )
         merit = jnp.concatenate([one.worth(f, wanted_a), other.worth(g, wanted_b), eps * jnp.exp(log_rows)])
         merit = jnp.sum(merit), jnp.sum(jnp.abs(merit))
-        return Look(jnp.concatenate([residual_a, -residual_b]), error, matrix, (level_a, level_b), merit)
+        rounding = entropic.rounding(jnp.exp(log_plan), cost, f, eps)
+        return Look(jnp.concatenate([residual_a, -residual_b]), error, matrix, rounding, (level_a, level_b), merit)
 
     unit = jnp.ones((), cost.dtype)
     present = jnp.concatenate([one.present & jnp.isfinite(log_a), other.present & jnp.isfinite(log_b)])
