@@ -35,7 +35,7 @@ from coupled_gmm import matrices
 from coupled_gmm.tree import pytree
 
 _TRUST = 8.0  # the step's first bound, in units of epsilon
-_FAR = 4.0  # a step longer than this is limited by the bound, not by the distance to the solution
+_FAR = 4.0  # a step longer than this is limited by the bound, not by the distance to the solution; so is any at this many bounds
 _HEATING, _COOLING = 8.0, 4.0  # epsilon rises, then falls, by these factors
 _TRIES = 4  # iterations within rounding of the solution, of which the best is kept
 _NEAR = 0.25  # a stage is done when its step is no longer than this
@@ -145,7 +145,8 @@ def anneal(
         final = eps <= epsilon
         better = final & (found.error < state.error)
         tries = state.tries + (final & (found.error <= floor))
-        hot = ~overshot & (distance > _FAR) & ~state.cooling & (eps < hottest)
+        far = (distance > _FAR) | (worst > _FAR * _TRUST)
+        hot = ~overshot & far & ~state.cooling & (eps < hottest)
         stage_done = ~overshot & ~final & ((distance <= _NEAR) | (found.error <= jnp.maximum(goal, floor)))
         stays = hot | stage_done
         cooler = jnp.maximum(eps / _COOLING, epsilon)
@@ -191,13 +192,13 @@ def solve(
     present = a > 0
     inverse_rho = jnp.zeros((), cost.dtype) if balanced else 1 / rho
 
-    def look(f: Array, eps: Array, memory: Any) -> Look:
+    def look(f: Array, eps: Array, g: Array) -> Look:
         tau = 1 / (1 + eps * inverse_rho)
-        kernel = (f[:, None] - cost) / eps
-        columns = kernel + log_a[:, None]
+        columns = exponent(cost, f, g) / eps + log_a[:, None]
         log_columns = jax.nn.logsumexp(columns, axis=0)
         v = jnp.exp(columns - log_columns)
-        rows = kernel - tau * log_columns + log_b
+        g = tau * (g - eps * log_columns)
+        rows = exponent(cost, f, g) / eps + log_b
         log_rows = jax.nn.logsumexp(rows, axis=1)
         u = jnp.exp(rows - log_rows[:, None])
         error = jnp.sum(jnp.abs(jnp.exp(log_a - f * inverse_rho) - jnp.exp(log_a + log_rows)))
@@ -205,14 +206,15 @@ def solve(
         unit = rounding(u * jnp.exp(log_a + log_rows)[:, None], cost, f, eps)
         merit = None
         if balanced:  # minus the dual objective, g eliminated
-            gain, price = eps * jnp.exp(log_b) * log_columns, jnp.where(present, a * f, 0)
-            merit = jnp.sum(gain) - jnp.sum(price), jnp.sum(jnp.abs(gain)) + jnp.sum(jnp.abs(price))
-        return Look(-f * inverse_rho - log_rows, error, matrix, unit, memory, merit)
+            worth = jnp.concatenate([jnp.where(present, a * f, 0), jnp.exp(log_b) * g])
+            merit = -jnp.sum(worth), jnp.sum(jnp.abs(worth))
+        return Look(-f * inverse_rho - log_rows, error, matrix, unit, g, merit)
 
     goal = 0.5 * tol  # room for the rounding of g, which the certificate sees
     scale = jnp.max(jnp.where(present[:, None] & (log_b > -jnp.inf), jnp.abs(cost), 0))
-    end = anneal(look, init, (), present, a if balanced else 0 * a, scale, epsilon, goal, max_iterations, scale)
-    g = transform(cost.T, log_a, end.x, epsilon, rho, balanced)
+    nothing = jnp.zeros_like(log_b)
+    end = anneal(look, init, nothing, present, a if balanced else 0 * a, scale, epsilon, goal, max_iterations, scale)
+    g = transform(cost.T, log_a, end.x, epsilon, rho, balanced, end.memory)
     f = jnp.where(present, end.x, transform(cost, log_b, g, epsilon, rho, balanced))
     return certified(cost, log_a, log_b, f, g, epsilon, rho, tol, end, balanced)
 
@@ -241,10 +243,13 @@ def certified(
     return Potentials(f, g, log_a, log_b, error, end.n_iterations, converged, ~converged & end.at_floor)
 
 
-def transform(cost: Array, log_b: Array, g: Array, epsilon: Array, rho: Array, balanced: bool) -> Float[Array, " K0"]:
-    """The f that is optimal for a given g: one half-step of Sinkhorn's iteration."""
+def transform(
+    cost: Array, log_b: Array, g: Array, epsilon: Array, rho: Array, balanced: bool, near: Array | None = None
+) -> Float[Array, " K0"]:
+    """The f that is optimal for a given g: one half-step of Sinkhorn's iteration. Rounded least when one is known that is `near`."""
+    near = jnp.zeros(len(cost), cost.dtype) if near is None else near
     tau = 1.0 if balanced else 1 / (1 + epsilon / rho)
-    return -epsilon * tau * jax.nn.logsumexp(log_b + (g - cost) / epsilon, axis=1)
+    return tau * (near - epsilon * jax.nn.logsumexp(log_b + exponent(cost, near, g) / epsilon, axis=1))
 
 
 def marginal_error(
@@ -263,9 +268,11 @@ def log_plan(cost: Array, log_a: Array, log_b: Array, f: Array, g: Array, epsilo
 
 
 def exponent(cost: Array, f: Array, g: Array) -> Float[Array, "K0 K1"]:
-    """f + g - C, the larger potential taken from the cost first: where mass moves, what is left is exact."""
+    """f + g - C, the smallest of the three added last: where mass moves the other two nearly cancel, and are exact."""
     f = f[:, None]
-    return jnp.where(jnp.abs(f) < jnp.abs(g), f - (cost - g), g - (cost - f))
+    size_f, size_g, size = jnp.abs(f), jnp.abs(g), jnp.abs(cost)
+    one_last = jnp.where(size_f < size_g, (g - cost) + f, (f - cost) + g)
+    return jnp.where(size < jnp.minimum(size_f, size_g), (f + g) - cost, one_last)
 
 
 def plan_matrix(cost: Array, a: Array, b: Array, f: Array, g: Array, epsilon: Array) -> Float[Array, "K0 K1"]:
