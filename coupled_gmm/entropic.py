@@ -169,7 +169,10 @@ def anneal(
     def unfinished(state: _State) -> Bool[Array, ""]:
         return ~state.done & (state.iteration < max_iterations)
 
-    init, zero, no = centred(init), jnp.zeros((), jnp.int32), jnp.asarray(False)
+    # Potentials several times as large as the costs are those of another problem, and farther away than zeros.
+    init = centred(init)
+    init = centred(jnp.where(jnp.abs(init) <= _FAR * scale, init, 0))
+    zero, no = jnp.zeros((), jnp.int32), jnp.asarray(False)
     infinite, trust = jnp.asarray(jnp.inf, init.dtype), jnp.asarray(_TRUST, init.dtype)
     start = _State(init, init, infinite, infinite, trust, init, infinite, epsilon, zero, zero, no, no, memory)
     end = jax.lax.while_loop(unfinished, iterate, start)
@@ -260,7 +263,8 @@ def marginal_error(
     # A mass of zero stays zero whatever its potential is, which may be too large for the exponential.
     rows = jnp.exp(log_a if balanced else log_a - f / rho)
     columns = jnp.exp(log_b if balanced else log_b - g / rho)
-    return jnp.sum(jnp.abs(plan.sum(1) - rows)) + jnp.sum(jnp.abs(plan.sum(0) - columns))
+    error = jnp.sum(jnp.abs(plan.sum(1) - rows)) + jnp.sum(jnp.abs(plan.sum(0) - columns))
+    return jnp.where(jnp.isnan(error), jnp.inf, error)  # no bound that it is compared with is met
 
 
 def log_plan(cost: Array, log_a: Array, log_b: Array, f: Array, g: Array, epsilon: Array) -> Float[Array, "K0 K1"]:
