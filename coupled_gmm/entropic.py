@@ -125,12 +125,12 @@ def anneal(
         x, eps = state.x, state.epsilon
         found = look(x, eps, state.memory)
         worst = longest(found.residual)
-        # Rounding of potentials and costs alone can leave an error of this size (measured, it is several times less).
-        floor = 2 * found.rounding
-        # The residual has that of the farthest component, whatever its mass.
-        coarse = 4 * eps_machine * scale / eps
+        # Rounding of potentials and costs alone can leave an error of this size (measured, it is several times less),
+        # in the residual that of the farthest component, whatever its mass.
+        coarse = 2 * eps_machine * scale / eps
+        floor = jnp.fmin(2 * found.rounding, coarse)
 
-        overshot, merit, most = worst > jnp.maximum(2 * state.worst, coarse), state.merit, 1
+        overshot, merit, most = worst > jnp.maximum(2 * state.worst, 2 * coarse), state.merit, 1
         if found.merit is not None:  # decides where it is more than rounding
             (merit, size), most = found.merit, jnp.inf
             rise, noise = merit - state.merit, 4 * eps_machine * size

@@ -58,9 +58,11 @@ class _Side:
         def newton(_, level):
             share = jnp.where(has, self.target / (level + height), 0)
             total = jnp.sum(share)
-            slope = jnp.sum(share / (level + height)) / total**2
+            slope = jnp.sum(share / total / ((level + height) * total))  # no square of a tiny target's reciprocal
             return jnp.clip(level + (1 - 1 / total) / slope, least, 1)
 
+        # The last level may be that of another component's least height, with quite another target.
+        level = jnp.clip(level, least, 1)
         level = jax.lax.fori_loop(0, steps, newton, level, unroll=steps == _LEVEL_STEPS)
         depth = level + height
         log_mass = jnp.where(has, jnp.log(jnp.where(has, self.target, 1) / depth), -jnp.inf)
@@ -130,9 +132,13 @@ def solve(
     )
     f, g = end.x[:k0], -end.x[k0:]
     (new_a, _, _), (new_b, _, _) = one.answer(f, end.memory[0], 8), other.answer(g, end.memory[1], 8)
-    f = jnp.where(one.present, f - epsilon * _difference(new_a, log_a), 0)
-    g = jnp.where(other.present, g - epsilon * _difference(new_b, log_b), 0)
     infinite = jnp.asarray(jnp.inf, cost.dtype)
+    # Centred by the new masses, and g once more from f: they are rounded no more than they need be.
+    f = jnp.where(one.present, f - epsilon * _difference(new_a, log_a), 0)
+    shift = jnp.exp(new_a) @ f
+    f = jnp.where(one.present, f - shift, 0)
+    near = g - epsilon * _difference(new_b, log_b) + shift
+    g = jnp.where(other.present, entropic.transform(cost.T, new_a, f, epsilon, infinite, True, near), 0)
     return entropic.certified(cost, new_a, new_b, f, g, epsilon, infinite, tol, end, True)
 
 
