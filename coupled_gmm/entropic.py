@@ -249,7 +249,7 @@ def certified(
 def transform(
     cost: Array, log_b: Array, g: Array, epsilon: Array, rho: Array, balanced: bool, near: Array | None = None
 ) -> Float[Array, " K0"]:
-    """The f that is optimal for a given g: one half-step of Sinkhorn's iteration. Rounded least when one is known that is `near`."""
+    """The f that is optimal for a given g: a half-step of Sinkhorn's iteration. Rounded least about one that is `near`."""
     near = jnp.zeros(len(cost), cost.dtype) if near is None else near
     tau = 1.0 if balanced else 1 / (1 + epsilon / rho)
     return tau * (near - epsilon * jax.nn.logsumexp(log_b + exponent(cost, near, g) / epsilon, axis=1))

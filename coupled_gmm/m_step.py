@@ -360,7 +360,9 @@ def m_step(
             log_weights,
             now.solves_masses & finite,  # where that fails, weights are searched for like the rest
             # The first evaluation counts whatever it finds: it is where the fit is.
-            jnp.where(accepted | (now.n == 0), jnp.maximum(now.marginal_error, found.marginal_error), now.marginal_error),
+            jnp.where(
+                accepted | (now.n == 0), jnp.maximum(now.marginal_error, found.marginal_error), now.marginal_error
+            ),
             now.n + 1,
         )
 
