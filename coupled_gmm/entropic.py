@@ -37,7 +37,7 @@ from coupled_gmm import matrices
 from coupled_gmm.tree import pytree
 
 _TRUST = 8.0  # the step's first bound, in units of epsilon
-_FAR = 4.0  # a step longer than this is limited by the bound, not by the distance to the solution
+_FAR = 4.0  # a step longer than this is limited by the bound, not by the distance to the solution; so is any at this many bounds
 _HEATING, _COOLING = 8.0, 4.0  # epsilon rises, then falls, by these factors
 _TRIES = 4  # iterations within rounding of the solution, of which the best is kept
 _NEAR = 0.25  # a stage is done when its step is no longer than this
@@ -68,6 +68,7 @@ class Look(NamedTuple):
     residual: Float[Array, " n"]
     error: Float[Array, ""]
     matrix: Float[Array, "n n"]
+    rounding: Float[Array, ""]  # that of the error: a unit of rounding of the exponents, where the mass is
     memory: Any = ()  # carried to the next look
     merit: Any = None  # a convex function that the solution minimises, and the sum of its terms' sizes
 
@@ -119,14 +120,20 @@ def anneal(
     def longest(step: Array) -> Float[Array, ""]:
         return jnp.max(jnp.where(present, jnp.abs(step), 0))
 
+    def centred(x: Array) -> Array:
+        """Without the common shift that is free: potentials larger than they need be are rounded as coarsely."""
+        return x - jnp.sum(jnp.where(centre > 0, centre * x, 0))
+
     def iterate(state: _State) -> _State:
         x, eps = state.x, state.epsilon
         found = look(x, eps, state.memory)
         worst = longest(found.residual)
-        # Rounding of potentials and costs alone can leave an error of this size (measured, it is several times less).
-        floor = 2 * eps_machine * scale / eps
+        # Rounding of potentials and costs alone can leave an error of this size (measured, it is several times less),
+        # in the residual that of the farthest component, whatever its mass.
+        coarse = 2 * eps_machine * scale / eps
+        floor = jnp.fmin(2 * found.rounding, coarse)
 
-        overshot, merit, most = worst > jnp.maximum(2 * state.worst, 2 * floor), state.merit, 1
+        overshot, merit, most = worst > jnp.maximum(2 * state.worst, 2 * coarse), state.merit, 1
         if found.merit is not None:  # decides where it is more than rounding
             (merit, size), most = found.merit, jnp.inf
             rise, noise = merit - state.merit, 4 * eps_machine * size
@@ -135,18 +142,19 @@ def anneal(
         trust = state.trust * jnp.where(overshot, 0.5, jnp.where(wider, 2, 1))
         damping = jnp.clip(worst / trust, 10 * eps_machine, most)
         step = matrices.solve_dominant(found.matrix + damping * jnp.eye(len(x), dtype=x.dtype), found.residual)
-        step = step - jnp.sum(centre * step)
+        step = centred(step)
         distance = longest(step)
 
         final = eps <= epsilon
         better = final & (found.error < state.error)
         tries = state.tries + (final & (found.error <= floor))
-        hot = ~overshot & (distance > _FAR) & ~state.cooling & (eps < hottest)
+        far = (distance > _FAR) | (worst > _FAR * _TRUST)
+        hot = ~overshot & far & ~state.cooling & (eps < hottest)
         stage_done = ~overshot & ~final & ((distance <= _NEAR) | (found.error <= jnp.maximum(goal, floor)))
         stays = hot | stage_done
         cooler = jnp.maximum(eps / _COOLING, epsilon)
         return _State(
-            x=jnp.where(overshot, 0.5 * (x + state.last), jnp.where(stays, x, x + eps * step)),
+            x=centred(jnp.where(overshot, 0.5 * (x + state.last), jnp.where(stays, x, x + eps * step))),
             last=jnp.where(overshot, state.last, x),
             worst=jnp.where(overshot, state.worst, jnp.where(stays, jnp.inf, worst)),
             merit=jnp.where(overshot, state.merit, jnp.where(stays, jnp.inf, merit)),
@@ -164,6 +172,9 @@ def anneal(
     def unfinished(state: _State) -> Bool[Array, ""]:
         return ~state.done & (state.iteration < max_iterations)
 
+    # Potentials several times as large as the costs are those of another problem, and farther away than zeros.
+    init = centred(init)
+    init = centred(jnp.where(jnp.abs(init) <= _FAR * scale, init, 0))
     zero, no = jnp.zeros((), jnp.int32), jnp.asarray(False)
     infinite, trust = jnp.asarray(jnp.inf, init.dtype), jnp.asarray(_TRUST, init.dtype)
     start = _State(init, init, infinite, infinite, trust, init, infinite, epsilon, zero, zero, no, no, memory)
@@ -188,30 +199,39 @@ def solve(
     present = a > 0
     inverse_rho0, inverse_rho1 = inverse_prices(rho, balanced)
 
-    def look(f: Array, eps: Array, memory: Any) -> Look:
+    def look(f: Array, eps: Array, g: Array) -> Look:
         tau = 1 / (1 + eps * inverse_rho1)
-        kernel = (f[:, None] - cost) / eps
-        columns = kernel + log_a[:, None]
+        columns = exponent(cost, f, g) / eps + log_a[:, None]
         log_columns = jax.nn.logsumexp(columns, axis=0)
         v = jnp.exp(columns - log_columns)
-        rows = kernel - tau * log_columns + log_b
+        g = tau * (g - eps * log_columns)
+        rows = exponent(cost, f, g) / eps + log_b
         log_rows = jax.nn.logsumexp(rows, axis=1)
         u = jnp.exp(rows - log_rows[:, None])
         log_all = 0 if balanced else jax.nn.logsumexp(log_a + log_rows)
-        error = jnp.sum(jnp.abs(jnp.exp(log_a - f * inverse_rho0 - log_all) - jnp.exp(log_a + log_rows - log_all)))
+        flow = jnp.exp(log_a + log_rows - log_all)
+        error = jnp.sum(jnp.abs(jnp.exp(log_a - f * inverse_rho0 - log_all) - flow))
         matrix = (1 + eps * inverse_rho0) * jnp.eye(len(a), dtype=cost.dtype) - tau * u @ v.T
+        unit = rounding(u * flow[:, None], cost, f, eps)
         merit = None
         if balanced:  # minus the dual objective, g eliminated
-            gain, price = eps * jnp.exp(log_b) * log_columns, jnp.where(present, a * f, 0)
-            merit = jnp.sum(gain) - jnp.sum(price), jnp.sum(jnp.abs(gain)) + jnp.sum(jnp.abs(price))
-        return Look(-f * inverse_rho0 - log_rows, error, matrix, memory, merit)
+            worth = jnp.concatenate([jnp.where(present, a * f, 0), jnp.exp(log_b) * g])
+            merit = -jnp.sum(worth), jnp.sum(jnp.abs(worth))
+        return Look(-f * inverse_rho0 - log_rows, error, matrix, unit, g, merit)
 
     goal = 0.5 * tol  # room for the rounding of g, which the certificate sees
     scale = jnp.max(jnp.where(present[:, None] & (log_b > -jnp.inf), jnp.abs(cost), 0))
-    end = anneal(look, init, (), present, a if balanced else 0 * a, scale, epsilon, goal, max_iterations, scale)
-    g = transform(cost.T, log_a, end.x, epsilon, inverse_rho1)
+    nothing = jnp.zeros_like(log_b)
+    end = anneal(look, init, nothing, present, a if balanced else 0 * a, scale, epsilon, goal, max_iterations, scale)
+    g = transform(cost.T, log_a, end.x, epsilon, inverse_rho1, end.memory)
     f = jnp.where(present, end.x, transform(cost, log_b, g, epsilon, inverse_rho0))
     return certified(cost, log_a, log_b, f, g, epsilon, rho, tol, end, balanced)
+
+
+def rounding(plan: Array, cost: Array, f: Array, epsilon: Array) -> Float[Array, ""]:
+    """What a unit of rounding of costs and potentials is worth in the plan's marginals: far costs that no mass pays are nothing."""
+    sizes = jnp.where(plan > 0, plan * (jnp.abs(cost) + jnp.abs(f)[:, None]), 0)
+    return jnp.finfo(cost.dtype).eps * jnp.sum(sizes) / epsilon
 
 
 def certified(
@@ -243,9 +263,16 @@ def inverse_prices(rho: Array, balanced: bool) -> tuple[Float[Array, ""], Float[
     return (zero, zero) if balanced else prices(1 / rho)
 
 
-def transform(cost: Array, log_b: Array, g: Array, epsilon: Array, inverse_rho: Array) -> Float[Array, " K0"]:
-    """The f that is optimal for a given g, at its own side's price: one half-step of Sinkhorn's iteration."""
-    return -epsilon / (1 + epsilon * inverse_rho) * jax.nn.logsumexp(log_b + (g - cost) / epsilon, axis=1)
+def transform(
+    cost: Array, log_b: Array, g: Array, epsilon: Array, inverse_rho: Array, near: Array | None = None
+) -> Float[Array, " K0"]:
+    """The f that is optimal for a given g, at its own side's price: a half-step of Sinkhorn's iteration.
+
+    Rounded least about one that is `near`.
+    """
+    near = jnp.zeros(len(cost), cost.dtype) if near is None else near
+    total = jax.nn.logsumexp(log_b + exponent(cost, near, g) / epsilon, axis=1)
+    return (near - epsilon * total) / (1 + epsilon * inverse_rho)
 
 
 def marginal_error(
@@ -266,11 +293,20 @@ def missed(
     plan = jnp.exp(matrix - log_all)
     # A mass of zero stays zero whatever its potential is, which may be too large for the exponential.
     rows, columns = jnp.exp(log_a - f * inverse_rho0 - log_all), jnp.exp(log_b - g * inverse_rho1 - log_all)
-    return jnp.sum(jnp.abs(plan.sum(1) - rows)) + jnp.sum(jnp.abs(plan.sum(0) - columns)), log_all
+    part = jnp.sum(jnp.abs(plan.sum(1) - rows)) + jnp.sum(jnp.abs(plan.sum(0) - columns))
+    return jnp.where(jnp.isnan(part), jnp.inf, part), log_all  # no bound that it is compared with is met
 
 
 def log_plan(cost: Array, log_a: Array, log_b: Array, f: Array, g: Array, epsilon: Array) -> Float[Array, "K0 K1"]:
-    return log_a[:, None] + log_b + (f[:, None] + g - cost) / epsilon
+    return log_a[:, None] + log_b + exponent(cost, f, g) / epsilon
+
+
+def exponent(cost: Array, f: Array, g: Array) -> Float[Array, "K0 K1"]:
+    """f + g - C, the smallest of the three added last: where mass moves the other two nearly cancel, and are exact."""
+    f = f[:, None]
+    size_f, size_g, size = jnp.abs(f), jnp.abs(g), jnp.abs(cost)
+    one_last = jnp.where(size_f < size_g, (g - cost) + f, (f - cost) + g)
+    return jnp.where(size < jnp.minimum(size_f, size_g), (f + g) - cost, one_last)
 
 
 def plan_matrix(cost: Array, a: Array, b: Array, f: Array, g: Array, epsilon: Array) -> Float[Array, "K0 K1"]:
@@ -278,7 +314,7 @@ def plan_matrix(cost: Array, a: Array, b: Array, f: Array, g: Array, epsilon: Ar
 
     At such a mass potentials may be so large that the exponential must be kept finite, so that it vanishes in the product.
     """
-    return a[:, None] * b * jnp.exp(jnp.minimum((f[:, None] + g - cost) / epsilon, _largest(cost)))
+    return a[:, None] * b * jnp.exp(jnp.minimum(exponent(cost, f, g) / epsilon, _largest(cost)))
 
 
 def _largest(x: Array) -> Array:
@@ -350,7 +386,7 @@ def _implicit_jvp(balanced: bool, primals: tuple, tangents: tuple) -> tuple[tupl
 
     def kernels(cost: Array, epsilon: Array, inverse_rho: tuple[Array, Array]) -> tuple[Array, Array]:
         """P / (a b^T) over the row sums, and over the column sums, that are wanted."""
-        log_kernel = (f[:, None] + g - cost) / epsilon
+        log_kernel = exponent(cost, f, g) / epsilon
         by_row, by_column = log_kernel + (f * inverse_rho[0])[:, None], log_kernel + g * inverse_rho[1]
         return jnp.exp(jnp.minimum(by_row, _largest(cost))), jnp.exp(jnp.minimum(by_column, _largest(cost)))
 

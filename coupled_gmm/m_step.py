@@ -393,6 +393,7 @@ def m_step(
             finite &= (now.n == 0) | (found.marginal_error <= MISSED)
             value = jnp.where(finite, value, jnp.inf)
         search = optimiser.update(now.search, value, gradient)
+        accepted = search.accepted & finite
 
         def choose(condition: Array, new: Any, old: Any) -> Any:
             return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
@@ -400,14 +401,17 @@ def m_step(
         log_weights = now.log_weights
         if may_solve:
             solved = _solved_log_weights(found.potentials)
-            log_weights = choose(search.accepted & finite & now.solves_masses, solved, log_weights)
+            log_weights = choose(accepted & now.solves_masses, solved, log_weights)
         return _Progress(
             search,
             choose(now.n == 0, found, now.initial),
-            choose(finite, found.potentials, now.potentials),
+            choose(accepted, found.potentials, now.potentials),
             log_weights,
             now.solves_masses & finite,  # where that fails, weights are searched for like the rest
-            jnp.where(finite, jnp.maximum(now.marginal_error, found.marginal_error), now.marginal_error),
+            # The first evaluation counts whatever it finds: it is where the fit is.
+            jnp.where(
+                accepted | (now.n == 0), jnp.maximum(now.marginal_error, found.marginal_error), now.marginal_error
+            ),
             jnp.where(now.n == 0, coordinates.promise(gradient), now.ahead),
             now.moved | ((now.n > 0) & search.accepted),
             now.n + 1,

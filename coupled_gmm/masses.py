@@ -58,9 +58,11 @@ class _Side:
         def newton(_, level):
             share = jnp.where(has, self.target / (level + height), 0)
             total = jnp.sum(share)
-            slope = jnp.sum(share / (level + height)) / total**2
+            slope = jnp.sum(share / total / ((level + height) * total))  # no square of a tiny target's reciprocal
             return jnp.clip(level + (1 - 1 / total) / slope, least, 1)
 
+        # The last level may be that of another component's least height, with quite another target.
+        level = jnp.clip(level, least, 1)
         level = jax.lax.fori_loop(0, steps, newton, level, unroll=steps == _LEVEL_STEPS)
         depth = level + height
         log_mass = jnp.where(has, jnp.log(jnp.where(has, self.target, 1) / depth), -jnp.inf)
@@ -101,7 +103,7 @@ def solve(
         f, g = x[:k0], -x[k0:]
         wanted_a, slope_a, level_a = one.answer(f, levels[0], _LEVEL_STEPS)
         wanted_b, slope_b, level_b = other.answer(g, levels[1], _LEVEL_STEPS)
-        log_plan = log_a[:, None] + log_b + (f[:, None] + g - cost) / eps
+        log_plan = entropic.log_plan(cost, log_a, log_b, f, g, eps)
         log_rows, log_columns = jax.nn.logsumexp(log_plan, axis=1), jax.nn.logsumexp(log_plan, axis=0)
         u = jnp.exp(log_plan - jnp.where(one.present, log_rows, 0)[:, None])
         v = jnp.exp(log_plan - jnp.where(other.present, log_columns, 0)).T
@@ -115,7 +117,8 @@ def solve(
         )
         merit = jnp.concatenate([one.worth(f, wanted_a), other.worth(g, wanted_b), eps * jnp.exp(log_rows)])
         merit = jnp.sum(merit), jnp.sum(jnp.abs(merit))
-        return Look(jnp.concatenate([residual_a, -residual_b]), error, matrix, (level_a, level_b), merit)
+        rounding = entropic.rounding(jnp.exp(log_plan), cost, f, eps)
+        return Look(jnp.concatenate([residual_a, -residual_b]), error, matrix, rounding, (level_a, level_b), merit)
 
     unit = jnp.ones((), cost.dtype)
     present = jnp.concatenate([one.present & jnp.isfinite(log_a), other.present & jnp.isfinite(log_b)])
@@ -129,9 +132,13 @@ def solve(
     )
     f, g = end.x[:k0], -end.x[k0:]
     (new_a, _, _), (new_b, _, _) = one.answer(f, end.memory[0], 8), other.answer(g, end.memory[1], 8)
-    f = jnp.where(one.present, f - epsilon * _difference(new_a, log_a), 0)
-    g = jnp.where(other.present, g - epsilon * _difference(new_b, log_b), 0)
     infinite = jnp.asarray(jnp.inf, cost.dtype)
+    # Centred by the new masses, and g once more from f: they are rounded no more than they need be.
+    f = jnp.where(one.present, f - epsilon * _difference(new_a, log_a), 0)
+    shift = jnp.exp(new_a) @ f
+    f = jnp.where(one.present, f - shift, 0)
+    near = g - epsilon * _difference(new_b, log_b) + shift
+    g = jnp.where(other.present, entropic.transform(cost.T, new_a, f, epsilon, jnp.zeros_like(epsilon), near), 0)
     return entropic.certified(cost, new_a, new_b, f, g, epsilon, infinite, tol, end, True)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from coupled_gmm import masses
+from coupled_gmm import entropic, masses
 from coupled_gmm.masses import Response
 
 solve = jax.jit(masses.solve, static_argnums=6)
@@ -172,3 +172,49 @@ def test_components_that_no_cloud_asks_for_give_up_their_mass(x64):
     assert ends.converged.all()
     np.testing.assert_array_equal(np.exp(ends.log_b[:, [1, 7]]), 0)
     np.testing.assert_allclose(np.exp(ends.log_b).sum(1), 1, rtol=1e-5)
+
+
+def test_levels_of_tiny_targets_are_finite(precision):
+    """The last level may be another component's, of a target whose reciprocal has no square."""
+    response = Response(
+        (jnp.asarray([0.98, 0.02, 2e-29]), jnp.ones(1)), (jnp.asarray(0.1),) * 2, (jnp.asarray(True),) * 2
+    )
+    side = masses._Side(response, 0, jnp.zeros(3))
+    for potential in ([0.0, 3.0, 5.0], [5.0, 0.0, 0.0], [1.0, 2.0, 0.0]):
+        for level in (2e-29, 1e-10, 1.0):
+            log_mass, slope, _ = side.answer(jnp.asarray(potential), jnp.asarray(level), 40)
+            assert np.isfinite(np.asarray(slope)).all()
+            np.testing.assert_allclose(np.exp(log_mass).sum(), 1, rtol=1e-4, err_msg=f"{potential} {level}")
+
+
+def chain_problem():
+    """Costs of a chain's edge whose masses agree badly, with the potentials of the step before."""
+    cost = [[0.053, 66.146, 152.085], [62.381, 0.086, 21.817], [168.296, 27.346, 0.831]]
+    a, b = np.array([0.38164, 0.27109, 0.34727]), np.array([0.22096, 0.34571, 0.43333])
+    return np.array(cost), a / a.sum(), b / b.sum(), np.array([62.656, -76.157, -103.875])
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e3, -1e5])
+def test_warm_starts_are_as_good_as_cold_ones_in_float32(shift):
+    """Neither a common shift of the potentials nor a distance that bounded steps would have to crawl is carried on."""
+    cost, a, b, warm = chain_problem()
+    arrays = [jnp.asarray(v, jnp.float32) for v in (cost, np.log(a), np.log(b), 0.1, np.inf)]
+    run = jax.jit(entropic.solve, static_argnums=(7, 8))
+    ends = [
+        run(*arrays, jnp.asarray(init, jnp.float32), jnp.float32(7e-5), 200, True) for init in (0 * warm, warm + shift)
+    ]
+    for end in ends:
+        assert end.marginal_error < 2e-4, end.marginal_error
+        assert end.n_iterations < 100
+        # The certificate, in NumPy float64 from the potentials as they are.
+        f, g = np.asarray(end.f, float), np.asarray(end.g, float)
+        plan = np.outer(a, b) * np.exp((f[:, None] + g - cost) / 0.1)
+        assert abs(plan.sum(1) - a).sum() + abs(plan.sum(0) - b).sum() < 3e-4
+
+
+def test_a_plan_of_nan_meets_no_bound():
+    zeros, one = jnp.zeros(2), jnp.asarray(1.0)
+    cost = jnp.asarray([[0.0, jnp.nan], [1.0, 0.0]])
+    end = entropic.solve(cost, zeros - 0.7, zeros - 0.7, one, one, zeros, one, 10, True)
+    assert np.isinf(end.marginal_error)
+    assert not end.converged
