@@ -196,6 +196,7 @@ def _optimise(
     optimizer = settings.optimizer if settings.built else settings.optimizer(step_size)
     scale = jnp.sqrt(jnp.mean(jnp.diagonal(source.covariances, axis1=1, axis2=2), axis=0))
     scale = jnp.where(scale > 0, scale, jnp.where(jnp.any(scale > 0), jnp.max(scale), 1))
+    units = scale[:, None] * scale
     present = source.weights > 0
 
     def mixture(parameters: tuple) -> GaussianMixture:
@@ -220,7 +221,7 @@ def _optimise(
         moves: Any = updates  # optax's type hides that it is a tuple
         means, covariances, logits = (old + move for old, move in zip(parameters, moves, strict=True))
         means = means + (mean_rate - 1) * moves[0]
-        parameters = means, _definite(covariances, scale), logits
+        parameters = means, _definite(covariances / units, _FLOOR) * units, logits
         return (parameters, state, plans.memory), (mixture(parameters), plans.objective, plans.solved)
 
     logits = jnp.where(present, jnp.log(jnp.where(present, source.weights, 1)), 0)
@@ -233,16 +234,15 @@ def _optimise(
     return path, jnp.append(losses, plans.objective), jnp.all(solved) & plans.solved
 
 
-def _definite(covariances: Float[Array, "n d d"], scale: Float[Array, " d"]) -> Float[Array, "n d d"]:
-    """The nearest matrices, in units of a scale for each feature, with no eigenvalue under a floor.
+def _definite(covariances: Float[Array, "n d d"], floor: Array | float) -> Float[Array, "n d d"]:
+    """The nearest matrices with no eigenvalue under a floor: of X = S - floor, the positive part (X + |X|) / 2.
 
-    Of X = S - floor, the positive part (X + |X|) / 2. |X| is U^T X with the polar factor U, so no eigenvectors are needed.
+    |X| is U^T X with the polar factor U, so no eigenvectors are needed.
     """
     identity = jnp.eye(covariances.shape[-1], dtype=covariances.dtype)
-    units = scale[:, None] * scale
-    rest = 0.5 * (covariances + matrices.transpose(covariances)) / units - _FLOOR * identity
+    rest = 0.5 * (covariances + matrices.transpose(covariances)) - floor * identity
     factor = bures.polar(rest, jnp.zeros(len(rest), rest.dtype))
     positive = 0.5 * (rest + matrices.transpose(factor) @ rest)
-    positive = 0.5 * (positive + matrices.transpose(positive)) + _FLOOR * identity
+    positive = 0.5 * (positive + matrices.transpose(positive)) + floor * identity
     definite = jnp.all(jnp.diagonal(matrices.cholesky(rest), axis1=-2, axis2=-1) > 0, axis=-1)
-    return jnp.where(definite[:, None, None], covariances, positive * units)
+    return jnp.where(definite[:, None, None], covariances, positive)
