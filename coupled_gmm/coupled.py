@@ -230,10 +230,10 @@ def _status(
     status = jnp.where(met, Status.CONVERGED, jnp.where(carry.step >= settings.em_steps, out_of_steps, _RUNNING))
     status = jnp.where(asked & still & ~met & ~carry.moved, Status.STALLED, status)
     status = jnp.where(fell, jnp.where(asked, Status.PRECISION, Status.STEPS_DONE), status)
-    missed = jnp.fmax(jnp.nanmax(carry.history.marginal_error, initial=0), moved.marginal_error) > m_step.MISSED
-    status = jnp.where((status != _RUNNING) & missed, Status.PLAN_NOT_CONVERGED, status)
     collapsed = fell & (gain < -_FALL * (1 + jnp.abs(value)))
     status = jnp.where(collapsed, Status.COLLAPSED, status)
+    missed = jnp.fmax(jnp.nanmax(carry.history.marginal_error, initial=0), moved.marginal_error) > m_step.MISSED
+    status = jnp.where((status != _RUNNING) & missed, Status.PLAN_NOT_CONVERGED, status)
     return jnp.where(jnp.isfinite(value), status, Status.NOT_FINITE)
 
 
@@ -241,11 +241,11 @@ def _checked(
     status: Array, problem: MixtureGraph, nodes: GaussianMixture, factors: Array, has_cloud: Array
 ) -> Int[Array, ""]:
     """The status after a look at the mixtures: a component that was starved, or has no density in this precision."""
-    done = (status == Status.CONVERGED) | (status == Status.STEPS_DONE)
-    fitted = has_cloud & ~problem.frozen
+    converged, fitted = status == Status.CONVERGED, has_cloud & ~problem.frozen
+    done = converged | (status == Status.STEPS_DONE)
     if not problem.n_edges:
         starved = jnp.any((nodes.weights == 0) & (problem.nodes.weights > 0), axis=-1)
-        status = jnp.where(done & jnp.any(starved & fitted), Status.STARVED, status)
+        status = jnp.where(converged & jnp.any(starved & fitted), Status.STARVED, status)
     # The pivots that `matrices.cholesky` will meet, and what it takes for zero, with room for rounding.
     pivots = jnp.diagonal(factors, axis1=-2, axis2=-1) ** 2
     least = 8 * jnp.finfo(pivots.dtype).eps * jnp.sum(factors**2, axis=-1) + jnp.finfo(pivots.dtype).tiny
