@@ -11,6 +11,7 @@ averaging covariances ("euclidean"); F may then rise. Weights, where they are le
 programme.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from coupled_gmm import bures, checks, matrices, star
 from coupled_gmm.host import on_host
-from coupled_gmm.mixture import GaussianMixture, padded
+from coupled_gmm.mixture import GaussianMixture, about_one_point, alike, moved_back, padded
 from coupled_gmm.result import Outcome, Status
 from coupled_gmm.star import Free, Plans, Star
 from coupled_gmm.tree import pytree, taken
@@ -90,7 +91,9 @@ def barycenter(
         raise ValueError("learn_weights: needs exact plans; drop method='entropic', or keep the weights")
     tol = checks.scalar("tol", tol, at_least=0)
     settings = _Settings(method, projection, bool(learn_weights), checks.integer("max_steps", max_steps, 1))
-    return _barycenter(gmms, starts, coefficients, epsilon, tol, settings)
+    (*gmms, starts), centre = about_one_point(*gmms, starts)
+    fit = _barycenter(gmms, starts, coefficients, epsilon, tol, settings)
+    return dataclasses.replace(fit, gmm=moved_back(fit.gmm, centre))
 
 
 def reduced(gmm: GaussianMixture, starts: GaussianMixture, max_steps: int, tol: Any) -> BarycenterFit:
@@ -111,7 +114,7 @@ def _check_starts(init: Any, n_features: int) -> GaussianMixture:
         if gmm.n_features != n_features:
             raise ValueError(f"{name}: has {gmm.n_features} features, and the mixtures have {n_features}")
     size = max(gmm.n_components for gmm in starts)
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(padded(gmm, size) for gmm in starts))
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(padded(gmm, size) for gmm in alike(starts)))
 
 
 class _Settings(NamedTuple):

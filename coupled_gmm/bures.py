@@ -246,7 +246,7 @@ def bures_cost_matrix(gmm0: GaussianMixture, gmm1: GaussianMixture) -> Float[Arr
     checks.instance("gmm0", gmm0, GaussianMixture)
     checks.instance("gmm1", gmm1, GaussianMixture)
     same_features(gmm0, gmm1)
-    gmm0, gmm1 = about_one_point(gmm0, gmm1)
+    (gmm0, gmm1), _ = about_one_point(gmm0, gmm1)
     return _pairwise_cost(gmm0.means, gmm0.cholesky, gmm1.means, gmm1.cholesky)
 
 

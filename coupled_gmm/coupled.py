@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from coupled_gmm import checks, entropic, frame, m_step, matrices, report, solvers, statistics
+from coupled_gmm.expansions import two_sum
 from coupled_gmm.frame import Settled, Sight
 from coupled_gmm.graph import MixtureGraph
 from coupled_gmm.mixture import GaussianMixture
@@ -202,9 +203,7 @@ def _arrived(
     before: _Place, found: statistics.Statistics, moved: m_step.MStep, graph: MixtureGraph
 ) -> tuple[_Place, Array]:
     """The place that was looked at, and what J has gained on the way to it, to less than a rounding unit of J."""
-    penalized = before.penalized + found.penalized
-    seen = penalized - before.penalized
-    rest = (before.penalized - (penalized - seen)) + (found.penalized - seen)  # without error (Knuth)
+    penalized, rest = two_sum(before.penalized, found.penalized)
     log_likelihoods, terms = before.penalized + found.log_likelihood, moved.initial
     value = graph.node_weights @ penalized - graph.edge_weights @ terms.transport
     gain = graph.node_weights @ (found.penalized - before.rest)

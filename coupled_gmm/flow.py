@@ -12,6 +12,7 @@ With an optax optimiser the parameters are means, covariances (projected back to
 as in POT's example of a flow.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from coupled_gmm import bures, checks, matrices, star
-from coupled_gmm.mixture import GaussianMixture
+from coupled_gmm.mixture import GaussianMixture, about_one_point, moved_back
 from coupled_gmm.result import Outcome, Status
 from coupled_gmm.star import Free, Plans, Star
 from coupled_gmm.tree import new, pytree, taken
@@ -98,7 +99,9 @@ def flow(
         checks.scalar("mean_rate", mean_rate, above=0),
     )
     settings = _Settings(checks.integer("steps", steps, 1), optimizer, built, method)
-    return _flow(source, targets, coefficients, epsilon, rates, settings)
+    (source, *targets), centre = about_one_point(source, *targets)
+    fit = _flow(source, targets, coefficients, epsilon, rates, settings)
+    return dataclasses.replace(fit, gmm=moved_back(fit.gmm, centre), path=moved_back(fit.path, centre))
 
 
 class _Settings(NamedTuple):

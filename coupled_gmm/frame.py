@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from coupled_gmm import checks, matrices
+from coupled_gmm.expansions import two_sum
 from coupled_gmm.mixture import GaussianMixture
 from coupled_gmm.statistics import Parameters
 from coupled_gmm.tree import new, pytree, static
@@ -57,17 +58,13 @@ class Frame:
 
     def mixture(self, parameters: Parameters, far: bool) -> GaussianMixture:
         """Parameters as mixtures in data units, with remainders where the frame is far from 0."""
-        offsets = self.unit * parameters.means
-        means = self.origin + offsets
-        # What the sum rounds away, without error (Knuth): both terms are read off the sum.
-        seen = means - self.origin
-        lost = (self.origin - (means - seen)) + (offsets - seen) + self.remainder
+        means, lost = two_sum(self.origin, self.unit * parameters.means)
         return new(
             GaussianMixture,
             means=means,
             covariances=matrices.gram(self.unit * parameters.factors),
             weights=jnp.exp(parameters.log_weights),
-            remainders=lost if far else None,
+            remainders=lost + self.remainder if far else None,
         )
 
 

@@ -136,6 +136,7 @@ def to_pot(
         raise TypeError("gmm: is traced, and NumPy needs numbers; convert outside of jit, vmap and grad")
     _check_single("gmm", gmm)
     means, covariances, weights = (np.array(leaf, np.float64) for leaf in (gmm.means, gmm.covariances, gmm.weights))
+    means = means if gmm.remainders is None else means + np.asarray(gmm.remainders)
     return means, covariances, weights / weights.sum()  # to rounding in float32 is too far from 1 for the peers' checks
 
 

@@ -8,14 +8,16 @@ with the Cholesky factors of both and U from `bures.coupling`. Singular covarian
 goes with. See Delon & Desolneux (2020), sections 4.4 and 6.
 """
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from coupled_gmm import bures, checks, matrices
+from coupled_gmm import bures, checks, matrices, mixture
 from coupled_gmm.mixture import LOG_2PI, GaussianMixture
 from coupled_gmm.plan import Plan
 from coupled_gmm.tree import new
@@ -58,12 +60,24 @@ def map_points(
     """
     checks.instance("plan", plan, Plan)
     checks.choice("method", method, ("barycentric", "random"))
-    x = checks.points("x", x, plan.pair.n_features).astype(plan.pair.gmm0.dtype)
-    if method == "barycentric":
-        return _map_barycentric(plan, x)
-    if key is None:
+    if method == "random" and key is None:
         raise ValueError("key: method 'random' draws at random; pass a key such as jax.random.key(0)")
-    return _map_random(plan, x, checks.key("key", key))
+    near, (x,), centre = _about_one_point(plan, x=x)
+    images = _map_barycentric(near, x) if method == "barycentric" else _map_random(near, x, checks.key("key", key))
+    return images if centre is None else images + centre
+
+
+def _about_one_point(plan: Plan, **clouds: Any) -> tuple[Plan, list[Array], Array | None]:
+    """A plan and checked points moved together to where one float holds the means, and by how much; None is not at all."""
+    pair = plan.pair
+    (gmm0, gmm1), centre = mixture.about_one_point(pair.gmm0, pair.gmm1)
+    moved = []
+    for name, cloud in clouds.items():
+        x = checks.points(name, cloud, pair.n_features)
+        if centre is not None:
+            x = x - (np.asarray(centre, x.dtype) if checks.known(x, centre) else centre)
+        moved.append(checks.representable(name, x, pair.gmm0.dtype))
+    return dataclasses.replace(plan, pair=pair.replace(gmm0, gmm1)), moved, centre
 
 
 @jax.jit
@@ -194,7 +208,9 @@ def interpolate(plan: Plan, t: Any) -> GaussianMixture:
       TypeError, ValueError: not a plan; t out of range.
     """
     checks.instance("plan", plan, Plan)
-    return _interpolate(plan, checks.scalar("t", t, at_least=0, at_most=1).astype(plan.pair.gmm0.dtype))
+    t = checks.scalar("t", t, at_least=0, at_most=1).astype(plan.pair.gmm0.dtype)
+    near, _, centre = _about_one_point(plan)
+    return mixture.moved_back(_interpolate(near, t), centre)
 
 
 @jax.jit
@@ -234,10 +250,9 @@ def plan_density(plan: Plan, x: Any, y: Any, *, atol: Any) -> Float[Array, "n m"
         positive weight, and so no density.
     """
     checks.instance("plan", plan, Plan)
-    d = plan.pair.n_features
-    x, y = (checks.points(name, points, d).astype(plan.pair.gmm0.dtype) for name, points in (("x", x), ("y", y)))
+    near, (x, y), _ = _about_one_point(plan, x=x, y=y)
     plan.pair.gmm0.check_densities("plan.pair.gmm0")
-    return _plan_density(plan, x, y, checks.scalar("atol", atol, above=0))
+    return _plan_density(near, x, y, checks.scalar("atol", atol, above=0))
 
 
 @jax.jit

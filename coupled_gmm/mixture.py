@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from coupled_gmm import checks, matrices
+from coupled_gmm.expansions import two_sum
 from coupled_gmm.tree import Stackable, mapped, new, pytree, single
 
 LOG_2PI = math.log(2 * math.pi)
@@ -170,7 +171,7 @@ class GaussianMixture(Stackable):
     @matrices.precise
     def covariance(self) -> Float[Array, "d d"]:
         """Covariance of the whole mixture: within plus between components."""
-        (near,) = about_one_point(self)
+        (near,), _ = about_one_point(self)
         spread = near.means - near.mean()
         within = jnp.einsum("k,kij->ij", self.weights, self.covariances)
         return within + jnp.einsum("k,ki,kj->ij", self.weights, spread, spread)
@@ -205,9 +206,9 @@ class GaussianMixture(Stackable):
         cross = self.covariances[:, rest[:, None], given] @ matrices.transpose(whitening)
         whitened = jnp.einsum("kij,kj->ki", whitening, point - centres)
         weights = jnp.exp(observed.log_posterior(values[None])[0])
-        means = self.means[:, rest] + jnp.einsum("kij,kj->ki", cross, whitened)
+        means, lost = two_sum(self.means[:, rest], jnp.einsum("kij,kj->ki", cross, whitened))
         covariances = self.covariances[:, rest[:, None], rest] - cross @ matrices.transpose(cross)
-        remainders = None if self.remainders is None else self.remainders[:, rest]
+        remainders = None if self.remainders is None else self.remainders[:, rest] + lost
         return GaussianMixture(means, covariances, weights, remainders)
 
     def check_densities(self, name: str = "gmm") -> None:
@@ -260,13 +261,25 @@ def alike(gmms: Sequence[GaussianMixture]) -> list[GaussianMixture]:
     ]
 
 
-def about_one_point(*gmms: GaussianMixture) -> list[GaussianMixture]:
-    """The mixtures moved together to where one float holds their means: transport between them is the same there."""
+def about_one_point(*gmms: GaussianMixture) -> tuple[list[GaussianMixture], Float[Array, " d"] | None]:
+    """The mixtures moved together to where one float holds their means, and by how much: `moved_back` undoes it.
+
+    Transport between them is the same there. None where no mean has a remainder, and nothing moves.
+    """
     if all(gmm.remainders is None for gmm in gmms):
-        return list(gmms)
-    centre = gmms[0].means[jnp.argmax(gmms[0].weights)]
+        return list(gmms), None
+    first = jnp.argmax(gmms[0].weights, axis=-1)
+    centre = gmms[0].means.reshape(-1, gmms[0].n_features)[first.ravel()[0]]
     moved = [gmm.means - centre + (0 if gmm.remainders is None else gmm.remainders) for gmm in gmms]
-    return [dataclasses.replace(gmm, means=means, remainders=None) for gmm, means in zip(gmms, moved, strict=True)]
+    near = [dataclasses.replace(gmm, means=means, remainders=None) for gmm, means in zip(gmms, moved, strict=True)]
+    return near, centre
+
+
+def moved_back(gmm: GaussianMixture, centre: Float[Array, " d"] | None) -> GaussianMixture:
+    if centre is None:
+        return gmm
+    means, remainders = two_sum(centre, gmm.means)
+    return dataclasses.replace(gmm, means=means, remainders=remainders)
 
 
 def _remainders(given: Any, means: Array, covariances: Array) -> Array | None:
@@ -282,6 +295,7 @@ def _check_covariances(covariances: np.ndarray, eps: float) -> None:
     """Each entry in units of its own two features: beside a large one, nothing of a small one would be seen."""
     largest = np.maximum(np.abs(covariances).max(axis=(1, 2)), np.finfo(np.float64).tiny)
     variances = np.maximum(np.diagonal(covariances, axis1=1, axis2=2), eps**2 * largest[:, None])
+    variances = np.maximum(variances, np.finfo(np.float64).tiny)
     scaled = covariances / np.sqrt(variances)[:, :, None] / np.sqrt(variances)[:, None, :]
     asymmetry = np.abs(scaled - scaled.swapaxes(1, 2)).max(axis=(1, 2))
     if (asymmetry > max(1e-5, 100 * eps)).any():

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from coupled_gmm import bures, checks
-from coupled_gmm.mixture import GaussianMixture
+from coupled_gmm.mixture import GaussianMixture, about_one_point
 from coupled_gmm.tree import Stackable, mapped, new, pytree, single, static
 
 if TYPE_CHECKING:
@@ -118,8 +118,8 @@ class GaussianMixturePair(Stackable):
 
         from coupled_gmm.ott_cost import BuresCost
 
-        cost = BuresCost(self.n_features)
-        return pointcloud.PointCloud(bures.pack(self.gmm0), bures.pack(self.gmm1), cost_fn=cost, epsilon=self.epsilon)
+        cost, (gmms, _) = BuresCost(self.n_features), about_one_point(self.gmm0, self.gmm1)
+        return pointcloud.PointCloud(*map(bures.pack, gmms), cost_fn=cost, epsilon=self.epsilon)
 
     def replace(self, gmm0: GaussianMixture, gmm1: GaussianMixture) -> "GaussianMixturePair":
         """The same problem between two other mixtures."""
@@ -147,6 +147,7 @@ def _check(gmm0: GaussianMixture, gmm1: GaussianMixture, epsilon: Any) -> jax.Ar
 
 @jax.jit
 def _default_epsilon(gmm0: GaussianMixture, gmm1: GaussianMixture) -> jax.Array:
+    (gmm0, gmm1), _ = about_one_point(gmm0, gmm1)
     cost = bures.pairwise_cost(gmm0.means, gmm0.cholesky, gmm1.means, gmm1.cholesky)
     mean = gmm0.weights @ cost @ gmm1.weights
     # Two equal one-component mixtures cost nothing; their spread then sets the scale.

@@ -1,5 +1,6 @@
 """Fewer components: the mixture of a given size that is closest to a given one, the barycenter of one mixture."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -9,7 +10,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from coupled_gmm import bures, checks, matrices
 from coupled_gmm.barycenter import BarycenterFit, reduced
-from coupled_gmm.mixture import GaussianMixture
+from coupled_gmm.mixture import GaussianMixture, about_one_point, moved_back
 from coupled_gmm.tree import new
 
 
@@ -46,8 +47,9 @@ def reduce_gmm(
         raise ValueError(f"n_components: {n_components} are more than the mixture's {gmm.n_components}; ask for fewer")
     max_steps, tol = checks.integer("max_steps", max_steps, 1), checks.scalar("tol", tol, at_least=0)
     keys = jax.random.split(key, checks.integer("n_init", n_init, 1))
-    starts = _starts(keys, gmm, n_components)
-    return reduced(gmm, starts, max_steps, tol)
+    (gmm,), centre = about_one_point(gmm)
+    fit = reduced(gmm, _starts(keys, gmm, n_components), max_steps, tol)
+    return dataclasses.replace(fit, gmm=moved_back(fit.gmm, centre))
 
 
 @functools.partial(jax.jit, static_argnames="n_components")
