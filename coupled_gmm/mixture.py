@@ -5,8 +5,10 @@ and weights. Factors are derived when they are needed. A component of weight zer
 value or a gradient, whatever its other parameters are: mixtures of unequal size are padded with such components.
 """
 
+import contextlib
 import dataclasses
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +22,7 @@ from coupled_gmm.expansions import two_sum
 from coupled_gmm.tree import Stackable, mapped, new, pytree, single
 
 LOG_2PI = math.log(2 * math.pi)
+_MOST_ROUNDING = 0.03  # nats, of a log-density
 # Called outside of jit, a loop is compiled anew at every call.
 _cholesky, _invert_triangular = jax.jit(matrices.cholesky), jax.jit(matrices.invert_triangular)
 
@@ -110,6 +113,7 @@ class GaussianMixture(Stackable):
         """
         x, means = self.seen(checks.points("x", x, self.n_features))
         self.check_densities()
+        self._warn_of_rounding()
         factor = self.cholesky
         regular = jnp.all(jnp.diagonal(factor, axis1=-2, axis2=-1) > 0, axis=-1)
         # In place of a singular factor, which only an absent component may have: its logarithm's derivative is infinite.
@@ -221,6 +225,18 @@ class GaussianMixture(Stackable):
                     "add a small multiple of the identity to it, or drop the component"
                 )
 
+    def _warn_of_rounding(self) -> None:
+        """Say where covariances, as this precision rounds them, do not tell log-densities to two digits."""
+        if checks.known(self):
+            errors = _rounding_errors(np.asarray(self.covariances)) * (np.asarray(self.weights) > 0)
+            if (errors > _MOST_ROUNDING).any():
+                k = int(errors.argmax())
+                warnings.warn(
+                    f"component {k} is so thin in some direction that its log-densities are off by some {errors[k]:.1g} in "
+                    f"{self.dtype}; enable float64, or raise ridge",
+                    stacklevel=4,
+                )
+
     def _check_axes(self, axes: Sequence[int]) -> list[int]:
         index = np.asarray(axes)
         if index.ndim != 1 or (index.size and index.dtype.kind not in "iu"):
@@ -308,6 +324,19 @@ def _check_covariances(covariances: np.ndarray, eps: float) -> None:
             f"covariances: component {k} is indefinite (lowest eigenvalue {lowest[k]:.3g} of its correlations); "
             "clip its negative eigenvalues at zero"
         )
+
+
+def _rounding_errors(covariances: np.ndarray) -> np.ndarray:
+    r"""By how much rounding covariances changes log-densities: :math:`\frac{u}{2} \sum_{ij} |S^{-1}|_{ij} |S|_{ij}`, u half a unit."""
+    unit = 0.25 * np.finfo(covariances.dtype).eps
+    covariances = covariances.astype(np.float64)
+    deviations = np.sqrt(np.maximum(np.diagonal(covariances, axis1=1, axis2=2), np.finfo(np.float64).tiny))
+    scaled = covariances / deviations[:, :, None] / deviations[:, None]
+    errors = np.zeros(len(scaled))
+    for k, correlations in enumerate(scaled):
+        with contextlib.suppress(np.linalg.LinAlgError):
+            errors[k] = unit * np.abs(np.linalg.inv(correlations) * correlations).sum()
+    return errors
 
 
 def _singular(covariances: np.ndarray) -> np.ndarray:
