@@ -100,6 +100,7 @@ class _Place(NamedTuple):
     penalized: Float[Array, " V"]  # with the ridge's term
     rest: Float[Array, " V"]  # what rounding has left of these
     value: Float[Array, ""]
+    rise: Float[Array, ""]  # by which it was reached
 
 
 class _Carry(NamedTuple):
@@ -145,7 +146,7 @@ def run(problem: MixtureGraph, sight: Sight, controls: Controls, settings: Setti
             found, data.floors, graph, carry.potentials, settings.solver, optimiser, data.frame.unit, budget
         )
         place, gain = _arrived(carry.place, found, moved, graph)
-        fell = (carry.step > 0) & (settings.optimizer is None) & (gain < -_rounding(place.value))
+        fell = (carry.step > 0) & (settings.optimizer is None) & (gain < -_rounding(carry.place, place))
         status = _status(carry, place.value, gain, fell, moved, controls.tol, settings)
         running = status == _RUNNING
         row = _row(graph, place, moved, data.frame.unit, has_cloud)
@@ -190,7 +191,7 @@ def _start(problem: MixtureGraph, graph: MixtureGraph, data: Settled, has_cloud:
     parameters = frame.apart(parameters, has_cloud & ~graph.frozen)
     terms, zeros = m_step.no_terms(graph), jnp.zeros(graph.n_nodes, parameters.means.dtype)
     zero = jnp.zeros((), zeros.dtype)
-    place = _Place(parameters, terms, zeros, zeros, zeros, zero - jnp.inf)
+    place = _Place(parameters, terms, zeros, zeros, zeros, zero - jnp.inf, zero)
     row = History(zeros, terms.transport, zero, zero, zero, zeros)
     history = jax.tree.map(lambda leaf: jnp.full((em_steps, *leaf.shape), jnp.nan, leaf.dtype), row)
     yes = jnp.asarray(True)
@@ -208,11 +209,13 @@ def _arrived(
     value = graph.node_weights @ penalized - graph.edge_weights @ terms.transport
     gain = graph.node_weights @ (found.penalized - before.rest)
     gain = gain - graph.edge_weights @ (terms.transport - before.terms.transport)
-    return _Place(found.base, terms, log_likelihoods, penalized, rest, value), gain
+    rise = graph.node_weights @ jnp.abs(found.penalized)
+    return _Place(found.base, terms, log_likelihoods, penalized, rest, value, rise), gain
 
 
-def _rounding(value: Array) -> Array:
-    return _ROUNDINGS * jnp.finfo(value.dtype).eps * (1 + jnp.abs(value))
+def _rounding(before: _Place, place: _Place) -> Array:
+    """By what J may seem to fall: rounding of its own size, and of the step by which it came where it was before."""
+    return _ROUNDINGS * jnp.finfo(place.value.dtype).eps * (1 + jnp.abs(place.value) + before.rise)
 
 
 def _status(

@@ -62,7 +62,7 @@ def _sight(x: Any, point_weights: Any, gmm: GaussianMixture | None, ridge: Array
     x = checks.points("x", x, None if gmm is None else gmm.n_features)
     w = None if point_weights is None else checks.relative_weights("point_weights", point_weights, len(x))
     if gmm is None:
-        nothing = jnp.zeros(0, jax.dtypes.canonicalize_dtype(x.dtype))
+        nothing = jnp.zeros(0, jnp.promote_types(jax.dtypes.canonicalize_dtype(x.dtype), jnp.float32))
         gmm = new(GaussianMixture, means=nothing, covariances=nothing, weights=nothing)
     return frame.seen(["x"], [x], [w], gmm, ridge)
 
@@ -193,7 +193,7 @@ def _given(init: Any, key: Any, n_init: Any, ridge: Array) -> GaussianMixture:
     """The mixtures to start from, stacked."""
     if key is not None or n_init is not None:
         raise ValueError("key, n_init: go with a number of components as init; drop them, or pass init=3, say")
-    alone = isinstance(init, GaussianMixture)
+    alone = not isinstance(init, (tuple, list))
     gmms = [init] if alone else checks.sequence("init", init)
     if not gmms:
         raise ValueError("init: the list is empty; give at least one start")

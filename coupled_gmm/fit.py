@@ -307,8 +307,9 @@ def fit_graph(
         else _check_cloud(f"clouds[{i}]", cloud, f"point_weights[{i}]", weight, graph.nodes)
         for i, (cloud, weight) in enumerate(zip(clouds, weights, strict=True))
     ]
+    still = np.asarray(graph.frozen) if checks.known(graph.frozen) else np.array([cloud is None for cloud in clouds])
     for i, gmm in enumerate(graph.split(graph.nodes)):
-        frozen = bool(graph.frozen[i]) if checks.known(graph.frozen) else clouds[i] is None
+        frozen = bool(still[i])
         if frozen == (clouds[i] is not None) or (clouds[i] is not None and not frame.raises(ridge)):
             gmm.check_densities(f"node {i}")
     matched = graph.n_nodes == 2 and graph.n_edges == 1 and all(cloud is not None for cloud in clouds)

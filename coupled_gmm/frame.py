@@ -163,13 +163,16 @@ def seen(
 
 
 def _check_range(name: str, x: Any, dtype: Any) -> None:
-    """Refuse clouds whose variance is no number of this precision."""
+    """Refuse features whose variance is no number of this precision."""
     x, xp = checks.where_it_lies(x)
-    spread, limits = float(xp.max(x) - xp.min(x)), np.finfo(dtype)
-    if spread and not np.sqrt(float(limits.tiny)) < spread < np.sqrt(float(limits.max)):
+    spread, limits = np.asarray(xp.max(x, axis=0) - xp.min(x, axis=0), np.float64), np.finfo(dtype)
+    held = (np.sqrt(float(limits.tiny)) < spread) & (spread < np.sqrt(float(limits.max)))
+    wrong = np.flatnonzero((spread > 0) & ~held)
+    if wrong.size:
+        size = spread[wrong].max()
         raise ValueError(
-            f"{name}: values differ by up to {spread:.3g}, and {np.dtype(dtype)} can't hold its square; divide {name} by "
-            f"{spread:.0e}, or enable float64"
+            f"{name}: values of feature {wrong[0]} differ by up to {size:.3g}, and {np.dtype(dtype)} can't hold its square; "
+            f"divide it by {size:.0e}, or enable float64"
         )
 
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from coupled_gmm import entropic
+from coupled_gmm import duals, entropic
 from coupled_gmm.entropic import Look, Potentials
 from coupled_gmm.tree import pytree
 
@@ -103,7 +103,7 @@ def solve(
         f, g = x[:k0], -x[k0:]
         wanted_a, slope_a, level_a = one.answer(f, levels[0], _LEVEL_STEPS)
         wanted_b, slope_b, level_b = other.answer(g, levels[1], _LEVEL_STEPS)
-        log_plan = entropic.log_plan(cost, log_a, log_b, f, g, eps)
+        log_plan = duals.log_plan(cost, log_a, log_b, f, g, eps)
         log_rows, log_columns = jax.nn.logsumexp(log_plan, axis=1), jax.nn.logsumexp(log_plan, axis=0)
         u = jnp.exp(log_plan - jnp.where(one.present, log_rows, 0)[:, None])
         v = jnp.exp(log_plan - jnp.where(other.present, log_columns, 0)).T

@@ -111,7 +111,7 @@ class GaussianMixture(Stackable):
         Raises:
           ValueError: a component of positive weight has a singular covariance, and so no density.
         """
-        x, means = self.seen(checks.points("x", x, self.n_features))
+        x, means = self._seen(checks.points("x", x, self.n_features))
         self.check_densities()
         self._warn_of_rounding()
         factor = self.cholesky
@@ -124,7 +124,7 @@ class GaussianMixture(Stackable):
         log_prob = -0.5 * jnp.sum(whitened**2, axis=-1) - log_norm[:, None]
         return jnp.where(regular[:, None], log_prob, jnp.nan).T
 
-    def seen(self, x: Any, name: str = "x") -> tuple[Float[Array, "n d"], Float[Array, "K d"]]:
+    def _seen(self, x: Any, name: str = "x") -> tuple[Float[Array, "n d"], Float[Array, "K d"]]:
         """Points and means in the mixture's precision, about a common point where that says more of them.
 
         It does where points are given in more digits than the mixture has, and where means have remainders.
@@ -205,7 +205,7 @@ class GaussianMixture(Stackable):
         checks.finite("values", values)
         observed = self.marginal(given.tolist())
         observed.check_densities(f"marginal over axes {given.tolist()}")
-        (point,), centres = observed.seen(values[None], "values")
+        (point,), centres = observed._seen(values[None], "values")
         whitening = _invert_triangular(observed.cholesky)
         cross = self.covariances[:, rest[:, None], given] @ matrices.transpose(whitening)
         whitened = jnp.einsum("kij,kj->ki", whitening, point - centres)
@@ -327,7 +327,7 @@ def _check_covariances(covariances: np.ndarray, eps: float) -> None:
 
 
 def _rounding_errors(covariances: np.ndarray) -> np.ndarray:
-    r"""By how much rounding covariances changes log-densities: :math:`\frac{u}{2} \sum_{ij} |S^{-1}|_{ij} |S|_{ij}`, u half a unit."""
+    r"""What rounding covariances changes log-densities by: :math:`\frac{u}{2} \sum_{ij} |S^{-1}|_{ij} |S|_{ij}`, u half a unit."""
     unit = 0.25 * np.finfo(covariances.dtype).eps
     covariances = covariances.astype(np.float64)
     deviations = np.sqrt(np.maximum(np.diagonal(covariances, axis1=1, axis2=2), np.finfo(np.float64).tiny))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from coupled_gmm import checks, entropic, matrices
+from coupled_gmm import checks, duals, entropic, matrices
 from coupled_gmm.entropic import Potentials
 from coupled_gmm.exact import Vertex
 from coupled_gmm.pair import GaussianMixturePair
@@ -73,7 +73,7 @@ class Plan(Stackable, Outcome):
         if self.vertex is not None:
             # With what it depends on: a vertex alone carries no derivative that could be refused.
             return checks.value_only((self.vertex, self.cost, *self._masses), _NO_DERIVATIVE)[0]
-        return entropic.plan_matrix(self.cost, *self._masses, *self.potentials, self.pair.epsilon)
+        return duals.plan_matrix(self.cost, *self._masses, *self.potentials, self.pair.epsilon)
 
     @property
     @mapped
@@ -83,7 +83,7 @@ class Plan(Stackable, Outcome):
             return self.matrix / jnp.sum(self.matrix)
         pair = self.pair
         log_weights = pair.gmm0.log_weights, pair.gmm1.log_weights
-        return jax.nn.softmax(entropic.log_plan(self.cost, *log_weights, *self.potentials, pair.epsilon), axis=(0, 1))
+        return jax.nn.softmax(duals.log_plan(self.cost, *log_weights, *self.potentials, pair.epsilon), axis=(0, 1))
 
     @mapped
     def conditionals(self) -> tuple[Float[Array, "K0 K1"], Float[Array, "K0 K1"]]:
@@ -226,7 +226,7 @@ class Plan(Stackable, Outcome):
         (a, b), (f, g), pair = self._masses, self.potentials, self.pair
         if self.vertex is not None:
             return f @ a + g @ b
-        return entropic.dual_value(self.cost, a, b, f, g, pair.epsilon, pair.rho, pair.balanced)
+        return duals.dual_value(self.cost, a, b, f, g, pair.epsilon, pair.rho, pair.balanced)
 
     def _parts(self, matrix: Array) -> CostParts:
         (a, b), pair = self._masses, self.pair
@@ -246,7 +246,7 @@ def from_potentials(pair: GaussianMixturePair, cost: Array, solution: Potentials
     status = jnp.where(jnp.isfinite(solution.marginal_error), status, Status.NOT_FINITE)
     f, g = jax.lax.stop_gradient((solution.f, solution.g))
     masses = pair.gmm0.weights, pair.gmm1.weights
-    potentials = entropic.implicit(cost, *masses, f, g, pair.epsilon, pair.rho, pair.balanced)
+    potentials = duals.implicit(cost, *masses, f, g, pair.epsilon, pair.rho, pair.balanced)
     return Plan(pair, cost, potentials, status, solution.n_iterations)
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from coupled_gmm import checks, entropic, exact, matrices
+from coupled_gmm import checks, duals, entropic, exact, matrices
 from coupled_gmm.entropic import Potentials
 from coupled_gmm.mixture import GaussianMixture
 from coupled_gmm.pair import GaussianMixturePair
@@ -199,7 +199,7 @@ class _Sinkhorn:
         solver = sinkhorn.Sinkhorn(threshold=tol, max_iterations=limit)  # pyright: ignore[reportArgumentType]
         output = solver(problem, init=(init[0] + offsets[0], init[1] + offsets[1]))
         g = jnp.where(jnp.isinf(log_b), 0, output.g - offsets[1])
-        inverse_rho0, inverse_rho1 = entropic.inverse_prices(rho, balanced)
+        inverse_rho0, inverse_rho1 = duals.inverse_prices(rho, balanced)
         f = entropic.transform(cost, log_b, g, epsilon, inverse_rho0)
         g = entropic.transform(cost.T, log_a, f, epsilon, inverse_rho1)
         end = entropic.Annealed(f, jnp.asarray(output.n_iters), jnp.asarray(False), ())

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from coupled_gmm import bures, checks, entropic, exact, matrices, solvers
+from coupled_gmm import bures, checks, duals, exact, matrices, solvers
 from coupled_gmm.mixture import GaussianMixture, log_weights, padded
 from coupled_gmm.tree import new, pytree, static
 
@@ -114,8 +114,8 @@ def _solve_entropic(star: Star, cost: Array, weights: Array, memory: Any, limit:
     def one(cost: Array, fixed: Array, init: Any) -> tuple[Array, ...]:
         log_a, log_b = log_weights(weights), log_weights(fixed)
         found = solvers.solve_entropic(cost, log_a, log_b, star.epsilon, infinite, init, tol, limit, True)
-        matrix = entropic.plan_matrix(cost, weights, fixed, found.f, found.g, star.epsilon)
-        value = entropic.dual_value(cost, weights, fixed, found.f, found.g, star.epsilon, infinite, True)
+        matrix = duals.plan_matrix(cost, weights, fixed, found.f, found.g, star.epsilon)
+        value = duals.dual_value(cost, weights, fixed, found.f, found.g, star.epsilon, infinite, True)
         return matrix, found.f, found.g, value, found.marginal_error
 
     matrix, f, g, values, errors = jax.vmap(one)(cost, star.weights, memory)

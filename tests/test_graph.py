@@ -7,7 +7,9 @@ import pytest
 from conftest import random_mixture
 
 import coupled_gmm as cg
-from coupled_gmm import graph, mixture
+from coupled_gmm import mixture
+from coupled_gmm.frame import Frame
+from coupled_gmm.graph import stack
 
 
 def three():
@@ -41,7 +43,7 @@ def test_from_mixtures(x64):
 
 def test_padding_is_of_weight_zero_and_changes_no_density(x64):
     gmms = three()
-    nodes = graph.stack(gmms)
+    nodes = stack(gmms)
     assert nodes.means.shape == (3, 3, 2) and nodes.covariances.shape == (3, 3, 2, 2) and nodes.weights.shape == (3, 3)
     x = np.random.RandomState(0).randn(5, 2)
     for i, gmm in enumerate(gmms):
@@ -60,13 +62,14 @@ def test_parameters_and_back(x64):
     gmms = three()
     built = cg.MixtureGraph.from_mixtures(gmms, [(0, 1)], frozen=[1])
     origin = jnp.asarray([10.0, -3.0])
-    parameters = graph.to_parameters(built.nodes, origin)
-    np.testing.assert_allclose(parameters.means + origin, built.nodes.means, rtol=1e-12)
+    seen = Frame(origin, jnp.zeros(2), jnp.asarray(4.0))
+    parameters = seen.parameters(built.nodes, jnp.zeros((3, 2)))
+    np.testing.assert_allclose(4 * parameters.means + origin, built.nodes.means, rtol=1e-12)
     assert np.isneginf(np.asarray(parameters.log_weights[2])).sum() == 2
-    again = graph.to_mixture(parameters, origin)
+    again = seen.mixture(parameters, far=False)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), again, built.nodes)
-    moved = parameters._replace(means=parameters.means + 1, factors=2 * parameters.factors)
-    fitted = built.fitted(moved, origin)
+    moved = parameters._replace(means=parameters.means + 0.25, factors=2 * parameters.factors)
+    fitted = built.fitted(seen.mixture(moved, far=False))
     np.testing.assert_allclose(fitted.means[0, :2], built.nodes.means[0, :2] + 1, rtol=1e-12)
     np.testing.assert_allclose(fitted.covariances[2, :1], 4 * built.nodes.covariances[2, :1], rtol=1e-12)
     for i, size in enumerate(built.sizes):  # padding

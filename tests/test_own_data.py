@@ -54,9 +54,11 @@ class TestUnits:
         np.testing.assert_allclose(jnp.mean(fit.gmm.log_prob(clusters() * unit)), twin, rtol=1e-5)
 
     def test_what_float32_cannot_hold_is_refused(self):
-        for x, match in ((clusters() * 1e40, r"x: values differ by up to .* divide x by .*, or enable float64"),):
-            with pytest.raises(ValueError, match=match):
-                fitted(x, 2)
+        for scale, feature in (([1e40, 1], 0), ([1, 1e-30], 1)):
+            with pytest.raises(
+                ValueError, match=rf"x: values of feature {feature} differ by up to .*, or enable float64"
+            ):
+                fitted(clusters() * scale, 2)
         with pytest.raises(ValueError, match=r"means: 2 of 2 values, up to 1e\+40, exceed what float32 holds"):
             cg.GaussianMixture.from_moments([[1e40, 1e40]], np.eye(2)[None], [1.0])
         with pytest.raises(ValueError, match="covariances: all values vanish in float32"):

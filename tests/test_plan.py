@@ -13,7 +13,7 @@ from conftest import random_covariances, random_mixture
 from scipy.optimize import linprog
 
 import coupled_gmm as cg
-from coupled_gmm import entropic, solvers
+from coupled_gmm import solvers
 
 SHAPES = [(1, 4), (3, 4), (6, 4)]
 NUMBERS = (
@@ -260,7 +260,7 @@ def test_absent_components_may_be_anywhere():
 @jax.jit
 def dual_and_gradient(pair, found):
     def value(cost, a, b):
-        return entropic.dual_value(cost, a, b, *found.potentials, pair.epsilon, pair.rho, pair.balanced)
+        return duals.dual_value(cost, a, b, *found.potentials, pair.epsilon, pair.rho, pair.balanced)
 
     return jax.value_and_grad(value, (0, 1, 2))(found.cost, pair.gmm0.weights, pair.gmm1.weights)
 
