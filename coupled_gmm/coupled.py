@@ -25,7 +25,6 @@ from coupled_gmm.tree import pytree
 
 _FALL = 1e-4  # an ascent that falls by this part of 1 + |J| has met more than rounding
 _ROUNDINGS = 64  # rounding units of 1 + |J| by which J may seem to fall
-_SLACK = 4.0  # the size of a gain is known from a promise to some such factor
 _RUNNING = -1
 
 
@@ -227,7 +226,7 @@ def _status(
     undone nor the one from here promises more.
     """
     asked, still = tol > 0, (carry.step > 0) & (gain <= tol)
-    met = asked & still & ~fell & (carry.left <= _SLACK * tol) & (moved.ahead <= _SLACK * tol)
+    met = asked & still & ~fell & (carry.left <= tol) & (moved.ahead <= tol)
     out_of_steps = jnp.where(asked, Status.NOT_CONVERGED, Status.STEPS_DONE)
     status = jnp.where(met, Status.CONVERGED, jnp.where(carry.step >= settings.em_steps, out_of_steps, _RUNNING))
     status = jnp.where(asked & still & ~met & ~carry.moved, Status.STALLED, status)

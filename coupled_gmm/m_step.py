@@ -27,6 +27,7 @@ from coupled_gmm.tree import taken
 
 _MAX_ITERATIONS = 200  # of a plan within the fit
 _MEMORY = 8
+_SLACK = 4.0  # by so much a slope's promise may exceed what is gained
 _ARMIJO = 1e-4
 MISSED = 1e-3  # a plan in the fit with a larger marginal error is no transport plan, and the fit says so
 
@@ -312,7 +313,7 @@ def m_step(
             jnp.where(
                 accepted | (now.n == 0), jnp.maximum(now.marginal_error, found.marginal_error), now.marginal_error
             ),
-            jnp.where(now.n == 0, coordinates.promise(gradient), now.ahead),
+            jnp.where(now.n == 0, coordinates.promise(gradient) / _SLACK, now.ahead),
             now.moved | ((now.n > 0) & search.accepted),
             now.n + 1,
         )
@@ -326,4 +327,4 @@ def m_step(
     end = jax.lax.while_loop(unfinished, evaluate, start)
     reached = coordinates.parameters(end.search.best, end.log_weights)
     moved = end.moved | (not optimiser.monotone)
-    return MStep(reached, end.initial, end.potentials, end.marginal_error, moved, end.ahead, end.search.left)
+    return MStep(reached, end.initial, end.potentials, end.marginal_error, moved, end.ahead, end.search.left / _SLACK)

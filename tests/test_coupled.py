@@ -126,7 +126,10 @@ def test_jit_and_vmap_equal_the_loop():
         alone = run(scales[i], weights[i])
         chex.assert_trees_all_close(taken(batch.pair, i), alone.pair, rtol=2e-3, atol=2e-4)
         chex.assert_trees_all_close(batch.penalized_log_likelihood[i], alone.penalized_log_likelihood, rtol=1e-5)
-    chex.assert_trees_all_close(jax.jit(run)(scales[0], weights[0]).pair, run(scales[0], weights[0]).pair, rtol=1e-4)
+    # In a flat direction of J a rounding unit of the points moves a mean by 4e-4: J itself says that the two are one.
+    inside, outside = jax.jit(run)(scales[0], weights[0]), run(scales[0], weights[0])
+    chex.assert_trees_all_close(inside.pair, outside.pair, rtol=2e-3, atol=2e-4)
+    chex.assert_trees_all_close(inside.penalized_log_likelihood, outside.penalized_log_likelihood, rtol=1e-6)
 
 
 @pytest.mark.parametrize("balanced", [True, pytest.param(False, marks=pytest.mark.slow)])

@@ -51,6 +51,7 @@ def test_an_edge_has_no_direction(tau):
         np.testing.assert_array_equal(mine, theirs)
 
 
+@pytest.mark.slow
 def test_a_traced_graph_takes_the_same_algorithm():
     """Inside jit as outside, in either direction, and both as `fit_pair`."""
     x, (there, back) = clouds()[:2], there_and_back()
@@ -76,6 +77,7 @@ def test_nodes_have_no_names():
     np.testing.assert_allclose(mine.history.transport_terms, theirs.history.transport_terms, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_order_of_edges_and_the_kind_of_integers_do_not_matter():
     x = clouds()
     edges, weights = [(0, 1), (1, 2), (2, 0)], np.array([0.1, 0.2, 0.3])
@@ -94,6 +96,7 @@ def cloudless():
     return graph, lambda given: fit([x[0], None, x[2]], given).penalized_log_likelihood
 
 
+@pytest.mark.slow
 def test_traced_graphs_with_cloudless_nodes():
     graph, value = cloudless()
     np.testing.assert_allclose(jax.jit(value)(graph), value(graph), rtol=1e-5)
@@ -174,6 +177,7 @@ def test_all_frozen():
     np.testing.assert_allclose(end.penalized_log_likelihood, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_no_edge_pulls_is_plain_em():
     """An isolated node, an edge of weight zero, and no edge at all."""
     x = clouds()
@@ -186,6 +190,7 @@ def test_what_no_edge_pulls_is_plain_em():
         np.testing.assert_allclose(end.penalized_log_likelihood, np.sum(alone), atol=2e-3)
 
 
+@pytest.mark.slow
 def test_a_node_of_weight_zero_is_a_node_without_a_cloud():
     x = clouds()[:2]
     weightless = cg.MixtureGraph.from_mixtures(GMMS[:2], [(0, 1)], node_weights=[0, 1], frozen=[0], **KINKED)
@@ -213,6 +218,7 @@ def two_price_pair(rho):
     return cg.GaussianMixturePair(*GMMS[:2], 0.05, rho=rho)
 
 
+@pytest.mark.slow
 def test_two_equal_prices_are_one():
     """To the last bit; and two that differ make a plan that is certified, of the edge written either way."""
     x, weight = clouds()[:2], KINKED["edge_weights"]
@@ -234,6 +240,7 @@ def test_two_equal_prices_are_one():
     np.testing.assert_array_equal(back.plans.pair.rho, [[5.0, 0.5]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rho", [(0.5, 5.0), (np.inf, 0.5)])
 def test_derivatives_of_j_with_two_prices(x64, rho):
     x = clouds()[:2]

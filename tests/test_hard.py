@@ -310,7 +310,10 @@ def check_perturbed(case, way: Way, seeds) -> None:
             assert np.max(fit.history.marginal_error) < 0.3 * m_step.MISSED, seed
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=case.__name__, marks=[] if case is one_value else pytest.mark.slow) for case in CASES],
+)
 def test_three_perturbations(case):
     check_perturbed(case, WAYS[0], range(3))
 

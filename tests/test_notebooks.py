@@ -24,6 +24,7 @@ def test_there_are_notebooks():
     assert NOTEBOOKS
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs(path, tmp_path):
     notebook = nbformat.read(path, as_version=4)
@@ -35,7 +36,7 @@ def test_runs(path, tmp_path):
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package, environment.get("PYTHONPATH")]))
     environment["IPYTHONDIR"] = str(tmp_path / "ipython")
     client = NotebookClient(
-        notebook, timeout=170, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+        notebook, timeout=500, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     )
     client.execute(env=environment)  # raises where a cell does
     assert not [output for output in outputs(notebook) if output.output_type == "error"]

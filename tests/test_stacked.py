@@ -24,6 +24,7 @@ def pairs(n=2, **options):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "method"), [({"rho": (1.0, 5.0)}, "entropic"), ({}, "exact")])
 def test_a_stacked_plan_reads_as_its_plans(x64, options, method):
     plans = [cg.solve_plan(pair, method=method) for pair in pairs(**options)]
