@@ -93,7 +93,9 @@ def problem(cloud, start, fit):
     eps = float(np.finfo(fit.gmm.dtype).eps)
     history = np.asarray(fit.history.penalized_log_likelihood, np.float64)[: int(fit.n_steps)]
     values = np.append(history, float(fit.penalized_log_likelihood))
-    if (np.diff(values) < -64 * eps * (1 + np.abs(values[1:]))).any():
+    # J is summed in the frame's unit, and rounds there.
+    volume = cloud.x.shape[1] * np.abs(np.log(np.maximum(cloud.x.std(0).max(), 1e-30)))
+    if (np.diff(values) < -64 * eps * (1 + np.abs(values[1:]) + volume)).any():
         return f"the objective fell by {np.diff(values).min():.3g}"
     if not fit.converged:
         return None

@@ -134,6 +134,24 @@ class TestDegenerateClouds:
         same = cg.fit_gmm(x, cg.init_gmm(jax.random.key(0), x, 2, ridge=1e-3), ridge=1e-3)
         np.testing.assert_allclose(fit.log_likelihood, same.log_likelihood, atol=1e-4)
 
+    @pytest.mark.slow
+    @pytest.mark.parametrize("seed", range(3))
+    def test_a_component_that_dies_stays_and_weighs_nothing(self, seed):
+        """Two events far from all others, five components: masses come to 1e-23, read-outs stay of order one."""
+        rng = np.random.RandomState(seed)
+        x0 = clusters(300, distance=6.0, seed=seed)
+        x1 = np.concatenate([0.3 + rng.randn(300, 2), np.array([40.0, 0.0]) + rng.randn(2, 2)])
+        pooled = np.concatenate([x0, x1])
+        start = cg.init_gmm(jax.random.key(seed), pooled, 5)
+        fit = cg.fit_pair(x0, x1, cg.GaussianMixturePair(start, start, tau=0.9), transport_weight=0.01, em_steps=60)
+        for gmm in (fit.pair.gmm0, fit.pair.gmm1):
+            assert (np.asarray(gmm.means) > pooled.min(0) - 5).all() and (
+                np.asarray(gmm.means) < pooled.max(0) + 5
+            ).all()
+            assert np.linalg.eigvalsh(gmm.covariances).min() > 1e-7
+        for ratio in fit.plan.reweighting():
+            assert np.isfinite(ratio).all() and np.max(ratio) < 10
+
     def test_both_log_likelihoods_are_reported(self):
         x = clusters(200)
         fit = fitted(x, 2, ridge=0.1)
