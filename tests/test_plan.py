@@ -13,7 +13,7 @@ from conftest import random_covariances, random_mixture
 from scipy.optimize import linprog
 
 import coupled_gmm as cg
-from coupled_gmm import solvers
+from coupled_gmm import duals, solvers
 
 SHAPES = [(1, 4), (3, 4), (6, 4)]
 NUMBERS = (
