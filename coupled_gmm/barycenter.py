@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from coupled_gmm import bures, checks, matrices, star
 from coupled_gmm.host import on_host
-from coupled_gmm.mixture import GaussianMixture, about_one_point, alike, moved_back, padded
+from coupled_gmm.mixture import GaussianMixture, about_one_point, moved_back, stack
 from coupled_gmm.result import Outcome, Status
 from coupled_gmm.star import Free, Plans, Star
 from coupled_gmm.tree import pytree, taken
@@ -113,8 +113,7 @@ def _check_starts(init: Any, n_features: int) -> GaussianMixture:
         checks.instance(name, gmm, GaussianMixture)
         if gmm.n_features != n_features:
             raise ValueError(f"{name}: has {gmm.n_features} features, and the mixtures have {n_features}")
-    size = max(gmm.n_components for gmm in starts)
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(padded(gmm, size) for gmm in alike(starts)))
+    return stack(starts)
 
 
 class _Settings(NamedTuple):

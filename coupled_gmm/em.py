@@ -13,11 +13,11 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from coupled_gmm import checks, coupled, frame, matrices, solvers, starts, statistics
 from coupled_gmm.coupled import Controls, Settings
 from coupled_gmm.frame import Settled, Sight
-from coupled_gmm.graph import MixtureGraph, stack
-from coupled_gmm.mixture import GaussianMixture
+from coupled_gmm.graph import MixtureGraph
+from coupled_gmm.mixture import GaussianMixture, stack
 from coupled_gmm.result import Outcome
 from coupled_gmm.statistics import Parameters
-from coupled_gmm.tree import new, pytree, taken
+from coupled_gmm.tree import pytree, taken
 
 N_INIT = 10
 
@@ -61,10 +61,7 @@ def _sight(x: Any, point_weights: Any, gmm: GaussianMixture | None, ridge: Array
     """The cloud as programs take it, in the precision of a mixture or the default one."""
     x = checks.points("x", x, None if gmm is None else gmm.n_features)
     w = None if point_weights is None else checks.relative_weights("point_weights", point_weights, len(x))
-    if gmm is None:
-        nothing = jnp.zeros(0, jnp.promote_types(jax.dtypes.canonicalize_dtype(x.dtype), jnp.float32))
-        gmm = new(GaussianMixture, means=nothing, covariances=nothing, weights=nothing)
-    return frame.seen(["x"], [x], [w], gmm, ridge)
+    return frame.seen(["x"], [x], [w], [] if gmm is None else [gmm], ridge)
 
 
 def _check_distinct(sight: Sight, n_components: int) -> None:

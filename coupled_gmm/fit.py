@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from coupled_gmm import checks, coupled, frame, matrices, plan, report, solvers, statistics
 from coupled_gmm.coupled import Controls, History, Settings
 from coupled_gmm.frame import Sight
-from coupled_gmm.graph import MixtureGraph, stack
+from coupled_gmm.graph import MixtureGraph
 from coupled_gmm.mixture import GaussianMixture
 from coupled_gmm.pair import GaussianMixturePair
 from coupled_gmm.plan import Plan
@@ -35,9 +35,7 @@ class GraphFit(Stackable, Outcome):
     status: Int[Array, ""]
     n_steps: Int[Array, ""]
     history: History
-    log_likelihoods: Float[Array, " V"] | None = (
-        None  # of each cloud, mean per point: the densities' own, without ridge
-    )
+    log_likelihoods: Float[Array, " V"] | None = None  # of each cloud, mean per point, without ridge
     edges: Int[Array, "E 2"] | None = None  # as given; files of before have none
 
     @property
@@ -89,7 +87,7 @@ class PairFit(Stackable, Outcome):
     status: Int[Array, ""]
     n_steps: Int[Array, ""]
     history: History
-    log_likelihoods: Float[Array, "2"] | None = None  # of each cloud, mean per point: the densities' own, without ridge
+    log_likelihoods: Float[Array, "2"] | None = None  # of each cloud, mean per point, without ridge
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
@@ -253,7 +251,7 @@ def penalized_log_likelihood(
     pair.gmm1.check_densities("pair.gmm1")
     n_components = max(pair.gmm0.n_components, pair.gmm1.n_components)
     length = statistics.chunk_length(max(len(x0), len(x1)), n_components, pair.n_features, chunk_size)
-    sight = frame.seen(["x0", "x1"], [x0, x1], [w0, w1], stack([pair.gmm0, pair.gmm1]), ridge)
+    sight = frame.seen(["x0", "x1"], [x0, x1], [w0, w1], [pair.gmm0, pair.gmm1], ridge)
     return _value(pair, transport_weight, sight, ridge, length)
 
 
@@ -318,7 +316,7 @@ def fit_graph(
     n_points = max(len(cloud) for cloud, _ in checked if cloud is not None)
     settings = _settings(run, n_points, max(graph.sizes), graph.nodes.n_features, solver)
     names = [f"clouds[{i}]" for i in range(graph.n_nodes)]
-    sight = frame.seen(names, [c for c, _ in checked], [w for _, w in checked], graph.nodes, ridge)
+    sight = frame.seen(names, [c for c, _ in checked], [w for _, w in checked], [graph.nodes], ridge)
     with report.listening(run.progress):
         return _fit_graph(graph, sight, run.controls, settings)
 
@@ -389,6 +387,6 @@ def fit_pair(
     solver = solvers.solver_for(method, pair)
     settings = _settings(run, max(len(x0), len(x1)), n_components, pair.n_features, solver)
     frozen = np.array(["gmm0" in freeze, "gmm1" in freeze])
-    sight = frame.seen(["x0", "x1"], [x0, x1], [w0, w1], stack([pair.gmm0, pair.gmm1]), ridge)
+    sight = frame.seen(["x0", "x1"], [x0, x1], [w0, w1], [pair.gmm0, pair.gmm1], ridge)
     with report.listening(run.progress):
         return _fit_pair(pair, transport_weight, frozen, sight, run.controls, settings)

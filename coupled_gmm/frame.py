@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
@@ -133,33 +134,39 @@ def raises(ridge: Any) -> bool:
 
 
 def seen(
-    names: Sequence[str], clouds: Sequence[Any], weights: Sequence[Any], gmm: GaussianMixture, ridge: Any
+    names: Sequence[str], clouds: Sequence[Any], weights: Sequence[Any], starts: Sequence[GaussianMixture], ridge: Any
 ) -> Sight:
-    """Checked clouds, brought into the precision of a mixture from their own.
+    """Checked clouds, brought from their own precision into that of the mixtures a fit starts from, or of JAX if there are none.
 
     Raises:
       ValueError: a variance that this precision can't hold; a constant feature where there is no ridge.
     """
-    weights = [None if w is None else w.astype(gmm.dtype) for w in weights]
+    dtype = jnp.result_type(*(gmm.dtype for gmm in starts)) if starts else _working_precision(clouds)
+    weights = [None if w is None else w.astype(dtype) for w in weights]
     given = [(name, x) for name, x in zip(names, clouds, strict=True) if x is not None and checks.known(x)]
     for name, x in given:
-        _check_range(name, x, gmm.dtype)
+        _check_range(name, x, dtype)
         _name_constant_features(name, x, ridge)
-    far = gmm.remainders is not None
-    finer = any(isinstance(x, np.ndarray) and x.dtype.itemsize > np.dtype(gmm.dtype).itemsize for _, x in given)
+    far = any(gmm.remainders is not None for gmm in starts)
+    finer = any(isinstance(x, np.ndarray) and x.dtype.itemsize > np.dtype(dtype).itemsize for _, x in given)
     if not finer or not checks.known(clouds, weights):
-        return Sight([None if x is None else x.astype(gmm.dtype) for x in clouds], weights, None, far)
+        return Sight([None if x is None else x.astype(dtype) for x in clouds], weights, None, far)
     host = [np.asarray(x, np.float64) for _, x in given]
     host_weights = [
         None if w is None else np.asarray(w, np.float64) for x, w in zip(clouds, weights, strict=True) if x is not None
     ]
     found = scales(host, host_weights, np)
-    origin = found.origin.astype(gmm.dtype)
-    remainder = (found.origin - origin).astype(gmm.dtype)
-    frame = Frame(jnp.asarray(origin), jnp.asarray(remainder), jnp.asarray(found.unit, gmm.dtype))
+    origin = found.origin.astype(dtype)
+    remainder = (found.origin - origin).astype(dtype)
+    frame = Frame(jnp.asarray(origin), jnp.asarray(remainder), jnp.asarray(found.unit, dtype))
     far = far or bool((np.abs(found.origin) > _FAR * np.sqrt(found.pooled)).any())
-    rows = iter(((x - found.origin) / found.unit).astype(gmm.dtype) for x in host)
+    rows = iter(((x - found.origin) / found.unit).astype(dtype) for x in host)
     return Sight([None if x is None else next(rows) for x in clouds], weights, frame, far)
+
+
+def _working_precision(clouds: Sequence[Any]) -> Any:
+    dtypes = [jax.dtypes.canonicalize_dtype(x.dtype) for x in clouds if x is not None]
+    return jnp.result_type(jnp.float32, *dtypes)
 
 
 def _check_range(name: str, x: Any, dtype: Any) -> None:

@@ -10,12 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from coupled_gmm import checks, mixture
-from coupled_gmm.mixture import GaussianMixture
-from coupled_gmm.pair import GaussianMixturePair
+from coupled_gmm import checks
+from coupled_gmm.mixture import GaussianMixture, alike, in_one_space, stack
+from coupled_gmm.pair import BALANCED, GaussianMixturePair, price
 from coupled_gmm.tree import pytree, static, taken
-
-_BALANCED = float("1")  # an object of its own, to tell a tau that was given
 
 
 @pytree
@@ -49,7 +47,7 @@ class MixtureGraph:
         *,
         edge_weights: Any = 1.0,
         epsilon: Any = None,
-        tau: Any = _BALANCED,
+        tau: Any = BALANCED,
         rho: Any = None,
         node_weights: Any = None,
         frozen: Sequence[int] = (),
@@ -71,7 +69,7 @@ class MixtureGraph:
         Raises:
           TypeError, ValueError: an argument of the wrong kind, shape or range; tau and rho both given.
         """
-        gmms = _check_gmms(gmms)
+        gmms = in_one_space("gmms", gmms, "a graph needs at least one mixture")
         n_nodes = len(gmms)
         edges = _check_edges(edges, n_nodes)
         frozen = checks.sequence("frozen", frozen)
@@ -149,7 +147,7 @@ class MixtureGraph:
 
     def fitted(self, fitted: GaussianMixture) -> GaussianMixture:
         """The nodes after a fit; frozen nodes and absent components come back untouched."""
-        nodes, fitted = mixture.alike([self.nodes, fitted])
+        nodes, fitted = alike([self.nodes, fitted])
         kept = self.frozen[:, None] | (self.nodes.weights == 0)
 
         def keep(old: Array, new: Array) -> Array:
@@ -160,20 +158,6 @@ class MixtureGraph:
     def split(self, nodes: GaussianMixture) -> list[GaussianMixture]:
         """Stacked nodes as mixtures of their own sizes."""
         return [unpadded(taken(nodes, i), size) for i, size in enumerate(self.sizes)]
-
-
-def _check_gmms(gmms: Any) -> list[GaussianMixture]:
-    gmms = checks.sequence("gmms", gmms)
-    if not gmms:
-        raise ValueError("gmms: the list is empty; a graph needs at least one mixture")
-    for i, gmm in enumerate(gmms):
-        checks.instance(f"gmms[{i}]", gmm, GaussianMixture)
-        if gmm.n_features != gmms[0].n_features:
-            raise ValueError(
-                f"gmms[{i}]: has {gmm.n_features} features and gmms[0] has {gmms[0].n_features}; "
-                "mixtures are compared in one space: take a marginal of one"
-            )
-    return gmms
 
 
 def _is_node(node: Any, n_nodes: int) -> bool:
@@ -214,18 +198,12 @@ def _prices(tau: Any, rho: Any, epsilon: Float[Array, " E"]) -> tuple[Float[Arra
         balanced = checks.known(tau) and bool(np.all(np.asarray(tau) == 1))
         tau = _spread("tau", checks.scalar("tau", tau, above=0, at_most=1, batched=True), len(epsilon), two=True)
         epsilon = jnp.expand_dims(epsilon, range(1, tau.ndim))
-        return jnp.where(tau < 1, epsilon * tau / jnp.where(tau < 1, 1 - tau, 1), jnp.inf), balanced
-    if tau is not _BALANCED:
+        return price(tau, epsilon), balanced
+    if tau is not BALANCED:
         raise ValueError("rho: is given beside tau, and either sets the other; keep one of them")
     balanced = checks.known(rho) and bool(np.all(np.isinf(np.asarray(rho))))
     rho = checks.scalar("rho", rho, above=0, infinite=True, batched=True)
     return _spread("rho", rho, len(epsilon), two=True), balanced
-
-
-def stack(gmms: Sequence[GaussianMixture]) -> GaussianMixture:
-    """Mixtures on a leading axis, padded to the largest."""
-    size = max(gmm.n_components for gmm in gmms)
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(mixture.padded(gmm, size) for gmm in mixture.alike(gmms)))
 
 
 def unpadded(gmm: GaussianMixture, size: int) -> GaussianMixture:

@@ -277,6 +277,27 @@ def alike(gmms: Sequence[GaussianMixture]) -> list[GaussianMixture]:
     ]
 
 
+def stack(gmms: Sequence[GaussianMixture]) -> GaussianMixture:
+    """Mixtures on a leading axis, padded to the largest."""
+    size = max(gmm.n_components for gmm in gmms)
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(padded(gmm, size) for gmm in alike(gmms)))
+
+
+def in_one_space(name: str, gmms: Any, remedy: str = "give at least one mixture") -> list[GaussianMixture]:
+    """A list of mixtures, checked: at least one, over the same features."""
+    gmms = checks.sequence(name, gmms)
+    if not gmms:
+        raise ValueError(f"{name}: the list is empty; {remedy}")
+    for i, gmm in enumerate(gmms):
+        checks.instance(f"{name}[{i}]", gmm, GaussianMixture)
+        if gmm.n_features != gmms[0].n_features:
+            raise ValueError(
+                f"{name}[{i}]: has {gmm.n_features} features and {name}[0] has {gmms[0].n_features}; "
+                "mixtures are compared in one space: take a marginal of one"
+            )
+    return gmms
+
+
 def about_one_point(*gmms: GaussianMixture) -> tuple[list[GaussianMixture], Float[Array, " d"] | None]:
     """The mixtures moved together to where one float holds their means, and by how much: `moved_back` undoes it.
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ott.geometry import pointcloud
 
 
-_BALANCED = float("1")  # an object of its own, to tell a tau that was given
+BALANCED = float("1")  # an object of its own, to tell a tau that was given
 
 
 @pytree
@@ -37,7 +37,7 @@ class GaussianMixturePair(Stackable):
         gmm0: GaussianMixture,
         gmm1: GaussianMixture,
         epsilon: Any = None,
-        tau: Any = _BALANCED,
+        tau: Any = BALANCED,
         *,
         rho: Any = None,
     ):
@@ -53,7 +53,7 @@ class GaussianMixturePair(Stackable):
         Raises:
           TypeError, ValueError: not mixtures, features that disagree, numbers out of range or of another shape, tau and rho.
         """
-        if rho is not None and tau is not _BALANCED:
+        if rho is not None and tau is not BALANCED:
             raise ValueError("rho: given beside tau, and both say what it costs to change masses; keep one of them")
         if rho is None:
             given, value = tau, checks.one_or_two("tau", tau, above=0, at_most=1)
@@ -62,7 +62,7 @@ class GaussianMixturePair(Stackable):
         balanced = checks.known(given) and bool(np.all(np.asarray(given) == (1 if rho is None else np.inf)))
         epsilon = _check(gmm0, gmm1, epsilon)
         if rho is None:
-            value = jnp.where(value < 1, epsilon * value / jnp.where(value < 1, 1 - value, 1), jnp.inf)
+            value = price(value, epsilon)
         dtype = jnp.result_type(gmm0.dtype, gmm1.dtype)
         fields = {"gmm0": gmm0, "gmm1": gmm1, "epsilon": epsilon.astype(dtype), "rho": value.astype(dtype)}
         for name, value in {**fields, "balanced": balanced}.items():
@@ -134,6 +134,11 @@ class GaussianMixturePair(Stackable):
         return new(
             GaussianMixturePair, gmm0=self.gmm1, gmm1=self.gmm0, epsilon=self.epsilon, rho=rho, balanced=self.balanced
         )
+
+
+def price(tau: Array, epsilon: Array) -> Array:
+    r""":math:`\rho = \epsilon \tau / (1 - \tau)`; infinite where tau is 1."""
+    return jnp.where(tau < 1, epsilon * tau / jnp.where(tau < 1, 1 - tau, 1), jnp.inf)
 
 
 def _check(gmm0: GaussianMixture, gmm1: GaussianMixture, epsilon: Any) -> jax.Array:

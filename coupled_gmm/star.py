@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from coupled_gmm import bures, checks, duals, exact, matrices, solvers
-from coupled_gmm.mixture import GaussianMixture, log_weights, padded
+from coupled_gmm.mixture import GaussianMixture, in_one_space, log_weights, stack
 from coupled_gmm.tree import new, pytree, static
 
 METHODS = ("exact", "entropic")
@@ -29,8 +29,7 @@ class Star:
 
     @classmethod
     def of(cls, gmms: list[GaussianMixture], coefficients: Array, epsilon: Array, method: str) -> "Star":
-        size = max(gmm.n_components for gmm in gmms)
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(padded(gmm, size) for gmm in gmms))
+        stacked = stack(gmms)
         return cls(stacked.means, stacked.cholesky, stacked.weights, coefficients, epsilon, method)
 
 
@@ -151,16 +150,7 @@ def check(
     """The fixed mixtures, coefficients that sum to 1, and epsilon, checked."""
     if isinstance(gmms, GaussianMixture):
         gmms = [gmms]
-    gmms = checks.sequence(gmms_name, gmms)
-    if not gmms:
-        raise ValueError(f"{gmms_name}: the list is empty; give at least one mixture")
-    for i, gmm in enumerate(gmms):
-        checks.instance(f"{gmms_name}[{i}]", gmm, GaussianMixture)
-        if gmm.n_features != gmms[0].n_features:
-            raise ValueError(
-                f"{gmms_name}[{i}]: has {gmm.n_features} features and {gmms_name}[0] has {gmms[0].n_features}; "
-                "mixtures are compared in one space: take a marginal"
-            )
+    gmms = in_one_space(gmms_name, gmms)
     dtype = gmms[0].dtype
     if coefficients is None:
         coefficients = np.full(len(gmms), 1 / len(gmms))

@@ -9,7 +9,7 @@ from conftest import random_mixture
 import coupled_gmm as cg
 from coupled_gmm import mixture
 from coupled_gmm.frame import Frame
-from coupled_gmm.graph import stack
+from coupled_gmm.mixture import stack
 
 
 def three():
