@@ -107,7 +107,7 @@ class Start(Section):
 
     n_components: Count
     seed: Seed = 0
-    n_init: Count = 1
+    n_init: Count = 10
     max_steps: Count = 100
     tol: NonNegative = 1e-5
 

@@ -16,7 +16,6 @@ from coupled_gmm.frame import Settled, Sight
 from coupled_gmm.graph import MixtureGraph
 from coupled_gmm.mixture import GaussianMixture, stack
 from coupled_gmm.result import Outcome
-from coupled_gmm.statistics import Parameters
 from coupled_gmm.tree import pytree, taken
 
 N_INIT = 10
@@ -34,7 +33,8 @@ def init_gmm(
     """A mixture to start a fit from: k-means, then the moments of the points closest to each centre; the best of several.
 
     Centres are drawn by k-means++ (Arthur & Vassilvitskii 2007), distances being measured in standard deviations of each
-    feature, and moved by Lloyd's steps. Of several draws the most likely one after some steps of EM is kept, as it is then.
+    feature, and moved by some of Lloyd's steps: four times `n_init` draws. The likelier half of them after three steps of EM goes
+    on for three more, the likelier half of these for six, and so on (successive halving); the last is returned, as it is then.
     Clouds of more than 50,000 points are represented by that many, drawn by their weights.
 
     Args:
@@ -42,7 +42,7 @@ def init_gmm(
       x: cloud (n, d).
       n_components: K, at most the number of distinct points of positive weight.
       point_weights: (n,), at least 0, not all 0; None weighs points equally.
-      n_init: draws.
+      n_init: starts, of which the best is kept; each is the best of four draws.
       ridge: added to the covariances, relative to each feature's variance, as in `fit_gmm`.
 
     Raises:
@@ -54,7 +54,7 @@ def init_gmm(
     ridge = checks.scalar("ridge", ridge, at_least=0)
     sight = _sight(x, point_weights, None, ridge)
     _check_distinct(sight, n_components)
-    return _init(key, sight, ridge.astype(sight.clouds[0].dtype), n_components, n_init)
+    return taken(_init(key, sight, ridge.astype(sight.clouds[0].dtype), n_components, n_init, 1), 0)
 
 
 def _sight(x: Any, point_weights: Any, gmm: GaussianMixture | None, ridge: Array) -> Sight:
@@ -93,31 +93,17 @@ def _points(key: Array, data: Settled, sight: Sight) -> starts.Points:
     return starts.Points(x.T, w, deviations)
 
 
-@functools.partial(jax.jit, static_argnames=("n_components", "n_init"))
+@functools.partial(jax.jit, static_argnames=("n_components", "n_init", "n"))
 @matrices.precise
-def _init(key: Array, sight: Sight, ridge: Array, n_components: int, n_init: int) -> GaussianMixture:
-    found, points, data = _draws(key, sight, ridge, n_components, n_init)
-    if n_init == 1:
-        return taken(data.frame.mixture(found, sight.far), 0)
-    length = statistics.chunk_length(points.x.shape[1], n_components, len(points.x), None)
-    chunks = statistics.pack([points.x.T], [points.weights], length)
-    return data.frame.mixture(starts.best(found, chunks, data.floors[0]), sight.far)
-
-
-@functools.partial(jax.jit, static_argnames=("n_components", "n_init"))
-@matrices.precise
-def _several(key: Array, sight: Sight, ridge: Array, n_components: int, n_init: int) -> GaussianMixture:
-    found, _, data = _draws(key, sight, ridge, n_components, n_init)
-    return data.frame.mixture(found, sight.far)
-
-
-def _draws(
-    key: Array, sight: Sight, ridge: Array, n_components: int, n: int
-) -> tuple[Parameters, starts.Points, Settled]:
+def _init(key: Array, sight: Sight, ridge: Array, n_components: int, n_init: int, n: int) -> GaussianMixture:
+    """The n best of n_init starts, stacked."""
     few, key = jax.random.split(key)
     data = frame.settled(sight, ridge, ridge.dtype)
-    points = _points(few, data, sight)
-    return starts.draws(key, points, data.floors[0], n_components, n), points, data
+    points, floor = _points(few, data, sight), data.floors[0]
+    found = starts.draws(key, points, floor, n_components, starts.DRAWS * n_init)
+    length = statistics.chunk_length(points.x.shape[1], n_components, len(points.x), None)
+    chunks = statistics.pack([points.x.T], [points.weights], length)
+    return data.frame.mixture(starts.race(found, chunks, floor, n), sight.far)
 
 
 @pytree
@@ -214,7 +200,7 @@ def _starts(
     n_init = N_INIT if n_init is None else checks.integer("n_init", n_init, 1)
     sight = _sight(x, point_weights, None, ridge)
     _check_distinct(sight, n_components)
-    return _several(checks.key("key", key), sight, ridge, n_components, n_init), sight
+    return _init(checks.key("key", key), sight, ridge, n_components, n_init, n_init), sight
 
 
 @functools.partial(jax.jit, static_argnames="settings")
