@@ -97,9 +97,8 @@ def _points(key: Array, data: Settled, sight: Sight) -> starts.Points:
 @matrices.precise
 def _init(key: Array, sight: Sight, ridge: Array, n_components: int, n_init: int, n: int) -> GaussianMixture:
     """The n best of n_init starts, stacked."""
-    few, key = jax.random.split(key)
     data = frame.settled(sight, ridge, ridge.dtype)
-    points, floor = _points(few, data, sight), data.floors[0]
+    points, floor = _points(jax.random.fold_in(key, 0), data, sight), data.floors[0]
     found = starts.draws(key, points, floor, n_components, starts.DRAWS * n_init)
     length = statistics.chunk_length(points.x.shape[1], n_components, len(points.x), None)
     chunks = statistics.pack([points.x.T], [points.weights], length)

@@ -34,12 +34,13 @@ class Points(NamedTuple):
 def draws(key: Array, points: Points, floor: Float[Array, " d"], n_components: int, n: int) -> Parameters:
     """n starts, stacked: moments of the points closest to each of the centres, and the floor."""
     standard = points.x / points.deviations[:, None]
+    n_tries = 2 + int(math.log(n_components))
 
-    def draw(key: Array) -> Parameters:
-        labels = _lloyd(standard, points.weights, _plus_plus(key, standard, points.weights, n_components), n_components)
-        return _moments(points, labels, floor, n_components)
+    def draw(draws: Array) -> Parameters:
+        labels = _plus_plus(draws, standard, points.weights)
+        return _moments(points, _lloyd(standard, points.weights, labels, n_components), floor, n_components)
 
-    return jax.lax.map(draw, jax.random.split(key, n))
+    return jax.lax.map(draw, jax.random.uniform(key, (n, n_components, n_tries), standard.dtype))
 
 
 def _squares(x: Float[Array, "d n"], centre: Float[Array, " d"]) -> Float[Array, " n"]:
@@ -50,31 +51,30 @@ def _squares(x: Float[Array, "d n"], centre: Float[Array, " d"]) -> Float[Array,
     return jnp.ones_like(centre) @ (x - centre[:, None]) ** 2
 
 
-def _plus_plus(key: Array, x: Float[Array, "d n"], w: Float[Array, " n"], n_components: int) -> Int[Array, " n"]:
+def _plus_plus(draws: Float[Array, "K tries"], x: Float[Array, "d n"], w: Float[Array, " n"]) -> Int[Array, " n"]:
     """The closest of centres drawn one by one, with a probability of weight times squared distance to the closest so far.
 
     Of some tries each the one that leaves the least distances (Arthur & Vassilvitskii 2007); the first is taken as it comes.
     """
-    n_tries = 2 + int(math.log(n_components))
 
     def add(carry: tuple, step: tuple) -> tuple:
         (closest, labels), (k, draws) = carry, step
-        tries = drawn(draws, jnp.where(k > 0, w * closest, w))
-        squares = jax.lax.map(lambda i: jnp.minimum(_squares(x, x[:, i]), closest), tries)
-        best = squares[jnp.where(k > 0, jnp.argmin(squares @ w), 0)]
+        masses = jnp.where(k > 0, w * closest, w)
+        sums, last = jnp.cumsum(masses), jnp.max(jnp.where(masses > 0, index, 0))
+
+        def attempt(draw: Array) -> tuple[Array, Array]:
+            """The point that a number in [0, 1) stands for, in proportion to masses; never one without mass."""
+            chosen = jnp.minimum(jnp.sum(sums <= draw * sums[-1], dtype=jnp.int32), last)
+            squares = jnp.minimum(_squares(x, x[:, chosen]), closest)
+            return squares @ w, squares
+
+        left, squares = jax.lax.map(attempt, draws)
+        best = squares[jnp.where(k > 0, jnp.argmin(left), 0)]
         return (best, jnp.where(best < closest, k, labels)), None
 
-    steps = jnp.arange(n_components, dtype=jnp.int32), jax.random.uniform(key, (n_components, n_tries), x.dtype)
-    start = jnp.full_like(w, jnp.finfo(w.dtype).max), jnp.zeros(x.shape[1], jnp.int32)
-    return jax.lax.scan(add, start, steps)[0][1]
-
-
-def drawn(draws: Float[Array, " m"], masses: Float[Array, " n"]) -> Int[Array, " m"]:
-    """The indices that numbers in [0, 1) stand for, in proportion to masses; never one without mass."""
-    sums = jnp.cumsum(masses)
-    index = jax.lax.map(lambda draw: jnp.sum(sums <= draw * sums[-1], dtype=jnp.int32), draws)
-    last = jnp.max(jnp.where(masses > 0, jnp.arange(len(masses), dtype=jnp.int32), 0))
-    return jnp.minimum(index, last)
+    index = jnp.arange(x.shape[1], dtype=jnp.int32)
+    start = jnp.full_like(w, jnp.finfo(w.dtype).max), jnp.zeros_like(index)
+    return jax.lax.scan(add, start, (jnp.arange(len(draws), dtype=jnp.int32), draws))[0][1]
 
 
 def _lloyd(x: Float[Array, "d n"], w: Float[Array, " n"], labels: Int[Array, " n"], k: int) -> Int[Array, " n"]:
