@@ -18,6 +18,7 @@ import coupled_gmm as cg
 
 KINDS = ("plain", "far", "tied", "equal", "absent", "uniform")
 PRICES = ("balanced", "unbalanced", "two prices", "one side")
+TOL = 1e-4  # of solve_plan, unless another one is asked for
 COST_ROUNDINGS = 4
 
 
@@ -78,7 +79,7 @@ def cost_is_right(plan, eps):
 
 
 def exact_is_right(plan, cost_of_plan, eps):
-    """Within 1e-4 of POT's, and what rounding of the masses costs at POT's potentials."""
+    """Within the tolerance of POT's, and what rounding of the masses costs at POT's potentials."""
     a, b, cost = (np.asarray(v, np.float64) for v in (plan.pair.gmm0.weights, plan.pair.gmm1.weights, plan.cost))
     a, b = a / a.sum(), b / b.sum()
     rows, columns = a > 0, b > 0
@@ -87,10 +88,10 @@ def exact_is_right(plan, cost_of_plan, eps):
     right, log = ot.emd2(a, b, cost / scale, log=True, numItermax=1_000_000)
     u, v = log["u"] - np.median(log["u"]), log["v"] + np.median(log["u"])
     noise = 16 * eps * (a @ np.abs(u) + b @ np.abs(v)) + 1e-13
-    return bool(abs(float(cost_of_plan) / scale - right) <= 1e-4 * right + noise)
+    return bool(abs(float(cost_of_plan) / scale - right) <= TOL * right + noise)
 
 
-def sinkhorn(cost, a, b, epsilon, rhos, limit=3_000):
+def sinkhorn(cost, a, b, epsilon, rhos, limit=20_000):
     """The plan, or None where that many iterations do not find it."""
     with np.errstate(divide="ignore"):
         log_a, log_b = np.log(a), np.log(b)
@@ -106,7 +107,10 @@ def sinkhorn(cost, a, b, epsilon, rhos, limit=3_000):
 
 
 def entropic_is_right(plan, matrix):
-    """Within tolerance and rounding of the twin's, as a part of the mass that moves; None where the twin gives up."""
+    """Within twice the tolerance, which is of marginals, of the twin's, as a part of the mass that moves.
+
+    None where the twin gives up, or nothing moves.
+    """
     pair = plan.pair
     a, b, cost = (np.asarray(v, np.float64) for v in (pair.gmm0.weights, pair.gmm1.weights, plan.cost))
     rhos = float(pair.rho0), float(pair.rho1)
@@ -116,7 +120,7 @@ def entropic_is_right(plan, matrix):
     right = sinkhorn(cost[np.ix_(rows, columns)], a[rows], b[columns], float(pair.epsilon), rhos)
     if right is None or right.sum() < 1e-30:
         return None
-    return bool(np.abs(np.asarray(matrix)[np.ix_(rows, columns)] - right).sum() <= 2e-2 * right.sum())
+    return bool(np.abs(np.asarray(matrix)[np.ix_(rows, columns)] - right).sum() <= 2 * TOL * right.sum())
 
 
 def fuzz(seeds, size, d, dtype, table):
@@ -134,7 +138,7 @@ def fuzz(seeds, size, d, dtype, table):
         kind, gmms = random_pair(seed, size, d, dtype)
         prices = PRICES[(seed // len(KINDS)) % len(PRICES)]
         rng = np.random.RandomState(seed + 1_000_000)
-        share = 10.0 ** rng.uniform(-2, 1)
+        share = 10.0 ** rng.uniform(-4, 1)
         if prices == "balanced":
             plan, _, value, _ = solved(cg.GaussianMixturePair(*gmms, 1.0), "exact")
             judge(seed, kind, "exact", plan, exact_is_right, value, eps)
