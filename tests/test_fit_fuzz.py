@@ -207,10 +207,10 @@ class Change:
         )
 
 
-def changed_fits(seed, shape, kind, what, tol):
+def changed_fits(seed, shape, kind, what, tol, draws=(1,)):
     """A cloud's fit and its changed self's from the same start, what their log-likelihoods and their mixtures differ by.
 
-    The start is drawn once. What starts of the changed cloud's own differ by, one draw or the best of three, comes last;
+    The start is drawn once. What starts of the changed cloud's own differ by, each the best of so many draws, comes last;
     nothing where order decides the draw, or rounding does: which of two equally near centres takes a point.
     """
     cloud = Cloud(seed, shape, kind)
@@ -218,10 +218,10 @@ def changed_fits(seed, shape, kind, what, tol):
     x, w = change.cloud(cloud.z), cloud.w[change.order]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        starts = [cg.init_gmm(key, cloud.z, cloud.k, n_init=n, point_weights=cloud.w) for n in (1, 3)]
+        starts = [cg.init_gmm(key, cloud.z, cloud.k, n_init=n, point_weights=cloud.w) for n in draws]
         drawn, start = 0.0, starts[0]
         if what != "order" and kind != "ties":
-            others = [cg.init_gmm(key, x, cloud.k, n_init=n, point_weights=w) for n in (1, 3)]
+            others = [cg.init_gmm(key, x, cloud.k, n_init=n, point_weights=w) for n in draws]
             drawn = max(map(change.difference, starts, others))
         options = {"max_steps": STEPS, "tol": tol}
         fit = cg.fit_gmm(cloud.z, start, point_weights=cloud.w, **options)
@@ -258,7 +258,7 @@ def test_hundreds_of_changes(precision, shape, tol):
         kind, what = CLOUDS[seed % len(CLOUDS)], CHANGES[seed % 3]
         if kind == "ties" and shape[0] < 5:  # fewer than K distinct points
             continue
-        fit, other, *differences = changed_fits(seed, shape, kind, what, tol)
+        fit, other, *differences = changed_fits(seed, shape, kind, what, tol, (1, 3))
         if not tol or fit.converged & other.converged:
             compared += 1
             worst[kind, what] = np.maximum(worst.get((kind, what), 0), differences)
@@ -292,21 +292,15 @@ def changed_pairs(seed, kind, what, rho, tol):
     return near, changed, abs(value), max(mixtures), np.abs(near.plan.matrix - changed.plan.matrix).sum()
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_order_and_units_change_no_pair(seed):
-    """After as many steps. L-BFGS goes by values, and a value that rounds hides the square root of that: 5e-3."""
-    kind, what = ("plain", "heavy")[seed // 2], ("order", "unit")[seed % 2]
-    _, _, value, mixtures, plans = changed_pairs(seed, kind, what, np.inf, 0)
-    assert value < SAME
-    assert max(mixtures, plans) < 5 * SAME
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("rho", [np.inf, 0.5])
 @pytest.mark.parametrize("tol", [0, TOL])
 def test_a_hundred_changed_pairs(precision, rho, tol):
-    """In float64 the mixtures agree to 1e-3 as well."""
+    """After as many steps, and where both converged.
+
+    L-BFGS goes by values, and a float32 value hides moves of the square root of its rounding: there the mixtures agree to 5e-3.
+    """
     compared, worst = 0, {}
     for seed in range(27):
         kind, what = PAIRS[seed % len(PAIRS)], ("order", "unit", "offset")[seed % 3]
