@@ -390,6 +390,33 @@ class TestEqualProblems:
             back = dataclasses.replace(far, pair=far.pair.replace(*gmms))
             assert_same_fit(back, near, way, location=0 if way.x64 else 2e-3)
 
+    @pytest.mark.parametrize("way", [MARKED[0], MARKED[3]])
+    def test_order_and_unit(self, way):
+        """Points in another order, in a unit that is no power of two."""
+        order, unit = np.random.RandomState(0).permutation(N), 2.54e3
+
+        def scaled(means, covariances, weights):
+            return unit * means, unit**2 * covariances, weights
+
+        with jax.enable_x64(way.x64):
+            problem, tolerance = plain(), rounding(way)
+            near = problem.fit_pair(way)
+            fit = dataclasses.replace(
+                problem,
+                x0=unit * problem.x0[order],
+                x1=unit * problem.x1[order],
+                start0=scaled(*problem.start0),
+                start1=scaled(*problem.start1),
+                transport_weight=problem.transport_weight / unit**2,
+            ).fit_pair(way)
+            value = fit.penalized_log_likelihood + 2 * D * np.log(unit)
+            np.testing.assert_allclose(value, near.penalized_log_likelihood, rtol=1e-9 if way.x64 else 1e-5)
+            np.testing.assert_allclose(fit.plan.matrix, near.plan.matrix, atol=tolerance)
+            for gmm, expected in ((fit.pair.gmm0, near.pair.gmm0), (fit.pair.gmm1, near.pair.gmm1)):
+                np.testing.assert_allclose(gmm.means / unit, expected.means, atol=tolerance)
+                np.testing.assert_allclose(gmm.covariances / unit**2, expected.covariances, atol=tolerance)
+                np.testing.assert_allclose(gmm.weights, expected.weights, atol=tolerance)
+
     def test_offset_of_a_single_fit(self):
         far, near = offset().fit_gmm(), offset(0.0).fit_gmm()
         np.testing.assert_allclose(far.gmm.means - 2.0**14, near.gmm.means, atol=2e-3)
