@@ -21,7 +21,7 @@ from coupled_gmm.graph import MixtureGraph
 from coupled_gmm.mixture import GaussianMixture
 from coupled_gmm.result import Status
 from coupled_gmm.statistics import Parameters
-from coupled_gmm.tree import pytree
+from coupled_gmm.tree import chosen, pytree
 
 _FALL = 1e-4  # an ascent that falls by this part of 1 + |J| has met more than rounding
 _ROUNDINGS = 64  # rounding units of 1 + |J| by which J may seem to fall
@@ -156,7 +156,7 @@ def run(problem: MixtureGraph, sight: Sight, controls: Controls, settings: Setti
             carry.step + running,
             moved.parameters,
             moved.potentials,
-            _chosen(fell, carry.place, place),  # J never falls: a step on which it did is taken back
+            chosen(fell, carry.place, place),  # J never falls: a step on which it did is taken back
             moved.left,
             moved.moved,
             status,
@@ -252,10 +252,6 @@ def _checked(
     least = 8 * jnp.finfo(pivots.dtype).eps * jnp.sum(factors**2, axis=-1) + jnp.finfo(pivots.dtype).tiny
     singular = jnp.any(jnp.any(pivots <= least, axis=-1) & (nodes.weights > 0), axis=-1)
     return jnp.where(done & jnp.any(singular & fitted), Status.SINGULAR, status)
-
-
-def _chosen(condition: Array, one: Any, other: Any) -> Any:
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), one, other)
 
 
 def _columns(row: History) -> dict[str, Array]:

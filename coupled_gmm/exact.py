@@ -351,13 +351,15 @@ def _least(values: Float[Array, "K0 K1"]) -> tuple[Int[Array, ""], Int[Array, ""
 def _potentials(basis: Basis, price: Array) -> Expansion:
     """Those at which the reduced costs of the basic cells vanish: what one sum leaves of these, the next one adds."""
     prices, k0 = price[basis.rows, basis.columns], len(price)
-    both = expansions.zeros(sum(price.shape), price.dtype)
-    for _ in range(len(both)):
+
+    def improved(_, both: Expansion) -> Expansion:
         f, g = _sides(both, k0)
         missed = expansions.reduced(prices, _taken(f, basis.rows), _taken(g, basis.columns))
         change = jnp.sum(missed[:, None] * basis.inverse, axis=0)
-        both = expansions.added(both, (change, jnp.zeros_like(change), jnp.zeros_like(change)))
-    return both
+        return expansions.added(both, (change, jnp.zeros_like(change), jnp.zeros_like(change)))
+
+    start = expansions.zeros(sum(price.shape), price.dtype)
+    return jax.lax.fori_loop(0, len(start), improved, start)
 
 
 def _sides(both: Expansion, k0: int) -> tuple[Expansion, Expansion]:

@@ -26,7 +26,7 @@ from coupled_gmm import bures, checks, matrices, star
 from coupled_gmm.mixture import GaussianMixture, about_one_point, moved_back
 from coupled_gmm.result import Outcome, Status
 from coupled_gmm.star import Free, Plans, Star
-from coupled_gmm.tree import new, pytree, taken
+from coupled_gmm.tree import chosen, new, pytree, taken
 
 _HALVINGS = 12
 _FLOOR = 1e-6  # of the source's mean variance, feature by feature: no covariance is projected to less
@@ -139,56 +139,66 @@ def _walk(
     """Bures-Wasserstein steps: mixtures after each step, the losses before them and at the end, whether plans were solved."""
     part, _ = rates
 
-    def step(carry: tuple, _: None) -> tuple[tuple, tuple]:
+    def look(carry: tuple, first: Array) -> tuple[tuple, tuple]:
+        """Plans where the last step has led and, but for the source's, weights that lower the objective; then the next step."""
         free, plans, eta = carry
-        cells = star.cells(fixed, plans)
-        shares = star.shares(fixed, cells, len(free.weights))
-        means, factors = fixed.means[cells.problem, cells.target], fixed.factors[cells.problem, cells.target]
-        middle = jax.ops.segment_sum(shares[:, None] * means, cells.source, len(free.weights))
-        spread = bures.averaged(free.factors, factors, cells.source, shares)
-        moved = matrices.gram((1 - part) * free.factors + part * spread)
-        present = free.weights > 0
-        free = Free(
-            jnp.where(present[:, None], (1 - part) * free.means + part * middle, free.means),
-            jnp.where(present[:, None, None], matrices.cholesky(moved), free.factors),
-            free.weights,
-        )
-        cost = star.costs(fixed, free)
-        kept = star.solve(fixed, cost, free.weights, plans.memory)
-        weights, next_plans, eta = _reweighted(fixed, cost, free.weights, kept, eta)
+        tries = jnp.where(first, 0, _HALVINGS)
+        weights, plans, eta = _reweighted(fixed, star.costs(fixed, free), free.weights, plans, eta, tries)
         free = free._replace(weights=weights)
-        return (free, next_plans, eta), (free.mixture(), plans.objective, plans.solved)
+        seen = free.mixture(), plans.objective, plans.solved
+        return (_step(fixed, free, plans, part), plans, eta), seen
 
-    free = Free.of(source)
-    plans = star.solve(fixed, star.costs(fixed, free), free.weights, star.no_memory(fixed, source.n_components))
-    (_, end, _), (path, losses, solved) = jax.lax.scan(step, (free, plans, jnp.ones_like(part)), length=settings.steps)
-    return path, jnp.append(losses, end.objective), jnp.all(solved) & end.solved
+    start = Free.of(source), star.no_plans(fixed, source.n_components), jnp.ones_like(part)
+    _, (path, losses, solved) = jax.lax.scan(look, start, jnp.arange(settings.steps + 1) == 0)
+    return taken(path, slice(1, None)), losses, jnp.all(solved)
+
+
+def _step(fixed: Star, free: Free, plans: Plans, part: Array) -> Free:
+    """A part of the way to where the plans send each component."""
+    cells = star.cells(fixed, plans)
+    shares = star.shares(fixed, cells, len(free.weights))
+    means, factors = fixed.means[cells.problem, cells.target], fixed.factors[cells.problem, cells.target]
+    middle = jax.ops.segment_sum(shares[:, None] * means, cells.source, len(free.weights))
+    spread = bures.averaged(free.factors, factors, cells.source, shares)
+    moved = matrices.gram((1 - part) * free.factors + part * spread)
+    present = free.weights > 0
+    return Free(
+        jnp.where(present[:, None], (1 - part) * free.means + part * middle, free.means),
+        jnp.where(present[:, None, None], matrices.cholesky(moved), free.factors),
+        free.weights,
+    )
 
 
 def _reweighted(
-    fixed: Star, cost: Float[Array, "B n K"], weights: Float[Array, " n"], plans: Plans, eta: Array
+    fixed: Star, cost: Float[Array, "B n K"], weights: Float[Array, " n"], last: Plans, eta: Array, tries: Array
 ) -> tuple[Float[Array, " n"], Plans, Array]:
-    """Weights that lower the objective, with their plans, or the ones that were; and the step to try next."""
-    slope = fixed.coefficients @ plans.potentials
-    slope = jnp.where(weights > 0, slope - weights @ jnp.where(weights > 0, slope, 0), 0)
-    steepest = jnp.max(jnp.abs(slope))
-    slope = slope / jnp.where(steepest > 0, steepest, 1)
+    """Weights that lower the objective, with their plans, or the ones that were; and the step to try next.
+
+    A solver is most of a program, so there is one: the first round of the loop solves for the weights as they were.
+    """
 
     def rejected(carry: tuple) -> Bool[Array, ""]:
-        _, found, _, halvings = carry
-        return ~(found.objective < plans.objective) & (halvings < _HALVINGS)
+        _, plans, (_, found), _, count = carry
+        return (count <= tries) & ~(found.objective < plans.objective)
 
     def attempt(carry: tuple) -> tuple:
-        _, _, eta, halvings = carry
+        slope, plans, _, eta, count = carry
+        first = count == 0
         tried = weights * jnp.exp(-eta * slope)
-        tried = tried / jnp.sum(tried)
-        return tried, star.solve(fixed, cost, tried, plans.memory), 0.5 * eta, halvings + 1
+        tried = jnp.where(first, weights, tried / jnp.sum(tried))
+        found = star.solve(fixed, cost, tried, plans.memory)
+        plans = chosen(first, found, plans)
+        slope = fixed.coefficients @ plans.potentials
+        slope = jnp.where(weights > 0, slope - weights @ jnp.where(weights > 0, slope, 0), 0)
+        steepest = jnp.max(jnp.abs(slope))
+        slope = slope / jnp.where(steepest > 0, steepest, 1)
+        return slope, plans, (tried, found), jnp.where(first, eta, 0.5 * eta), count + 1
 
-    start = weights, plans, eta, jnp.zeros((), jnp.int32)
-    tried, found, eta, _ = jax.lax.while_loop(rejected, attempt, start)
+    before = last._replace(objective=jnp.full_like(last.objective, jnp.inf))
+    start = jnp.zeros_like(weights), before, (weights, before), eta, jnp.zeros((), jnp.int32)
+    _, plans, (tried, found), eta, _ = jax.lax.while_loop(rejected, attempt, start)
     better = found.objective < plans.objective
-    chosen = jax.tree.map(lambda new, old: jnp.where(better, new, old), (tried, found), (weights, plans))
-    return *chosen, jnp.minimum(4 * eta, 1)
+    return *chosen(better, (tried, found), (weights, plans)), jnp.minimum(4 * eta, 1)
 
 
 def _optimise(
@@ -217,24 +227,22 @@ def _optimise(
         in_free = in_free._replace(weights=fixed.coefficients @ plans.potentials)
         return plans, pull_back(in_free)[0]
 
-    def step(carry: tuple, _: None) -> tuple[tuple, tuple]:
+    def look(carry: tuple, _: None) -> tuple[tuple, tuple]:
         parameters, state, memory = carry
         plans, gradient = evaluated(parameters, memory)
+        seen = mixture(parameters), plans.objective, plans.solved
         updates, state = optimizer.update(gradient, state, parameters)
         moves: Any = updates  # optax's type hides that it is a tuple
         means, covariances, logits = (old + move for old, move in zip(parameters, moves, strict=True))
         means = means + (mean_rate - 1) * moves[0]
         parameters = means, _definite(covariances / units, _FLOOR) * units, logits
-        return (parameters, state, plans.memory), (mixture(parameters), plans.objective, plans.solved)
+        return (parameters, state, plans.memory), seen
 
     logits = jnp.where(present, jnp.log(jnp.where(present, source.weights, 1)), 0)
     parameters = source.means, source.covariances, logits
-    memory = star.no_memory(fixed, source.n_components)
-    carry = parameters, optimizer.init(parameters), memory
-    (parameters, _, memory), (path, losses, solved) = jax.lax.scan(step, carry, length=settings.steps)
-    end = Free.of(mixture(parameters))
-    plans = star.solve(fixed, star.costs(fixed, end), end.weights, memory)
-    return path, jnp.append(losses, plans.objective), jnp.all(solved) & plans.solved
+    start = parameters, optimizer.init(parameters), star.no_memory(fixed, source.n_components)
+    _, (path, losses, solved) = jax.lax.scan(look, start, length=settings.steps + 1)
+    return taken(path, slice(1, None)), losses, jnp.all(solved)
 
 
 def _definite(covariances: Float[Array, "n d d"], floor: Array | float) -> Float[Array, "n d d"]:

@@ -256,6 +256,8 @@ def log_weights(weights: Float[Array, "*b K"]) -> Float[Array, "*b K"]:
 def padded(gmm: GaussianMixture, n_components: int) -> GaussianMixture:
     """The same mixture with components of weight zero (mean 0, covariance I) appended up to `n_components`."""
     extra = n_components - gmm.n_components
+    if not extra:
+        return gmm
     identity = jnp.broadcast_to(jnp.eye(gmm.n_features, dtype=gmm.dtype), (extra, gmm.n_features, gmm.n_features))
     nothing = jnp.zeros((extra, gmm.n_features), gmm.dtype)
     return new(

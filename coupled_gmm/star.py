@@ -92,6 +92,13 @@ def no_memory(star: Star, n: int) -> Any:
     return exact.Basis(cells, cells, jnp.zeros((b, n + k - 1, n + k), star.means.dtype))  # no legal one
 
 
+def no_plans(star: Star, n: int) -> Plans:
+    """Plans before any: the first solve starts from their memory."""
+    b, k = star.weights.shape
+    zeros = jnp.zeros((b, n, k), star.means.dtype)
+    return Plans(zeros, zeros[:, :, 0], zeros[0, 0, 0], jnp.asarray(True), no_memory(star, n))
+
+
 def solve(star: Star, cost: Float[Array, "B n K"], weights: Float[Array, " n"], memory: Any) -> Plans:
     """The optimal plan to each fixed mixture, from those that `memory` holds."""
     cost, weights, fixed = jax.lax.stop_gradient((cost, weights, star.weights))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Self, TypeVar, cast, dataclass_transform
 
 import jax
+import jax.numpy as jnp
 
 T = TypeVar("T")
 
@@ -32,6 +33,11 @@ def new(cls: type[T], **fields: Any) -> T:
 def taken(tree: T, index: Any) -> T:
     """Rows of a tree whose leaves are stacked on a leading axis."""
     return jax.tree.map(lambda leaf: leaf[index], tree)
+
+
+def chosen(condition: Any, one: T, other: T) -> T:
+    """One of two trees of the same structure."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), one, other)
 
 
 class Stackable:
