@@ -4,7 +4,8 @@ Two coordinate systems. *Log-Cholesky* is OTT's: means, lower triangular factors
 against the last component of positive weight; any optax optimiser runs in it. *Natural* is the default's: each component
 is seen from its present self, :math:`m = m_0 + L_0 u`, :math:`L = L_0 T`, and every coordinate is divided by the square root of its
 curvature in Q and in the transport cost. There the Hessian is close to the identity, a first unit step of steepest ascent
-is nearly the plain EM step, and L-BFGS needs a handful of evaluations.
+is nearly the plain EM step, and L-BFGS needs a handful of evaluations. A component of little mass has a long coordinate, and
+nothing else would keep it from leaving the data in one step: how far a step takes a component is bounded, smoothly.
 """
 
 from collections.abc import Callable
@@ -18,6 +19,9 @@ from jaxtyping import Array, Bool, Float
 from coupled_gmm import matrices
 from coupled_gmm.graph import MixtureGraph
 from coupled_gmm.statistics import Parameters, Statistics
+
+_MOST_GROWTH = 3.0  # of the logarithm of a component's extent in one M-step
+_FARTHEST = 4.0  # a component moves in one M-step, as a part of the distance to its points, which is 1 at least
 
 
 class Coordinates(NamedTuple):
@@ -99,16 +103,27 @@ def natural_coordinates(
     present = jnp.isfinite(base.log_weights)
     eye = jnp.eye(base.means.shape[-1], dtype=base.means.dtype)
     scale = _natural_scale(base, statistics, graph)
+    # Points that lie wider than the component they belong to make the likelihood curve more in its shape.
+    second = jnp.diagonal(statistics.scatter, axis1=-2, axis2=-1) + statistics.shift**2
+    shape_scale = scale * jax.lax.rsqrt(jnp.maximum(1, jnp.mean(second, axis=-1)))
+    farthest = _FARTHEST * jnp.sqrt(1 + jnp.sum(statistics.shift**2, axis=-1, keepdims=True))
     zeros = (jnp.zeros_like(base.means), jnp.zeros_like(base.factors), jnp.zeros_like(base.log_weights))
     start, unravel = ravel_pytree(zeros)
 
     def parameters(x: Array, log_weights: Array) -> Parameters:
         shift, triangle, logits = unravel(x)
-        means = base.means + jnp.einsum("vkij,vkj->vki", base.factors, shift * scale[..., None])
-        triangle = triangle * scale[..., None, None]
-        stretch = jnp.tril(triangle, -1) + eye * jnp.exp(triangle * eye * 2**-0.5)
+        shift = _bounded(shift * scale[..., None], farthest)
+        means = base.means + jnp.einsum("vkij,vkj->vki", base.factors, shift)
+        triangle = triangle * shape_scale[..., None, None]
+        growth = _MOST_GROWTH * jnp.tanh(triangle * eye * 2**-0.5 / _MOST_GROWTH)
+        stretch = jnp.tril(triangle, -1) + eye * jnp.exp(growth)
         logits = jnp.where(present, log_weights, 0) + logits * scale
         moved = Parameters(means, base.factors @ stretch, _log_softmax(logits, present))
         return thawed(graph.frozen, moved, base)
 
     return Coordinates(start, parameters, lambda gradient: jnp.zeros((), gradient.dtype))
+
+
+def _bounded(shift: Float[Array, "V K d"], farthest: Float[Array, "V K 1"]) -> Float[Array, "V K d"]:
+    """A shift itself as long as it is short, and never longer than the farthest."""
+    return shift * jax.lax.rsqrt(1 + jnp.sum((shift / farthest) ** 2, axis=-1, keepdims=True))

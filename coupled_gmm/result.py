@@ -34,8 +34,8 @@ _MESSAGES = {
     Status.STEPS_DONE: "all steps were done; no tolerance was asked for (tol = 0)",
     Status.NOT_CONVERGED: "the steps ran out before the tolerance was met: allow more steps, or a larger tol",
     Status.PRECISION: (
-        "stopped at what this precision can reach, above the tolerance: enable float64 "
-        "(jax.config.update('jax_enable_x64', True)), or raise epsilon or tol"
+        "stopped at what this precision can reach, above the tolerance: in float32, enable float64 "
+        "(jax.config.update('jax_enable_x64', True)); in float64, raise epsilon or tol"
     ),
     Status.NOT_FINITE: (
         "a value was not finite: raise ridge, lower the learning rate or step size, or check the start for singular covariances"
