@@ -19,6 +19,7 @@ from coupled_gmm.tree import taken
 
 _LLOYD_STEPS = 10
 _EM_STEPS = 3  # of the first round
+_ALIKE = 1e-4  # nats a point: of ends so close the first is taken, whatever rounding says
 DRAWS = 4  # for each start that is asked for
 MOST_POINTS = 50_000  # what a start is drawn from; a fit sees all
 
@@ -125,7 +126,7 @@ def _moments(points: Points, labels: Int[Array, " n"], floor: Float[Array, " d"]
 def race(draws: Parameters, chunks: Chunks, floor: Float[Array, " d"], n: int) -> Parameters:
     """The n of several starts that are likeliest after rounds of EM, best first, as they are then.
 
-    Rounds take twice the steps of all that went before, for half as many.
+    Each round takes as many steps as all that went before it, for half as many starts.
     """
     count, counts, steps = len(draws.log_weights), [], []
     while count > n:
@@ -145,7 +146,7 @@ def race(draws: Parameters, chunks: Chunks, floor: Float[Array, " d"], n: int) -
         count, n_steps = turn
         racing = jnp.arange(len(draws.log_weights)) < count
         values, ends = jax.lax.map(lambda one: climb(*one), (*carry, jnp.where(racing, n_steps, 0)))
-        order = jnp.argsort(jnp.where(racing & jnp.isfinite(values), -values, jnp.inf))
+        order = jnp.argsort(jnp.where(racing & jnp.isfinite(values), -jnp.round(values / _ALIKE), jnp.inf))
         return jax.tree.map(lambda leaf: leaf[order], (values, ends)), None
 
     start = jnp.full(len(draws.log_weights), -jnp.inf, floor.dtype), draws

@@ -149,6 +149,7 @@ def run(seed, shape, kind):
 
 
 CASES = [(seed, SHAPES[seed % len(SHAPES)], KINDS[seed % len(KINDS)]) for seed in range(24)]
+CASES = [*CASES[:9], *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES[9:])]  # every shape and kind once
 
 
 @pytest.mark.parametrize(("seed", "shape", "kind"), CASES)

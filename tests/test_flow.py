@@ -107,7 +107,7 @@ def test_default_is_below_the_published_end_in_half_the_steps(precision):
     assert np.all(np.diff(values) <= 10 * precision * values[0])
 
 
-@pytest.mark.parametrize("d", [2, 3])
+@pytest.mark.parametrize("d", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_every_step_lowers_the_loss(x64, d):
     """Of 25 flows side by side: the loss falls, covariances stay definite, weights sum to one, the absent stay so."""
     pairs, found = flows(d, adam=False)

@@ -41,7 +41,7 @@ def there_and_back(**options):
     return (cg.MixtureGraph.from_mixtures(GMMS[:2], [edge], **options, **KINKED) for edge in ((0, 1), (1, 0)))
 
 
-@pytest.mark.parametrize("tau", [1.0, 0.8])
+@pytest.mark.parametrize("tau", [1.0, pytest.param(0.8, marks=pytest.mark.slow)])
 def test_an_edge_has_no_direction(tau):
     """(1, 0) is (0, 1), to the last bit, with the plan the other way round."""
     one, other = (fit(clouds()[:2], graph) for graph in there_and_back(tau=tau))

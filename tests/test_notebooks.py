@@ -24,8 +24,14 @@ def test_there_are_notebooks():
     assert NOTEBOOKS
 
 
+LONG = ("02_barycenters", "04_transport_maps")  # minutes of compilation
+
+
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in LONG)) for path in NOTEBOOKS],
+)
 def test_runs(path, tmp_path):
     notebook = nbformat.read(path, as_version=4)
     committed = n_pictures(notebook)

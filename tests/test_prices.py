@@ -50,8 +50,8 @@ def test_two_prices_against_plain_sinkhorn(x64, rho, sizes):
             np.testing.assert_allclose(plan.total_mass, 1, rtol=1e-9)
 
 
-@pytest.mark.parametrize("rho", [(1.0, 5.0), (np.inf, 2.0)])
-@pytest.mark.parametrize("name", ["regularized_cost", "transport_cost"])
+@pytest.mark.parametrize("rho", [pytest.param((1.0, 5.0), marks=pytest.mark.slow), (np.inf, 2.0)])
+@pytest.mark.parametrize("name", ["regularized_cost", pytest.param("transport_cost", marks=pytest.mark.slow)])
 def test_derivatives_with_two_prices(x64, rho, name):
     """In a mean and in the prices, of first and second order, against differences."""
     gmm0, gmm1 = random_mixture(0, 3, 2), random_mixture(1, 4, 2)

@@ -81,6 +81,7 @@ def test_no_worse_than_greedy_merging(x64):
     assert min(gains) >= 0
 
 
+@pytest.mark.slow
 def test_no_worse_than_random_assignments(x64):
     for seed, gmm, found in zip(SEEDS, *reductions()):
         starts = random_assignments(host(gmm), N, 20, seed)
