@@ -23,7 +23,7 @@ from coupled_gmm.graph import MixtureGraph
 from coupled_gmm.masses import Response
 from coupled_gmm.solvers import Solver, solve_entropic
 from coupled_gmm.statistics import Parameters, Statistics, expected_log_likelihood, maximiser
-from coupled_gmm.tree import taken
+from coupled_gmm.tree import chosen, taken
 
 _MAX_ITERATIONS = 200  # of a plan within the fit
 _MEMORY = 8
@@ -210,7 +210,7 @@ def lbfgs_optimiser(patience: float = 1e-3) -> Optimiser:
         length = jnp.minimum(1, 2 / jnp.where(longest > 0, longest, 1))
         fresh = _Line(value, direction, slope, length, jnp.where(first, slope, line.first_slope), lbfgs)
         retry = line._replace(step=line.step * jnp.clip(shrink, 0.1, 0.5))
-        line = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), fresh, retry)
+        line = chosen(accepted, fresh, retry)
         best = jnp.where(accepted, search.trial, search.best)
         rounding = jnp.finfo(value.dtype).eps * (1 + jnp.abs(line.value))
         gain = -line.step * line.slope
@@ -296,17 +296,14 @@ def m_step(
         search = optimiser.update(now.search, value, gradient)
         accepted = search.accepted & finite
 
-        def choose(condition: Array, new: Any, old: Any) -> Any:
-            return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
-
         log_weights = now.log_weights
         if may_solve:
             solved = _solved_log_weights(found.potentials)
-            log_weights = choose(accepted & now.solves_masses, solved, log_weights)
+            log_weights = chosen(accepted & now.solves_masses, solved, log_weights)
         return _Progress(
             search,
-            choose(now.n == 0, found, now.initial),
-            choose(accepted, found.potentials, now.potentials),
+            chosen(now.n == 0, found, now.initial),
+            chosen(accepted, found.potentials, now.potentials),
             log_weights,
             now.solves_masses & finite,  # where that fails, weights are searched for like the rest
             # The first evaluation counts whatever it finds: it is where the fit is.
