@@ -101,8 +101,11 @@ def weights(name: str, value: Any, size: int) -> jax.Array:
 
 
 def relative_weights(name: str, value: Any, size: int) -> Any:
-    """The same as parts of the largest, so that their own size, 1e37 or 1e-41, costs no precision."""
+    """The same as parts of the largest, so that their own size, 1e37 or 1e-41, costs no precision; on the host by NumPy."""
     w = own_weights(name, value, size)
+    if known(w) and on_host(w):
+        w = np.asarray(w, np.float64)
+        return w / w.max()
     return _in_working_precision(w / w.max())
 
 

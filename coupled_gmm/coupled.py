@@ -16,13 +16,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from coupled_gmm import checks, entropic, frame, m_step, matrices, report, solvers, statistics
 from coupled_gmm.expansions import two_sum
-from coupled_gmm.frame import Settled, Sight
+from coupled_gmm.frame import Sight
 from coupled_gmm.graph import MixtureGraph
 from coupled_gmm.mixture import GaussianMixture
 from coupled_gmm.result import Status
 from coupled_gmm.statistics import Parameters
 from coupled_gmm.tree import chosen, pytree
 
+_ROWS = 128  # of the shortest history
 _FALL = 1e-4  # an ascent that falls by this part of 1 + |J| has met more than rounding
 _ROUNDINGS = 64  # rounding units of 1 + |J| by which J may seem to fall
 _RUNNING = -1
@@ -70,6 +71,7 @@ class Controls(NamedTuple):
 
     ridge: Float[Array, ""]
     tol: Float[Array, ""]
+    em_steps: Int[Array, ""]
     m_steps: Int[Array, ""]
     learning_rate: Float[Array, ""] | None
 
@@ -77,11 +79,18 @@ class Controls(NamedTuple):
 class Settings(NamedTuple):
     """What a fit's program depends on."""
 
-    length: int
-    em_steps: int
+    rows: int  # of the history, at least as many as steps
     solver: solvers.Solver
     optimizer: Any
     progress: bool
+
+
+def rows(steps: int) -> int:
+    """Rows of a history for so many steps: from a short list, so that other numbers of steps share the program."""
+    size = _ROWS
+    while size < steps:
+        size *= 4
+    return size
 
 
 def _optimiser(optimizer: Any, learning_rate: Array | None) -> m_step.Optimiser:
@@ -131,27 +140,23 @@ def run(problem: MixtureGraph, sight: Sight, controls: Controls, settings: Setti
     problem, sight = checks.value_only((problem, sight), _NO_DERIVATIVE)
     dtype = problem.nodes.dtype
     controls = jax.tree.map(lambda c: c.astype(dtype) if jnp.issubdtype(c, jnp.floating) else c, controls)
-    data = frame.settled(sight, controls.ridge, dtype)
-    chunks = statistics.pack(data.clouds, sight.weights, settings.length)
-    graph = _in_frame(problem, data.frame.unit)
-    has_cloud = jnp.asarray([cloud is not None for cloud in sight.clouds])
+    floors, unit, has_cloud = sight.floors(controls.ridge), sight.frame.unit, sight.has_cloud
+    graph = _in_frame(problem, unit)
     optimiser = _optimiser(settings.optimizer, controls.learning_rate)
 
     def em_step(carry: _Carry) -> _Carry:
-        found = statistics.e_step(carry.parameters, chunks, data.floors, carry.place.penalized)
+        found = statistics.e_step(carry.parameters, sight.chunks, floors, carry.place.penalized)
         # The last round only looks at where the fit has come to.
-        budget = jnp.where(carry.step < settings.em_steps, controls.m_steps, 1)
-        moved = m_step.m_step(
-            found, data.floors, graph, carry.potentials, settings.solver, optimiser, data.frame.unit, budget
-        )
+        budget = jnp.where(carry.step < controls.em_steps, controls.m_steps, 1)
+        moved = m_step.m_step(found, floors, graph, carry.potentials, settings.solver, optimiser, unit, budget)
         place, gain = _arrived(carry.place, found, moved, graph)
         fell = (carry.step > 0) & (settings.optimizer is None) & (gain < -_rounding(carry.place, place))
-        status = _status(carry, place.value, gain, fell, moved, controls.tol, settings)
+        status = _status(carry, place.value, gain, fell, moved, controls)
         running = status == _RUNNING
-        row = _row(graph, place, moved, data.frame.unit, has_cloud)
+        row = _row(graph, place, moved, unit, has_cloud)
         history = jax.tree.map(lambda h, r: h.at[carry.step].set(jnp.where(running, r, jnp.nan)), carry.history, row)
         if settings.progress:
-            report.emit(settings.em_steps, {"running": running, "step": carry.step, **_columns(row)})
+            report.emit({"running": running, "em_steps": controls.em_steps, "step": carry.step, **_columns(row)})
         return _Carry(
             carry.step + running,
             moved.parameters,
@@ -163,12 +168,12 @@ def run(problem: MixtureGraph, sight: Sight, controls: Controls, settings: Setti
             history,
         )
 
-    start = _start(problem, graph, data, has_cloud, settings.em_steps)
+    start = _start(problem, graph, sight, floors, settings.rows)
     end = jax.lax.while_loop(lambda carry: carry.status == _RUNNING, em_step, start)
-    nodes = problem.fitted(data.frame.mixture(end.place.parameters, sight.far))
-    row = _row(graph, end.place, None, data.frame.unit, has_cloud)
-    status = _checked(end.status, problem, nodes, data.frame.unit * end.place.parameters.factors, has_cloud)
-    terms = m_step.scaled(end.place.terms, data.frame.unit**2)
+    nodes = problem.fitted(sight.frame.mixture(end.place.parameters, sight.far))
+    row = _row(graph, end.place, None, unit, has_cloud)
+    status = _checked(end.status, problem, nodes, unit * end.place.parameters.factors, has_cloud)
+    terms = m_step.scaled(end.place.terms, unit**2)
     log_likelihoods = jnp.asarray(row.log_likelihoods)
     return Run(nodes, terms, log_likelihoods, row.penalized_log_likelihood, status, end.step, end.history)
 
@@ -184,15 +189,14 @@ def _in_frame(problem: MixtureGraph, unit: Array) -> MixtureGraph:
     )
 
 
-def _start(problem: MixtureGraph, graph: MixtureGraph, data: Settled, has_cloud: Array, em_steps: int) -> _Carry:
-    floors = jnp.where(problem.frozen[:, None], 0, data.floors)
-    parameters = data.frame.parameters(problem.nodes, floors)
-    parameters = frame.apart(parameters, has_cloud & ~graph.frozen)
+def _start(problem: MixtureGraph, graph: MixtureGraph, sight: Sight, floors: Array, rows: int) -> _Carry:
+    parameters = sight.frame.parameters(problem.nodes, jnp.where(problem.frozen[:, None], 0, floors))
+    parameters = frame.apart(parameters, sight.has_cloud & ~graph.frozen)
     terms, zeros = m_step.no_terms(graph), jnp.zeros(graph.n_nodes, parameters.means.dtype)
     zero = jnp.zeros((), zeros.dtype)
     place = _Place(parameters, terms, zeros, zeros, zeros, zero - jnp.inf, zero)
     row = History(zeros, terms.transport, zero, zero, zero, zeros)
-    history = jax.tree.map(lambda leaf: jnp.full((em_steps, *leaf.shape), jnp.nan, leaf.dtype), row)
+    history = jax.tree.map(lambda leaf: jnp.full((rows, *leaf.shape), jnp.nan, leaf.dtype), row)
     yes = jnp.asarray(True)
     return _Carry(
         jnp.asarray(0), parameters, terms.potentials, place, zero + jnp.inf, yes, jnp.asarray(_RUNNING), history
@@ -218,17 +222,18 @@ def _rounding(before: _Place, place: _Place) -> Array:
 
 
 def _status(
-    carry: _Carry, value: Array, gain: Array, fell: Array, moved: m_step.MStep, tol: Array, settings: Settings
+    carry: _Carry, value: Array, gain: Array, fell: Array, moved: m_step.MStep, controls: Controls
 ) -> Int[Array, ""]:
     """Whether and why a fit ends here.
 
     It has converged where a step gained no more than the tolerance, and neither the M-step on the way here had left more
     undone nor the one from here promises more.
     """
+    tol = controls.tol
     asked, still = tol > 0, (carry.step > 0) & (gain <= tol)
     met = asked & still & ~fell & (carry.left <= tol) & (moved.ahead <= tol)
     out_of_steps = jnp.where(asked, Status.NOT_CONVERGED, Status.STEPS_DONE)
-    status = jnp.where(met, Status.CONVERGED, jnp.where(carry.step >= settings.em_steps, out_of_steps, _RUNNING))
+    status = jnp.where(met, Status.CONVERGED, jnp.where(carry.step >= controls.em_steps, out_of_steps, _RUNNING))
     status = jnp.where(asked & still & ~met & ~carry.moved, Status.STALLED, status)
     status = jnp.where(fell, jnp.where(asked, Status.PRECISION, Status.STEPS_DONE), status)
     collapsed = fell & (gain < -_FALL * (1 + jnp.abs(value)))
@@ -276,15 +281,14 @@ def _row(graph: MixtureGraph, place: _Place, moved: m_step.MStep | None, unit: A
 
 
 @matrices.precise
-def value(problem: MixtureGraph, sight: Sight, ridge: Array, length: int) -> Float[Array, ""]:
+def value(problem: MixtureGraph, sight: Sight, ridge: Array) -> Float[Array, ""]:
     """J at the graph's own nodes, differentiable once in them."""
-    data = jax.lax.stop_gradient(frame.settled(sight, ridge, problem.nodes.dtype))
-    chunks = statistics.pack(data.clouds, sight.weights, length)
-    graph = _in_frame(problem, data.frame.unit)
-    has_cloud = jnp.asarray([cloud is not None for cloud in sight.clouds])
-    parameters = data.frame.parameters(problem.nodes, jnp.zeros_like(data.floors))
-    found = statistics.e_step(parameters, chunks, data.floors)
+    sight = jax.lax.stop_gradient(sight)
+    floors, unit = jax.lax.stop_gradient(sight.floors(ridge)), sight.frame.unit
+    graph = _in_frame(problem, unit)
+    parameters = sight.frame.parameters(problem.nodes, jnp.zeros_like(floors))
+    found = statistics.e_step(parameters, sight.chunks, floors)
     start = m_step.no_terms(graph).potentials
     transport, _, _ = m_step.transport_terms(parameters, graph, start, solvers.solve_entropic)
-    volume = jnp.where(has_cloud, problem.nodes.n_features * jnp.log(data.frame.unit), 0)
+    volume = jnp.where(sight.has_cloud, problem.nodes.n_features * jnp.log(unit), 0)
     return problem.node_weights @ (found.penalized - volume) - graph.edge_weights @ transport

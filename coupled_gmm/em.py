@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from coupled_gmm import checks, coupled, frame, matrices, solvers, starts, statistics
+from coupled_gmm import checks, chunks, coupled, frame, matrices, solvers, starts
 from coupled_gmm.coupled import Controls, Settings
-from coupled_gmm.frame import Settled, Sight
+from coupled_gmm.frame import Sight, View
 from coupled_gmm.graph import MixtureGraph
 from coupled_gmm.mixture import GaussianMixture, stack
 from coupled_gmm.result import Outcome
@@ -52,21 +52,21 @@ def init_gmm(
     n_components = checks.integer("n_components", n_components, 1)
     n_init = checks.integer("n_init", n_init, 1)
     ridge = checks.scalar("ridge", ridge, at_least=0)
-    sight = _sight(x, point_weights, None, ridge)
-    _check_distinct(sight, n_components)
-    return taken(_init(key, sight, ridge.astype(sight.clouds[0].dtype), n_components, n_init, 1), 0)
+    view = _view(x, point_weights, None, ridge)
+    _check_distinct(view, n_components)
+    return taken(_draws(key, view, ridge, n_components, n_init, 1), 0)
 
 
-def _sight(x: Any, point_weights: Any, gmm: GaussianMixture | None, ridge: Array) -> Sight:
-    """The cloud as programs take it, in the precision of a mixture or the default one."""
+def _view(x: Any, point_weights: Any, gmm: GaussianMixture | None, ridge: Array) -> View:
+    """The cloud in its frame, in the precision of a mixture or the default one."""
     x = checks.points("x", x, None if gmm is None else gmm.n_features)
     w = None if point_weights is None else checks.relative_weights("point_weights", point_weights, len(x))
     return frame.seen(["x"], [x], [w], [] if gmm is None else [gmm], ridge)
 
 
-def _check_distinct(sight: Sight, n_components: int) -> None:
+def _check_distinct(view: View, n_components: int) -> None:
     """Refuse more components than distinct points; a small sample usually settles it."""
-    (x,), (w,) = sight.clouds, sight.weights
+    (x,), (w,) = view.clouds, view.weights
     if not checks.known(x, w):
         return
     x = np.asarray(x) if w is None else np.asarray(x)[np.asarray(w) > 0]
@@ -80,29 +80,37 @@ def _check_distinct(sight: Sight, n_components: int) -> None:
     )
 
 
-def _points(key: Array, data: Settled, sight: Sight) -> starts.Points:
+def _draws(key: Array, view: View, ridge: Array, n_components: int, n_init: int, n: int) -> GaussianMixture:
+    """The n best of n_init starts, stacked."""
+    sight = _representatives(jax.random.fold_in(key, 0), view).in_chunks(n_components * len(view.pooled))
+    return _init(key, sight, ridge, n_components, n_init, n)
+
+
+def _representatives(key: Array, view: View) -> View:
     """The points that starts are drawn from: all, or so many of them, drawn by their weights."""
-    (x,), (w,) = data.clouds, sight.weights
-    w = jnp.full(len(x), 1 / len(x), x.dtype) if w is None else w / jnp.sum(w)
-    if len(x) > (n := starts.MOST_POINTS):
-        # One in each of as many equal parts of the mass.
-        draws = (jnp.arange(n) + jax.random.uniform(key, (n,), x.dtype)) / n
-        chosen = jnp.minimum(jnp.searchsorted(jnp.cumsum(w), draws, side="right"), len(x) - 1)
-        x, w = x[chosen], jnp.full(n, 1 / n, x.dtype)
-    deviations = jnp.where(data.pooled > 0, jnp.sqrt(data.pooled), 1)
-    return starts.Points(x.T, w, deviations)
+    (x,), (w,), n = view.clouds, view.weights, starts.MOST_POINTS
+    if len(x) <= n:
+        return view
+    draws = jax.random.uniform(key, (n,))
+    xp = np if chunks.known(x, w, draws) else jnp
+    x, draws = xp.asarray(x), xp.asarray(draws)
+    # One in each of as many equal parts of the mass.
+    places = (xp.arange(n) + draws) / n
+    if w is None:
+        index = (places * len(x)).astype(int)
+    else:
+        upto = xp.cumsum(xp.asarray(w))
+        index = xp.searchsorted(upto, places * upto[-1], side="right")
+    return view._replace(clouds=[x[xp.minimum(index, len(x) - 1)]], weights=[None])
 
 
 @functools.partial(jax.jit, static_argnames=("n_components", "n_init", "n"))
 @matrices.precise
 def _init(key: Array, sight: Sight, ridge: Array, n_components: int, n_init: int, n: int) -> GaussianMixture:
-    """The n best of n_init starts, stacked."""
-    data = frame.settled(sight, ridge, ridge.dtype)
-    points, floor = _points(jax.random.fold_in(key, 0), data, sight), data.floors[0]
-    found = starts.draws(key, points, floor, n_components, starts.DRAWS * n_init)
-    length = statistics.chunk_length(points.x.shape[1], n_components, len(points.x), None)
-    chunks = statistics.pack([points.x.T], [points.weights], length)
-    return data.frame.mixture(starts.race(found, chunks, floor, n), sight.far)
+    floor, pooled = sight.floors(ridge)[0], sight.pooled
+    deviations = jnp.where(pooled > 0, jnp.sqrt(pooled), 1)
+    found = starts.draws(key, sight.chunks, deviations, floor, n_components, starts.DRAWS * n_init)
+    return sight.frame.mixture(starts.race(found, sight.chunks, floor, n), sight.far)
 
 
 @pytree
@@ -162,13 +170,15 @@ def fit_gmm(
     tol = checks.scalar("tol", tol, at_least=0, batched=True)
     max_steps = checks.integer("max_steps", max_steps, 1)
     if isinstance(init, (int, np.integer)) and not isinstance(init, bool):
-        inits, sight = _starts(x, int(init), key, n_init, point_weights, ridge)
+        inits, view = _starts(x, int(init), key, n_init, point_weights, ridge)
     else:
         inits = _given(init, key, n_init, ridge)
-        sight = _sight(x, point_weights, inits, ridge)
-    length = statistics.chunk_length(len(sight.clouds[0]), inits.n_components, inits.n_features, None)
-    settings = Settings(length, max_steps, solvers.solve_entropic, None, False)
-    return _fit(inits, sight, Controls(ridge, tol, jnp.ones((), jnp.int32), None), settings)
+        view = _view(x, point_weights, inits, ridge)
+    sight = view.in_chunks(inits.n_components * inits.n_features)
+    settings = Settings(coupled.rows(max_steps), solvers.solve_entropic, None, False)
+    steps = np.asarray(max_steps, np.int32), np.ones((), np.int32)
+    fit = _fit(inits, sight, Controls(ridge, tol, *steps, None), settings)
+    return dataclasses.replace(fit, history=chunks.first(fit.history, max_steps))
 
 
 def _given(init: Any, key: Any, n_init: Any, ridge: Array) -> GaussianMixture:
@@ -191,15 +201,15 @@ def _given(init: Any, key: Any, n_init: Any, ridge: Array) -> GaussianMixture:
 
 def _starts(
     x: Any, n_components: int, key: Any, n_init: Any, point_weights: Any, ridge: Array
-) -> tuple[GaussianMixture, Sight]:
+) -> tuple[GaussianMixture, View]:
     """As many starts as asked for, stacked, and the cloud as programs take it."""
     if key is None:
         raise ValueError("key: a number of components is started at random; pass a key such as jax.random.key(0)")
     n_components = checks.integer("init", n_components, 1)
     n_init = N_INIT if n_init is None else checks.integer("n_init", n_init, 1)
-    sight = _sight(x, point_weights, None, ridge)
-    _check_distinct(sight, n_components)
-    return _init(checks.key("key", key), sight, ridge, n_components, n_init, n_init), sight
+    view = _view(x, point_weights, None, ridge)
+    _check_distinct(view, n_components)
+    return _draws(checks.key("key", key), view, ridge, n_components, n_init, n_init), view
 
 
 @functools.partial(jax.jit, static_argnames="settings")

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from coupled_gmm import checks, coupled, frame, matrices, plan, report, solvers, statistics
+from coupled_gmm import checks, chunks, coupled, frame, matrices, plan, report, solvers
 from coupled_gmm.coupled import Controls, History, Settings
 from coupled_gmm.frame import Sight
 from coupled_gmm.graph import MixtureGraph
@@ -98,7 +98,7 @@ class _Run(NamedTuple):
     """How a fit was asked for, checked."""
 
     controls: Controls
-    em_steps: int
+    em_steps: int  # the same as in the controls, where Python counts with it
     optimizer: Any
     method: str
     chunk_size: int | None
@@ -132,13 +132,14 @@ def _check_run(
     controls = Controls(
         checks.scalar("ridge", ridge, at_least=0, batched=True),
         checks.scalar("tol", tol, at_least=0, batched=True),
-        jnp.asarray(checks.integer("m_steps", m_steps, 1)),
+        np.asarray(checks.integer("em_steps", em_steps, 1), np.int32),
+        np.asarray(checks.integer("m_steps", m_steps, 1), np.int32),
         learning_rate,
     )
     checks.choice("method", method, solvers.ENTROPIC_METHODS)
     if chunk_size is not None:
         checks.integer("chunk_size", chunk_size, 1)
-    return _Run(controls, checks.integer("em_steps", em_steps, 1), optimizer, method, chunk_size, progress)
+    return _Run(controls, int(em_steps), optimizer, method, chunk_size, progress)
 
 
 def _check_cloud(name: str, x: Any, weights_name: str, weights: Any, gmm: GaussianMixture) -> tuple[Any, Any]:
@@ -146,10 +147,9 @@ def _check_cloud(name: str, x: Any, weights_name: str, weights: Any, gmm: Gaussi
     return cloud, None if weights is None else checks.relative_weights(weights_name, weights, len(cloud))
 
 
-def _settings(run: _Run, n_points: int, n_components: int, n_features: int, solver: solvers.Solver) -> Settings:
-    length = statistics.chunk_length(n_points, n_components, n_features, run.chunk_size)
+def _settings(run: _Run, solver: solvers.Solver) -> Settings:
     progress = run.progress is not False and run.progress is not None
-    return Settings(length, run.em_steps, solver, run.optimizer, progress)
+    return Settings(coupled.rows(run.em_steps), solver, run.optimizer, progress)
 
 
 def _trimmed(padded: Plan, gmm0: GaussianMixture, gmm1: GaussianMixture) -> Plan:
@@ -250,17 +250,15 @@ def penalized_log_likelihood(
     pair.gmm0.check_densities("pair.gmm0")
     pair.gmm1.check_densities("pair.gmm1")
     n_components = max(pair.gmm0.n_components, pair.gmm1.n_components)
-    length = statistics.chunk_length(max(len(x0), len(x1)), n_components, pair.n_features, chunk_size)
-    sight = frame.seen(["x0", "x1"], [x0, x1], [w0, w1], [pair.gmm0, pair.gmm1], ridge)
-    return _value(pair, transport_weight, sight, ridge, length)
+    view = frame.seen(["x0", "x1"], [x0, x1], [w0, w1], [pair.gmm0, pair.gmm1], ridge)
+    sight = view.in_chunks(n_components * pair.n_features, chunk_size)
+    return _value(pair, transport_weight, sight, ridge)
 
 
-@functools.partial(jax.jit, static_argnames="length")
-def _value(
-    pair: GaussianMixturePair, transport_weight: Array, sight: Sight, ridge: Array, length: int
-) -> Float[Array, ""]:
+@jax.jit
+def _value(pair: GaussianMixturePair, transport_weight: Array, sight: Sight, ridge: Array) -> Float[Array, ""]:
     problem = MixtureGraph.from_pair(pair, transport_weight, np.zeros(2, bool))
-    return coupled.value(problem, sight, ridge, length)
+    return coupled.value(problem, sight, ridge)
 
 
 def fit_graph(
@@ -313,12 +311,12 @@ def fit_graph(
     matched = graph.n_nodes == 2 and graph.n_edges == 1 and all(cloud is not None for cloud in clouds)
     graph = dataclasses.replace(graph, matched=matched)
     solver = _edge_solver(method, graph)
-    n_points = max(len(cloud) for cloud, _ in checked if cloud is not None)
-    settings = _settings(run, n_points, max(graph.sizes), graph.nodes.n_features, solver)
     names = [f"clouds[{i}]" for i in range(graph.n_nodes)]
-    sight = frame.seen(names, [c for c, _ in checked], [w for _, w in checked], [graph.nodes], ridge)
+    view = frame.seen(names, [c for c, _ in checked], [w for _, w in checked], [graph.nodes], ridge)
+    sight = view.in_chunks(max(graph.sizes) * graph.nodes.n_features, run.chunk_size)
     with report.listening(run.progress):
-        return _fit_graph(graph, sight, run.controls, settings)
+        fit = _fit_graph(graph, sight, run.controls, _settings(run, solver))
+    return dataclasses.replace(fit, history=chunks.first(fit.history, run.em_steps))
 
 
 def fit_pair(
@@ -385,8 +383,9 @@ def fit_pair(
             gmm.check_densities(f"pair.{name}")
     n_components = max(pair.gmm0.n_components, pair.gmm1.n_components)
     solver = solvers.solver_for(method, pair)
-    settings = _settings(run, max(len(x0), len(x1)), n_components, pair.n_features, solver)
     frozen = np.array(["gmm0" in freeze, "gmm1" in freeze])
-    sight = frame.seen(["x0", "x1"], [x0, x1], [w0, w1], [pair.gmm0, pair.gmm1], ridge)
+    view = frame.seen(["x0", "x1"], [x0, x1], [w0, w1], [pair.gmm0, pair.gmm1], ridge)
+    sight = view.in_chunks(n_components * pair.n_features, run.chunk_size)
     with report.listening(run.progress):
-        return _fit_pair(pair, transport_weight, frozen, sight, run.controls, settings)
+        fit = _fit_pair(pair, transport_weight, frozen, sight, run.controls, _settings(run, solver))
+    return dataclasses.replace(fit, history=chunks.first(fit.history, run.em_steps))

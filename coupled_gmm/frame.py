@@ -8,8 +8,9 @@ The mean of a mixture far from 0 does not fit one float either. What is left ove
 `remainders`; so is the origin's.
 """
 
+import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from coupled_gmm import checks, matrices
+from coupled_gmm import checks, chunks, matrices
+from coupled_gmm.chunks import Chunks
 from coupled_gmm.expansions import two_sum
 from coupled_gmm.mixture import GaussianMixture
 from coupled_gmm.statistics import Parameters
@@ -26,6 +28,7 @@ from coupled_gmm.tree import new, pytree, static
 _FAR = 32.0  # standard deviations from 0, beyond which means are kept in two floats
 _THIN = 2.0  # a start thinner than the floor by more than this gets the floor added
 _LOOK = 64  # points that settle, for most features, that they are not constant
+_BLOCK = 2**16  # points that the host reads at a time
 
 
 @pytree
@@ -38,6 +41,11 @@ class Frame:
 
     def points(self, x: Float[Array, "n d"]) -> Float[Array, "n d"]:
         return ((x - self.origin) - self.remainder) / self.unit
+
+    def points_on_host(self, x: np.ndarray) -> np.ndarray:
+        """The same by NumPy, in float64."""
+        origin = np.asarray(self.origin, np.float64) + np.asarray(self.remainder, np.float64)
+        return (x - origin) / np.asarray(self.unit, np.float64)
 
     def parameters(self, gmm: GaussianMixture, floors: Float[Array, "*V d"]) -> Parameters:
         """Stacked mixtures as a fit carries them; covariances that are thinner than the floor get it added."""
@@ -96,18 +104,16 @@ class Scales(NamedTuple):
 
 
 def scales(clouds: Sequence[Any], weights: Sequence[Any], xp: Any) -> Scales:
-    """Scales of clouds with weights (None is equal), by NumPy or jax.numpy.
+    """Scales of clouds with weights (None is equal), by NumPy in float64 or by jax.numpy as they are.
 
     Each cloud is read about one of its own points: a feature that is constant in it has a variance of exactly 0.
     """
     means, variances = [], []
     for x, w in zip(clouds, weights, strict=True):
-        w = xp.full(len(x), 1 / len(x), x.dtype) if w is None else w / xp.sum(w)
-        reference = x[xp.argmax(w)]
-        centred = x - reference
-        mean = w @ centred
-        means.append(reference + mean)
-        variances.append(w @ (centred - mean) ** 2)
+        reference = x[0 if w is None else xp.argmax(w)].astype(_exact(x, xp))
+        centred = sum(share @ (rows - reference) for rows, share in _blocks(x, w, xp))
+        means.append(reference + centred)
+        variances.append(sum(share @ ((rows - reference) - centred) ** 2 for rows, share in _blocks(x, w, xp)))
     origin = sum(means) / len(means)
     pooled = sum(v + (m - origin) ** 2 for v, m in zip(variances, means, strict=True)) / len(means)
     largest = xp.max(pooled)
@@ -115,17 +121,66 @@ def scales(clouds: Sequence[Any], weights: Sequence[Any], xp: Any) -> Scales:
     return Scales(origin, unit, variances, pooled)
 
 
+def _blocks(x: Any, w: Any, xp: Any) -> Iterator[tuple[Any, Any]]:
+    """Rows with their parts of the mass; on the host some at a time: a float64 copy of a whole cloud might not fit."""
+    n, dtype = len(x), _exact(x, xp)
+    step = _BLOCK if xp is np else n
+    total = n if w is None else xp.sum(w.astype(dtype))
+    for first in range(0, n, step):
+        rows = x[first : first + step].astype(dtype)
+        yield rows, (xp.ones(len(rows), dtype) if w is None else w[first : first + step].astype(dtype)) / total
+
+
+def _exact(x: Any, xp: Any) -> Any:
+    return np.float64 if xp is np else x.dtype
+
+
 @pytree
 class Sight:
-    """Clouds (None where a node has none) and weights as a fit's program takes them.
+    """Clouds as a fit's program takes them: in chunks, in the coordinates of a frame, with their variances there.
 
-    `frame` is None where the program finds it; `far`, whether fitted means need two floats.
+    `far`: whether fitted means need two floats.
     """
+
+    chunks: Chunks
+    frame: Frame
+    variances: Float[Array, "V d"]  # of each cloud
+    pooled: Float[Array, " d"]  # of all
+    has_cloud: Bool[Array, " V"]
+    far: bool = static()
+
+    def floors(self, ridge: Array) -> Float[Array, "V d"]:
+        """What ridge adds to the variances of each cloud, in the frame's coordinates.
+
+        A part of the feature's variance in the cloud; where that is 0 of the one in all clouds, and where that is 0 too of 1 in
+        data units. No ridge but 0 is less than what covariances of so many features in this precision can hold.
+        """
+        ridge = ridge.astype(self.pooled.dtype)
+        least = 2 * len(self.pooled) * jnp.finfo(ridge.dtype).eps
+        ridge = jnp.where(ridge > 0, jnp.maximum(ridge, least), 0)
+        otherwise = jnp.where(self.pooled > 0, self.pooled, 1 / self.frame.unit**2)
+        floors = ridge * jnp.where(self.variances > 0, self.variances, otherwise)
+        return jnp.where(self.has_cloud[:, None], floors, 0)
+
+
+class View(NamedTuple):
+    """Checked clouds and weights, None where a node has none, and the frame in which a fit is to see them."""
 
     clouds: list[Any]
     weights: list[Any]
-    frame: Frame | None
-    far: bool = static()
+    frame: Frame
+    variances: Float[Array, "V d"]
+    pooled: Float[Array, " d"]
+    far: bool
+
+    def in_chunks(self, numbers: int, chunk_size: int | None = None) -> Sight:
+        """What a program takes, for so many numbers that it holds of each point."""
+        sizes = [len(x) for x in self.clouds if x is not None]
+        size = chunks.length(sizes, numbers, chunk_size, shared=checks.known(self.clouds, self.weights))
+        place = self.frame.points_on_host if isinstance(self.pooled, np.ndarray) else self.frame.points
+        packed = chunks.pack(self.clouds, self.weights, size, self.pooled.dtype, place)
+        has_cloud = np.array([cloud is not None for cloud in self.clouds])
+        return Sight(packed, self.frame, self.variances, self.pooled, has_cloud, self.far)
 
 
 def raises(ridge: Any) -> bool:
@@ -135,33 +190,40 @@ def raises(ridge: Any) -> bool:
 
 def seen(
     names: Sequence[str], clouds: Sequence[Any], weights: Sequence[Any], starts: Sequence[GaussianMixture], ridge: Any
-) -> Sight:
-    """Checked clouds, brought from their own precision into that of the mixtures a fit starts from, or of JAX if there are none.
+) -> View:
+    """Checked clouds in a frame of the precision of the mixtures a fit starts from, or of JAX if there are none.
+
+    On the host they are read in float64, whatever they are given in.
 
     Raises:
       ValueError: a variance that this precision can't hold; a constant feature where there is no ridge.
     """
     dtype = jnp.result_type(*(gmm.dtype for gmm in starts)) if starts else _working_precision(clouds)
-    weights = [None if w is None else w.astype(dtype) for w in weights]
-    given = [(name, x) for name, x in zip(names, clouds, strict=True) if x is not None and checks.known(x)]
-    for name, x in given:
-        _check_range(name, x, dtype)
-        _name_constant_features(name, x, ridge)
+    for name, x in zip(names, clouds, strict=True):
+        if x is not None and checks.known(x):
+            _check_range(name, x, dtype)
+            _name_constant_features(name, x, ridge)
     far = any(gmm.remainders is not None for gmm in starts)
-    finer = any(isinstance(x, np.ndarray) and x.dtype.itemsize > np.dtype(dtype).itemsize for _, x in given)
-    if not finer or not checks.known(clouds, weights):
-        return Sight([None if x is None else x.astype(dtype) for x in clouds], weights, None, far)
-    host = [np.asarray(x, np.float64) for _, x in given]
-    host_weights = [
-        None if w is None else np.asarray(w, np.float64) for x, w in zip(clouds, weights, strict=True) if x is not None
-    ]
-    found = scales(host, host_weights, np)
-    origin = found.origin.astype(dtype)
-    remainder = (found.origin - origin).astype(dtype)
-    frame = Frame(jnp.asarray(origin), jnp.asarray(remainder), jnp.asarray(found.unit, dtype))
-    far = far or bool((np.abs(found.origin) > _FAR * np.sqrt(found.pooled)).any())
-    rows = iter(((x - found.origin) / found.unit).astype(dtype) for x in host)
-    return Sight([None if x is None else next(rows) for x in clouds], weights, frame, far)
+    given = [(x, w) for x, w in zip(clouds, weights, strict=True) if x is not None]
+    some, theirs = [x for x, _ in given], [w for _, w in given]
+    if chunks.known(*some, *theirs):
+        xp, finer = np, any(np.dtype(x.dtype).itemsize > np.dtype(dtype).itemsize for x in some)
+        found = scales([np.asarray(x) for x in some], [None if w is None else np.asarray(w) for w in theirs], np)
+        far = far or (finer and bool((np.abs(found.origin) > _FAR * np.sqrt(found.pooled)).any()))
+        origin = found.origin.astype(dtype)
+        remainder = (found.origin - origin if finer else np.zeros_like(origin)).astype(dtype)
+    else:
+        xp, found = jnp, _scales_of_arrays(some, theirs, dtype)
+        origin, remainder = found.origin, jnp.zeros_like(found.origin)
+    frame, square = Frame(origin, remainder, found.unit.astype(dtype)), found.unit**2
+    rows = iter(found.variances)
+    variances = xp.stack([xp.zeros_like(origin) if x is None else (next(rows) / square).astype(dtype) for x in clouds])
+    return View(list(clouds), list(weights), frame, variances, (found.pooled / square).astype(dtype), far)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _scales_of_arrays(clouds: list[Array], weights: list[Any], dtype: Any) -> Scales:
+    return scales([x.astype(dtype) for x in clouds], [None if w is None else w.astype(dtype) for w in weights], jnp)
 
 
 def _working_precision(clouds: Sequence[Any]) -> Any:
@@ -172,7 +234,8 @@ def _working_precision(clouds: Sequence[Any]) -> Any:
 def _check_range(name: str, x: Any, dtype: Any) -> None:
     """Refuse features whose variance is no number of this precision."""
     x, xp = checks.where_it_lies(x)
-    spread, limits = np.asarray(xp.max(x, axis=0) - xp.min(x, axis=0), np.float64), np.finfo(dtype)
+    columns = np.ascontiguousarray(x.T) if xp is np else x.T  # NumPy reads columns of two numbers twenty times slower
+    spread, limits = np.asarray(xp.max(columns, axis=1) - xp.min(columns, axis=1), np.float64), np.finfo(dtype)
     held = (np.sqrt(float(limits.tiny)) < spread) & (spread < np.sqrt(float(limits.max)))
     wrong = np.flatnonzero((spread > 0) & ~held)
     if wrong.size:
@@ -198,41 +261,3 @@ def _name_constant_features(name: str, x: Any, ridge: Any) -> None:
         "floor: that part of their variance in the other clouds, or of 1",
         stacklevel=4,
     )
-
-
-class Settled(NamedTuple):
-    """Clouds in their frame, the variances of their features together, and what ridge adds to those of each cloud."""
-
-    clouds: list[Any]
-    frame: Frame
-    pooled: Float[Array, " d"]
-    floors: Float[Array, "V d"]
-
-
-def settled(sight: Sight, ridge: Array, dtype: Any) -> Settled:
-    """Clouds brought to their frame, inside a program: one that was found on the host, or the one that fits them."""
-    has_cloud = [cloud is not None for cloud in sight.clouds]
-    given = [cloud for cloud in sight.clouds if cloud is not None]
-    found = scales(given, [w for w, has in zip(sight.weights, has_cloud, strict=True) if has], jnp)
-    frame, square = sight.frame, 1
-    if frame is None:
-        frame, square = Frame(found.origin, jnp.zeros_like(found.origin), found.unit), found.unit**2
-        given = [frame.points(cloud) for cloud in given]
-    pooled = found.pooled / square
-    floors = _floors([v / square for v in found.variances], pooled, frame.unit, ridge)
-    rows = iter(zip(given, floors, strict=True))
-    nothing = None, jnp.zeros(pooled.shape, dtype)
-    clouds, floors = zip(*(next(rows) if has else nothing for has in has_cloud), strict=True)
-    return Settled(list(clouds), frame, pooled, jnp.stack(floors))
-
-
-def _floors(variances: list[Array], pooled: Array, unit: Array, ridge: Array) -> list[Float[Array, " d"]]:
-    """What ridge adds to the variances of each cloud; all in the coordinates of a frame of this unit.
-
-    A part of the feature's variance in the cloud; where that is 0 of the one in all clouds, and where that is 0 too of 1 in
-    data units. No ridge but 0 is less than what covariances of so many features in this precision can hold.
-    """
-    least = 2 * len(pooled) * jnp.finfo(pooled.dtype).eps
-    ridge = jnp.where(ridge > 0, jnp.maximum(ridge, least), 0)
-    otherwise = jnp.where(pooled > 0, pooled, 1 / unit**2)
-    return [ridge * jnp.where(v > 0, v, otherwise) for v in variances]

@@ -9,7 +9,6 @@ goes with. See Delon & Desolneux (2020), sections 4.4 and 6.
 """
 
 import dataclasses
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -17,12 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from coupled_gmm import bures, checks, matrices, mixture
+from coupled_gmm import bures, checks, chunks, matrices, mixture
 from coupled_gmm.mixture import LOG_2PI, GaussianMixture
 from coupled_gmm.plan import Plan
 from coupled_gmm.tree import new
-
-_CHUNK_BYTES = 2**22  # what the points of one chunk may occupy, whitened by every component
 
 
 class _Moves(NamedTuple):
@@ -63,8 +60,13 @@ def map_points(
     if method == "random" and key is None:
         raise ValueError("key: method 'random' draws at random; pass a key such as jax.random.key(0)")
     near, (x,), centre = _about_one_point(plan, x=x)
-    images = _map_barycentric(near, x) if method == "barycentric" else _map_random(near, x, checks.key("key", key))
-    return images if centre is None else images + centre
+    centre = jnp.zeros(x.shape[1], x.dtype) if centre is None else centre
+    numbers = near.pair.gmm0.n_components * x.shape[1]
+    if method == "barycentric":
+        return chunks.over_points(_map_barycentric, x, numbers, near, centre)
+    draws = chunks.draws(checks.key("key", key), len(x), 2, x.dtype)
+    xp = np if chunks.known(x, draws) else jnp
+    return chunks.over_points(_map_random, xp.concatenate([x, xp.asarray(draws)], axis=1), numbers, near, centre)
 
 
 def _about_one_point(plan: Plan, **clouds: Any) -> tuple[Plan, list[Array], Array | None]:
@@ -74,6 +76,7 @@ def _about_one_point(plan: Plan, **clouds: Any) -> tuple[Plan, list[Array], Arra
     moved = []
     for name, cloud in clouds.items():
         x = checks.points(name, cloud, pair.n_features)
+        x = np.asarray(x) if chunks.known(x) else x
         if centre is not None:
             x = x - (np.asarray(centre, x.dtype) if checks.known(x, centre) else centre)
         moved.append(checks.representable(name, x, pair.gmm0.dtype))
@@ -82,24 +85,27 @@ def _about_one_point(plan: Plan, **clouds: Any) -> tuple[Plan, list[Array], Arra
 
 @jax.jit
 @matrices.precise
-def _map_barycentric(plan: Plan, x: Array) -> Array:
+def _map_barycentric(points: Float[Array, "C d B"], count: Array, plan: Plan, centre: Array) -> Array:
     moves, whitening = _moves(plan), _Whitening.of(plan.pair.gmm0)
     forward, _ = plan.conditionals()
     share = forward[moves.source, moves.target]
     spread = jax.ops.segment_sum(share[:, None, None] * moves.spread, moves.source, plan.pair.gmm0.n_components)
     spread = spread @ whitening.correction
+    across = jnp.swapaxes(spread, 0, 1).reshape(spread.shape[1], -1)
     means = forward @ plan.pair.gmm1.means
 
-    def image(point: Array) -> Array:
-        whitened, posterior = whitening.of_point(point)
-        return posterior @ means + jnp.einsum("ki,kji->j", posterior[:, None] * whitened, spread)
+    def images(x: Float[Array, "d B"]) -> Float[Array, "B d"]:
+        whitened, posterior = whitening.of_points(x)
+        moved = across @ (posterior[:, None] * whitened).reshape(-1, x.shape[1])
+        return (means.T @ posterior + moved).T + centre
 
-    return _in_chunks(image, x, whitening.matrix.size // x.shape[1])
+    return chunks.each(images, points, count)
 
 
 @jax.jit
 @matrices.precise
-def _map_random(plan: Plan, x: Array, key: Array) -> Array:
+def _map_random(points: Float[Array, "C d+2 B"], count: Array, plan: Plan, centre: Array) -> Array:
+    """Of points with two numbers each, drawn from [0, 1)."""
     moves, whitening = _moves(plan), _Whitening.of(plan.pair.gmm0)
     forward, _ = plan.conditionals()
     index = (
@@ -110,36 +116,21 @@ def _map_random(plan: Plan, x: Array, key: Array) -> Array:
     spread = moves.spread @ whitening.correction[moves.source]
     means = plan.pair.gmm1.means
 
-    def image(point_and_draws: tuple[Array, Array]) -> Array:
-        point, draws = point_and_draws
-        whitened, posterior = whitening.of_point(point)
+    def images(x_and_draws: Float[Array, "d+2 B"]) -> Float[Array, "B d"]:
+        x, draws = x_and_draws[:-2], x_and_draws[-2:]
+        whitened, posterior = whitening.of_points(x)
         source = _drawn(posterior, draws[0])
-        target = _drawn(forward[source], draws[1])
-        return means[target] + spread[index[source, target]] @ whitened[source]
+        target = _drawn(forward[source].T, draws[1])
+        seen = jnp.take_along_axis(whitened, source[None, None], axis=0)[0].T
+        return means[target] + jnp.einsum("bij,bj->bi", spread[index[source, target]], seen) + centre
 
-    draws = jax.random.uniform(key, (len(x), 2), x.dtype)
-    return _in_chunks(image, (x, draws), whitening.matrix.size // x.shape[1])
-
-
-def _drawn(probabilities: Array, draw: Array) -> Array:
-    """The outcome that a number in [0, 1) stands for; never one of probability zero."""
-    sums = jnp.cumsum(probabilities)
-    return jnp.sum(sums <= draw * (1 - 4 * jnp.finfo(draw.dtype).eps) * sums[-1])
+    return chunks.each(images, points, count)
 
 
-def _in_chunks(function: Any, points: Any, numbers: int) -> Array:
-    """A function of one point over all of them, so many at a time that `numbers` for each fit the cache."""
-    leaves = jax.tree.leaves(points)
-    n = len(leaves[0])
-    n_chunks = math.ceil(n * numbers * leaves[0].dtype.itemsize / _CHUNK_BYTES)
-    size = math.ceil(n / n_chunks)
-    padding = n_chunks * size - n
-
-    def chunked(leaf: Array) -> Array:
-        return jnp.pad(leaf, ((0, padding), (0, 0)), mode="edge").reshape(n_chunks, size, -1)
-
-    images = jax.lax.map(jax.vmap(function), jax.tree.map(chunked, points))
-    return images.reshape(n_chunks * size, -1)[:n]
+def _drawn(probabilities: Float[Array, "K B"], draws: Float[Array, " B"]) -> Int[Array, " B"]:
+    """The outcomes that numbers in [0, 1) stand for; never one of probability zero."""
+    sums = jnp.cumsum(probabilities, axis=0)
+    return jnp.sum(sums <= draws * (1 - 4 * jnp.finfo(draws.dtype).eps) * sums[-1], axis=0)
 
 
 class _Whitening(NamedTuple):
@@ -166,10 +157,11 @@ class _Whitening(NamedTuple):
         log_norm = matrices.log_diagonal_sum(widened) + 0.5 * d * LOG_2PI
         return cls(matrix, shift, centre, gmm.log_weights - log_norm, correction)
 
-    def of_point(self, x: Float[Array, " d"]) -> tuple[Float[Array, "K d"], Float[Array, " K"]]:
-        """The whitened point, and the probability of each component given the point."""
-        whitened = jnp.einsum("kij,j->ki", self.matrix, x - self.centre) - self.shift
-        return whitened, jax.nn.softmax(self.log_scale - 0.5 * jnp.sum(whitened**2, axis=-1))
+    def of_points(self, x: Float[Array, "d B"]) -> tuple[Float[Array, "K d B"], Float[Array, "K B"]]:
+        """The whitened points, and the probability of each component given the point."""
+        k, d = self.shift.shape
+        whitened = (self.matrix.reshape(k * d, d) @ (x - self.centre[:, None])).reshape(k, d, -1) - self.shift[:, :, None]
+        return whitened, jax.nn.softmax(self.log_scale[:, None] - 0.5 * jnp.sum(whitened**2, axis=1), axis=0)
 
 
 def _feature_variances(gmm: GaussianMixture) -> Float[Array, " d"]:
@@ -252,21 +244,28 @@ def plan_density(plan: Plan, x: Any, y: Any, *, atol: Any) -> Float[Array, "n m"
     checks.instance("plan", plan, Plan)
     near, (x, y), _ = _about_one_point(plan, x=x, y=y)
     plan.pair.gmm0.check_densities("plan.pair.gmm0")
-    return _plan_density(near, x, y, checks.scalar("atol", atol, above=0))
+    atol = checks.scalar("atol", atol, above=0)
+    numbers = x.shape[1] * max(len(y), near.pair.gmm0.n_components)
+    densities = chunks.over_points(_plan_density, x, numbers, chunks.filled(y), near, atol)
+    return chunks.first(densities, len(x), len(y))
 
 
 @jax.jit
 @matrices.precise
-def _plan_density(plan: Plan, x: Array, y: Array, atol: Array) -> Array:
+def _plan_density(points: Float[Array, "C d B"], count: Array, y: Array, plan: Plan, atol: Array) -> Array:
     moves, (gmm0, gmm1) = _moves(plan), (plan.pair.gmm0, plan.pair.gmm1)
-    whitening = matrices.invert_triangular(gmm0.cholesky)
-    density = jnp.where(gmm0.weights > 0, jnp.exp(gmm0.component_log_prob(x)), 0).T
-    mass = plan.matrix
+    whitening, mass = matrices.invert_triangular(gmm0.cholesky), plan.matrix
 
-    def add(total: Array, move: tuple) -> tuple[Array, None]:
-        source, target, spread = move
-        image = gmm1.means[target] + (x - gmm0.means[source]) @ (spread @ whitening[source]).T
-        near = jnp.sum((image[:, None] - y) ** 2, axis=-1) < atol**2
-        return total + mass[source, target] * density[source][:, None] * near, None
+    def of_chunk(chunk: Float[Array, "d B"]) -> Array:
+        x = chunk.T
+        density = jnp.where(gmm0.weights > 0, jnp.exp(gmm0.component_log_prob(x)), 0).T
 
-    return jax.lax.scan(add, jnp.zeros((len(x), len(y)), x.dtype), moves[:3])[0]
+        def add(total: Array, move: tuple) -> tuple[Array, None]:
+            source, target, spread = move
+            image = gmm1.means[target] + (x - gmm0.means[source]) @ (spread @ whitening[source]).T
+            near = jnp.sum((image[:, None] - y) ** 2, axis=-1) < atol**2
+            return total + mass[source, target] * density[source][:, None] * near, None
+
+        return jax.lax.scan(add, jnp.zeros((len(x), len(y)), x.dtype), moves[:3])[0]
+
+    return chunks.each(of_chunk, points, count)

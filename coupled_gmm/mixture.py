@@ -7,6 +7,7 @@ value or a gradient, whatever its other parameters are: mixtures of unequal size
 
 import contextlib
 import dataclasses
+import functools
 import math
 import warnings
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from coupled_gmm import checks, matrices
+from coupled_gmm import checks, chunks, matrices
 from coupled_gmm.expansions import two_sum
 from coupled_gmm.tree import Stackable, mapped, new, pytree, single
 
@@ -111,48 +112,48 @@ class GaussianMixture(Stackable):
         Raises:
           ValueError: a component of positive weight has a singular covariance, and so no density.
         """
+        return self._density(x, "components")
+
+    def posterior_mean(self, x: Any, values: Float[Array, " K"]) -> Float[Array, " n"]:
+        """The mean of a value of each component over the components given the point, (n,)."""
+        return self._density(x, "posterior_mean", values)
+
+    def _density(self, x: Any, what: str, values: Any = None) -> Array:
+        """Something of each point's density, as `_densities` computes it."""
         x, means = self._seen(checks.points("x", x, self.n_features))
         self.check_densities()
         self._warn_of_rounding()
-        factor = self.cholesky
-        regular = jnp.all(jnp.diagonal(factor, axis1=-2, axis2=-1) > 0, axis=-1)
-        # In place of a singular factor, which only an absent component may have: its logarithm's derivative is infinite.
-        factor = jnp.where(regular[:, None, None], factor, jnp.eye(self.n_features, dtype=self.dtype))
-        whitening = _invert_triangular(factor)
-        whitened = jnp.einsum("kij,knj->kni", whitening, x - means[:, None])
-        log_norm = matrices.log_diagonal_sum(factor) + 0.5 * self.n_features * LOG_2PI
-        log_prob = -0.5 * jnp.sum(whitened**2, axis=-1) - log_norm[:, None]
-        return jnp.where(regular[:, None], log_prob, jnp.nan).T
+        program = functools.partial(_densities, what=what)
+        return chunks.over_points(program, x, self.n_components * self.n_features, means, self, values)
 
     def _seen(self, x: Any, name: str = "x") -> tuple[Float[Array, "n d"], Float[Array, "K d"]]:
         """Points and means in the mixture's precision, about a common point where that says more of them.
 
         It does where points are given in more digits than the mixture has, and where means have remainders.
         """
-        finer = checks.known(self.means) and isinstance(x, np.ndarray) and x.dtype.itemsize > self.means.dtype.itemsize
+        on_host = chunks.known(x, self.means)
+        x = np.asarray(x) if on_host else x
+        finer = on_host and x.dtype.itemsize > self.means.dtype.itemsize
         if not finer and self.remainders is None:
             return checks.representable(name, x, self.dtype), self.means
         centre = self.means[jnp.argmax(self.weights)]
         means = self.means - centre
         means = means if self.remainders is None else means + self.remainders
-        x = x - np.asarray(centre, np.float64) if finer else x.astype(self.dtype) - centre
+        if on_host:
+            x = x - np.asarray(centre, x.dtype if finer else self.dtype)
+        else:
+            x = x.astype(self.dtype) - centre
         return checks.representable(name, x, self.dtype), means
-
-    def _joint_log_prob(self, x: Any) -> Float[Array, "n K"]:
-        log_prob = self.component_log_prob(x)
-        present = self.weights > 0
-        return jnp.where(present, jnp.where(present, log_prob, 0) + self.log_weights, -jnp.inf)
 
     @single
     def log_prob(self, x: Any) -> Float[Array, " n"]:
         r"""Log-density :math:`\log \sum_k w_k N(x; m_k, S_k)` at points (n, d)."""
-        return jax.nn.logsumexp(self._joint_log_prob(x), axis=-1)
+        return self._density(x, "mixture")
 
     @single
     def log_posterior(self, x: Any) -> Float[Array, "n K"]:
         """Log-probability of each component given the point, (n, K); -inf for components of weight zero."""
-        joint = self._joint_log_prob(x)
-        return joint - jax.nn.logsumexp(joint, axis=-1, keepdims=True)
+        return self._density(x, "posterior")
 
     @single
     @matrices.precise
@@ -160,10 +161,8 @@ class GaussianMixture(Stackable):
         """n independent draws; the key decides them."""
         key = checks.key("key", key)
         checks.integer("n", n, 1)
-        key_component, key_noise = jax.random.split(key)
-        component = jax.random.categorical(key_component, self.log_weights, shape=(n,))
-        noise = jax.random.normal(key_noise, (n, self.n_features), self.dtype)
-        return self.means[component] + jnp.einsum("nij,nj->ni", self.cholesky[component], noise)
+        traced = not checks.known(self, key)
+        return chunks.first(_sample(self, key, n if traced else chunks.rounded(n)), n)
 
     @mapped
     @matrices.precise
@@ -245,6 +244,49 @@ class GaussianMixture(Stackable):
         if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= axis < self.n_features for axis in chosen):
             raise ValueError(f"axes: expected distinct features between 0 and {self.n_features - 1}, got {chosen}")
         return chosen
+
+
+@functools.partial(jax.jit, static_argnames="what")
+@matrices.precise
+def _densities(
+    points: Float[Array, "C d B"],
+    count: Array,
+    means: Float[Array, "K d"],
+    gmm: GaussianMixture,
+    values: Any,
+    what: str,
+) -> Array:
+    """Of points in chunks: log-densities of "components" (C, B, K) or of the "mixture" (C, B), or the logarithm of the "posterior"
+    (C, B, K), or its mean of `values` (C, B)."""
+    factor, present = matrices.cholesky(gmm.covariances), gmm.weights > 0
+    regular = jnp.all(jnp.diagonal(factor, axis1=-2, axis2=-1) > 0, axis=-1)
+    # In place of a singular factor, which only an absent component may have: its logarithm's derivative is infinite.
+    factor = jnp.where(regular[:, None, None], factor, jnp.eye(gmm.n_features, dtype=gmm.dtype))
+    whitening = matrices.invert_triangular(factor)
+    log_norm = matrices.log_diagonal_sum(factor) + 0.5 * gmm.n_features * LOG_2PI
+
+    def of_chunk(x: Float[Array, "d B"]) -> Array:
+        whitened = jnp.einsum("kij,kjb->kib", whitening, x - means[:, :, None])
+        log_prob = -0.5 * jnp.sum(whitened**2, axis=1) - log_norm[:, None]
+        if what == "components":
+            return jnp.where(regular[:, None], log_prob, jnp.nan).T
+        log_prob = jnp.where(present[:, None], log_prob, 0)
+        joint = jnp.where(present[:, None], log_prob + gmm.log_weights[:, None], -jnp.inf)
+        total = jax.nn.logsumexp(joint, axis=0)
+        if what == "mixture":
+            return total
+        return (joint - total).T if what == "posterior" else values @ jnp.exp(joint - total)
+
+    return chunks.each(of_chunk, points, count)
+
+
+@functools.partial(jax.jit, static_argnames="n")
+@matrices.precise
+def _sample(gmm: GaussianMixture, key: PRNGKeyArray, n: int) -> Float[Array, "n d"]:
+    key_component, key_noise = jax.random.split(key)
+    component = jax.random.categorical(key_component, gmm.log_weights, shape=(n,))
+    noise = jax.random.normal(key_noise, (n, gmm.n_features), gmm.dtype)
+    return gmm.means[component] + jnp.einsum("nij,nj->ni", gmm.cholesky[component], noise)
 
 
 def log_weights(weights: Float[Array, "*b K"]) -> Float[Array, "*b K"]:

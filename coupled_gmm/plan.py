@@ -215,7 +215,7 @@ class Plan(Stackable, Outcome):
         outflow, inflow = self.reweighting()
         forward, _ = self.conditionals()
         arrival = jnp.where(inflow > 0, 1 / jnp.where(inflow > 0, inflow, 1), 1)
-        return jnp.exp(self.pair.gmm0.log_posterior(x)) @ (outflow * (forward @ arrival))
+        return self.pair.gmm0.posterior_mean(x, outflow * (forward @ arrival))
 
     @property
     def _masses(self) -> tuple[Float[Array, " K0"], Float[Array, " K1"]]:

@@ -34,11 +34,11 @@ def listening(progress: Any) -> Iterator[None]:
             _listeners.remove(progress)
 
 
-def emit(em_steps: int, values: dict[str, Any]) -> None:
+def emit(values: dict[str, Any]) -> None:
     """From inside a program: one row, with what its listeners need to show it. Rows past the last are not delivered."""
 
     def deliver(running: Any, **row: Any) -> None:
         if running and _listeners:
-            _listeners[-1]({"em_steps": em_steps, **{name: value.item() for name, value in row.items()}})
+            _listeners[-1]({name: value.item() for name, value in row.items()})
 
     jax.debug.callback(deliver, **values)

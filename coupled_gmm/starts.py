@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from coupled_gmm import matrices, statistics
-from coupled_gmm.statistics import Chunks, Parameters
-from coupled_gmm.tree import taken
+from coupled_gmm.chunks import Chunks
+from coupled_gmm.statistics import Parameters
+from coupled_gmm.tree import chosen, taken
 
 _LLOYD_STEPS = 10
 _EM_STEPS = 3  # of the first round
@@ -24,103 +25,158 @@ DRAWS = 4  # for each start that is asked for
 MOST_POINTS = 50_000  # what a start is drawn from; a fit sees all
 
 
-class Points(NamedTuple):
-    """A cloud in its frame, feature by feature, with weights that sum to 1 and the deviations that distances are measured in."""
+class Drawn(NamedTuple):
+    """Of every point its squared distance to the nearest centre and the number of that; of every chunk its mass times distance."""
 
-    x: Float[Array, "d n"]
-    weights: Float[Array, " n"]
-    deviations: Float[Array, " d"]
+    closest: Float[Array, "C B"]
+    labels: Int[Array, "C B"]
+    sums: Float[Array, " C"]
 
 
-def draws(key: Array, points: Points, floor: Float[Array, " d"], n_components: int, n: int) -> Parameters:
-    """n starts, stacked: moments of the points closest to each of the centres, and the floor."""
-    standard = points.x / points.deviations[:, None]
+def draws(
+    key: Array, chunks: Chunks, deviations: Float[Array, " d"], floor: Float[Array, " d"], n_components: int, n: int
+) -> Parameters:
+    """n starts, stacked: moments of the points closest to each of the centres, and the floor.
+
+    Args:
+      chunks: one cloud, whose weights sum to 1.
+      deviations: of features, in which distances are measured.
+    """
     n_tries = 2 + int(math.log(n_components))
 
     def draw(draws: Array) -> Parameters:
-        labels = _plus_plus(draws, standard, points.weights)
-        return _moments(points, _lloyd(standard, points.weights, labels, n_components), floor, n_components)
+        labels = _plus_plus(draws, chunks, deviations)
+        return _moments(chunks, *_lloyd(chunks, deviations, labels, n_components), floor)
 
-    return jax.lax.map(draw, jax.random.uniform(key, (n, n_components, n_tries), standard.dtype))
-
-
-def _squares(x: Float[Array, "d n"], centre: Float[Array, " d"]) -> Float[Array, " n"]:
-    """As differences: the expanded square of points far from the centre would lose those near each other.
-
-    A product with ones, because XLA's CPU code sums down columns of 50,000 numbers fifty times slower.
-    """
-    return jnp.ones_like(centre) @ (x - centre[:, None]) ** 2
+    return jax.lax.map(draw, jax.random.uniform(key, (n, n_components, n_tries), deviations.dtype))
 
 
-def _plus_plus(draws: Float[Array, "K tries"], x: Float[Array, "d n"], w: Float[Array, " n"]) -> Int[Array, " n"]:
+def _squares(x: Float[Array, "d B"], centres: Float[Array, "K d"], deviations: Float[Array, " d"]) -> Float[Array, "K B"]:
+    """As differences: the expanded square of points far from the centre would lose those near each other."""
+    return jnp.sum(((x - centres[:, :, None]) / deviations[:, None]) ** 2, axis=1)
+
+
+def _plus_plus(draws: Float[Array, "K tries"], chunks: Chunks, deviations: Float[Array, " d"]) -> Int[Array, "C B"]:
     """The closest of centres drawn one by one, with a probability of weight times squared distance to the closest so far.
 
     Of some tries each the one that leaves the least distances (Arthur & Vassilvitskii 2007); the first is taken as it comes.
     """
+    points, weights, _, count = chunks.points, chunks.weights, chunks.owners, chunks.count
 
-    def add(carry: tuple, step: tuple) -> tuple:
-        (closest, labels), (k, draws) = carry, step
-        masses = jnp.where(k > 0, w * closest, w)
-        sums, last = jnp.cumsum(masses), jnp.max(jnp.where(masses > 0, index, 0))
+    def add(drawn: Drawn, step: tuple) -> tuple[Drawn, None]:
+        k, draws = step
+        masses = jnp.where(k > 0, drawn.sums, jnp.sum(weights, axis=1))
+        centres = jax.vmap(lambda draw: _chosen(draw, masses, drawn.closest, chunks, k == 0))(draws)
 
-        def attempt(draw: Array) -> tuple[Array, Array]:
-            """The point that a number in [0, 1) stands for, in proportion to masses; never one without mass."""
-            chosen = jnp.minimum(jnp.sum(sums <= draw * sums[-1], dtype=jnp.int32), last)
-            squares = jnp.minimum(_squares(x, x[:, chosen]), closest)
-            return squares @ w, squares
+        def left(index: Array, total: Array) -> Array:
+            squares = _squares(points[index], centres, deviations)
+            return total + jnp.minimum(squares, drawn.closest[index]) @ weights[index]
 
-        left, squares = jax.lax.map(attempt, draws)
-        best = squares[jnp.where(k > 0, jnp.argmin(left), 0)]
-        return (best, jnp.where(best < closest, k, labels)), None
+        total = jax.lax.fori_loop(0, count, left, jnp.zeros(len(draws), weights.dtype))
+        centre = centres[jnp.where(k > 0, jnp.argmin(total), 0)]
 
-    index = jnp.arange(x.shape[1], dtype=jnp.int32)
-    start = jnp.full_like(w, jnp.finfo(w.dtype).max), jnp.zeros_like(index)
-    return jax.lax.scan(add, start, (jnp.arange(len(draws), dtype=jnp.int32), draws))[0][1]
+        def update(index: Array, drawn: Drawn) -> Drawn:
+            (square,) = _squares(points[index], centre[None], deviations)
+            nearer = square < drawn.closest[index]
+            closest = jnp.where(nearer, square, drawn.closest[index])
+            return Drawn(
+                drawn.closest.at[index].set(closest),
+                drawn.labels.at[index].set(jnp.where(nearer, k, drawn.labels[index])),
+                drawn.sums.at[index].set(weights[index] @ closest),
+            )
+
+        return jax.lax.fori_loop(0, count, update, drawn), None
+
+    start = Drawn(
+        jnp.full_like(weights, jnp.inf), jnp.zeros(weights.shape, jnp.int32), jnp.zeros(len(weights), weights.dtype)
+    )
+    return jax.lax.scan(add, start, (jnp.arange(len(draws), dtype=jnp.int32), draws))[0].labels
 
 
-def _lloyd(x: Float[Array, "d n"], w: Float[Array, " n"], labels: Int[Array, " n"], k: int) -> Int[Array, " n"]:
-    """Labels after steps of k-means, as long as they change and leave no centre without points."""
+def _chosen(
+    draw: Array, sums: Float[Array, " C"], closest: Float[Array, "C B"], chunks: Chunks, by_weight: Array
+) -> Float[Array, " d"]:
+    """The point that a number in [0, 1) stands for, in proportion to masses; never one without mass."""
+    upto = jnp.cumsum(sums)
+    chunk = _place(upto, sums, draw * upto[-1])
+    weights = chunks.weights[chunk]
+    masses = jnp.where(by_weight, weights, weights * closest[chunk])
+    point = _place(jnp.cumsum(masses), masses, draw * upto[-1] - (upto[chunk] - sums[chunk]))
+    return chunks.points[chunk, :, point]
 
-    every = jnp.arange(k, dtype=labels.dtype)
 
-    def nearest(labels: Array) -> Array:
-        shares = jnp.where(labels == every[:, None], w, 0)
-        masses = jnp.sum(shares, axis=1)
-        centres = shares @ x.T / jnp.where(masses > 0, masses, 1)[:, None]
+def _place(upto: Array, masses: Array, mass: Array) -> Array:
+    """Where sums of masses come to exceed a mass; the last one that has any, where they do not."""
+    last = jnp.max(jnp.where(masses > 0, jnp.arange(len(masses)), 0))
+    return jnp.minimum(jnp.sum(upto <= mass, dtype=jnp.int32), last)
 
-        def add(carry: tuple, one: tuple) -> tuple:
-            (closest, best), (label, centre, mass) = carry, one
-            square = _squares(x, centre)
-            nearer = (square < closest) & (mass > 0)
-            return (jnp.where(nearer, square, closest), jnp.where(nearer, label, best)), None
 
-        return jax.lax.scan(add, (jnp.full_like(w, jnp.inf), labels), (every, centres, masses))[0][1]
+class _Sums(NamedTuple):
+    """Of the points of each label: their mass, and the sum of their coordinates."""
+
+    masses: Float[Array, " K"]
+    points: Float[Array, "K d"]
+
+    def centres(self) -> Float[Array, "K d"]:
+        return self.points / jnp.where(self.masses > 0, self.masses, 1)[:, None]
+
+
+def _lloyd(
+    chunks: Chunks, deviations: Float[Array, " d"], labels: Int[Array, "C B"], k: int
+) -> tuple[Int[Array, "C B"], _Sums]:
+    """Labels after steps of k-means, as long as they change and leave no centre without points; and their sums."""
+    every = jnp.arange(k, dtype=labels.dtype)[:, None]
+
+    def sums(index: Array, labels: Array, total: _Sums) -> _Sums:
+        share = jnp.where(labels == every, chunks.weights[index], 0)
+        return _Sums(total.masses + jnp.sum(share, axis=1), total.points + share @ chunks.points[index].T)
+
+    def nearest(old: Array, before: _Sums) -> tuple[Array, _Sums, Array]:
+        centres, present = before.centres(), before.masses > 0
+
+        def move(index: Array, carry: tuple) -> tuple:
+            labels, total, changed = carry
+            squares = jnp.where(present[:, None], _squares(chunks.points[index], centres, deviations), jnp.inf)
+            moved = jnp.argmin(squares, axis=0).astype(labels.dtype)
+            changed |= jnp.any((moved != old[index]) & (chunks.weights[index] > 0))
+            return labels.at[index].set(moved), sums(index, moved, total), changed
+
+        return jax.lax.fori_loop(0, chunks.count, move, (old, nothing, jnp.asarray(False)))
 
     def step(carry: tuple) -> tuple:
-        labels, _, count = carry
-        moved = nearest(labels)
-        masses = jax.ops.segment_sum(w, moved, k)
-        fine = jnp.all(masses > 0)
-        return jnp.where(fine, moved, labels), fine & jnp.any((moved != labels) & (w > 0)), count + 1
+        labels, total, _, count = carry
+        moved, found, changed = nearest(labels, total)
+        fine = jnp.all(found.masses > 0)
+        labels, total = chosen(fine, (moved, found), (labels, total))
+        return labels, total, fine & changed, count + 1
 
     def unfinished(carry: tuple) -> Array:
-        return carry[1] & (carry[2] < _LLOYD_STEPS)
+        return carry[2] & (carry[3] < _LLOYD_STEPS)
 
-    return jax.lax.while_loop(unfinished, step, (labels, jnp.asarray(True), jnp.zeros((), jnp.int32)))[0]
+    dtype = chunks.points.dtype
+    nothing = _Sums(jnp.zeros(k, dtype), jnp.zeros((k, chunks.points.shape[1]), dtype))
+    start = jax.lax.fori_loop(0, chunks.count, lambda index, total: sums(index, labels[index], total), nothing)
+    end = jax.lax.while_loop(unfinished, step, (labels, start, jnp.asarray(True), jnp.zeros((), jnp.int32)))
+    return end[0], end[1]
 
 
-def _moments(points: Points, labels: Int[Array, " n"], floor: Float[Array, " d"], k: int) -> Parameters:
-    x, w, _ = points
+def _moments(chunks: Chunks, labels: Int[Array, "C B"], sums: _Sums, floor: Float[Array, " d"]) -> Parameters:
+    k, d = sums.points.shape
+    means, every = sums.centres(), jnp.arange(k, dtype=labels.dtype)[:, None]
 
-    def one(label: Array) -> tuple[Array, Array, Array]:
-        share = jnp.where(labels == label, w, 0)
-        mass = jnp.sum(share)
-        mean = x @ share / mass
-        centred = x - mean[:, None]
-        return mean, (centred * (share / mass)) @ centred.T + jnp.diag(floor), mass
+    def add(index: Array, total: tuple[Array, Array]) -> tuple[Array, Array]:
+        points = chunks.points[index]
+        share = jnp.where(labels[index] == every, chunks.weights[index], 0)
+        weighted = share[:, None] * (points - means[:, :, None])
+        shift, second = total
+        return shift + jnp.sum(weighted, axis=2), second + (weighted.reshape(k * d, -1) @ points.T).reshape(k, d, d)
 
-    means, covariances, masses = jax.lax.map(one, jnp.arange(k, dtype=labels.dtype))
-    return Parameters(means, matrices.cholesky(covariances), jnp.log(masses / jnp.sum(masses)))
+    zero = jnp.zeros_like(means), jnp.zeros((k, d, d), means.dtype)
+    shift, second = jax.lax.fori_loop(0, chunks.count, add, zero)
+    mass = jnp.where(sums.masses > 0, sums.masses, 1)[:, None, None]
+    second = (second - shift[:, :, None] * means[:, None, :]) / mass
+    covariances = 0.5 * (second + matrices.transpose(second)) + jnp.diag(floor)
+    return Parameters(means, matrices.cholesky(covariances), jnp.log(sums.masses / jnp.sum(sums.masses)))
 
 
 def race(draws: Parameters, chunks: Chunks, floor: Float[Array, " d"], n: int) -> Parameters:

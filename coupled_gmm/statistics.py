@@ -22,10 +22,10 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int
 
 from coupled_gmm import matrices
+from coupled_gmm.chunks import Chunks
 from coupled_gmm.mixture import LOG_2PI
 from coupled_gmm.tree import pytree, taken
 
-_CPU_FLOATS, _GPU_FLOATS = 2**20, 2**26  # whitened coordinates of one chunk: what stays in cache, or fills a GPU
 _FEW_FEATURES = 64
 
 
@@ -35,15 +35,6 @@ class Parameters(NamedTuple):
     means: Float[Array, "*V K d"]
     factors: Float[Array, "*V K d d"]
     log_weights: Float[Array, "*V K"]
-
-
-@pytree
-class Chunks:
-    """Clouds cut into equal chunks, feature by feature, each with the index of its cloud; padding has weight zero."""
-
-    points: Float[Array, "C d B"]
-    weights: Float[Array, "C B"]
-    owners: Int[Array, " C"]
 
 
 @pytree
@@ -92,34 +83,6 @@ class _Component(NamedTuple):
     penalties: Float[Array, "*V K"]  # the ridge's part of that
 
 
-def chunk_length(n_points: int, n_components: int, n_features: int, chunk_size: int | None) -> int:
-    """Points in a chunk: as few chunks as fit the cache, evenly filled."""
-    if chunk_size is None:
-        on_cpu = jax.default_backend() == "cpu"
-        floats = _CPU_FLOATS if on_cpu else _GPU_FLOATS
-        chunk_size = max(512, floats // (n_components * n_features))
-        chunk_size = min(chunk_size, 4096) if on_cpu else chunk_size
-    n_chunks = -(-n_points // chunk_size)
-    return -(-n_points // n_chunks)
-
-
-def pack(clouds: list[Array | None], point_weights: list[Array | None], length: int) -> Chunks:
-    """Clouds (n_i, d) with weights (n_i,) or None as chunks of `length` points; weights are normalised by cloud."""
-    points, weights, owners = [], [], []
-    for owner, (cloud, weight) in enumerate(zip(clouds, point_weights, strict=True)):
-        if cloud is None:
-            continue
-        n, d = cloud.shape
-        n_chunks = -(-n // length)
-        padding = n_chunks * length - n
-        weight = jnp.full(n, 1 / n, cloud.dtype) if weight is None else weight / jnp.sum(weight)
-        weights.append(jnp.pad(weight.astype(cloud.dtype), (0, padding)).reshape(n_chunks, length))
-        blocks = jnp.pad(cloud, ((0, padding), (0, 0))).reshape(n_chunks, length, d)
-        points.append(matrices.transpose(blocks))
-        owners += [owner] * n_chunks
-    return Chunks(jnp.concatenate(points), jnp.concatenate(weights), jnp.asarray(owners))
-
-
 def e_step(
     parameters: Parameters,
     chunks: Chunks,
@@ -138,17 +101,20 @@ def e_step(
     offsets, whitening = components.offsets[0], components.whitening[0]
     flat, unravel = ravel_pytree(_Sums(zero, zero, components.constants[0], offsets, whitening))
 
-    def accumulate(carry, chunk):
-        (totals, lost), (points, weights, owner) = carry, chunk
-        sums, _ = ravel_pytree(_chunk_sums(points, weights, taken(components, owner), reference[owner]))
+    def accumulate(totals, lost, index):
+        owner = chunks.owners[index]
+        chunk = chunks.points[index], chunks.weights[index], taken(components, owner), reference[owner]
+        sums, _ = ravel_pytree(_chunk_sums(*chunk))
         # Kahan's sum: thousands of chunks in float32 would lose what the M-step must gain.
         before, sums = totals[owner], sums - lost[owner]
         after = before + sums
-        return (totals.at[owner].set(after), lost.at[owner].set((after - before) - sums)), None
+        return totals.at[owner].set(after), lost.at[owner].set((after - before) - sums)
+
+    def in_use(carry, index):
+        return jax.lax.cond(index < chunks.count, accumulate, lambda *same: same[:2], *carry, index), None
 
     zeros = jnp.zeros((n_nodes, flat.size), flat.dtype)
-    columns = (chunks.points, chunks.weights, chunks.owners)
-    (totals, _), _ = jax.lax.scan(jax.checkpoint(accumulate), (zeros, zeros), columns)
+    (totals, _), _ = jax.lax.scan(jax.checkpoint(in_use), (zeros, zeros), jnp.arange(len(chunks.owners)))
     return _centred(jax.vmap(unravel)(totals), parameters, components.whitening)
 
 

@@ -8,7 +8,7 @@ from conftest import random_covariances
 from test_transport import KINDS, gaussian_map, posterior, random_moments, root
 
 import coupled_gmm as cg
-from coupled_gmm import maps
+from coupled_gmm import chunks, maps
 
 TIMES = np.array([0, 0.3, 0.8, 1])
 
@@ -251,23 +251,11 @@ def test_chunks_do_not_matter(monkeypatch):
     """A chunk's points do not depend on each other, nor on the chunk's size; the last chunk is padded."""
     gmm0, gmm1 = map(mixture, random_moments(0, 3, 4, 2, "regular"))
     plan = jax.jit(lambda *ends: solved(*ends, True))(gmm0, gmm1)
-    x, key = jnp.asarray(np.random.RandomState(0).randn(7, 2)), jax.random.key(0)
-    programs = (maps._map_barycentric.__wrapped__, (plan, x)), (maps._map_random.__wrapped__, (plan, x, key))
-    for program, arguments in programs:
-        whole = jax.jit(lambda *given, program=program: program(*given))(*arguments)
-        with monkeypatch.context() as patch:
-            patch.setattr(maps, "_CHUNK_BYTES", 3 * 6 * 4)  # three points
-            chunked = jax.jit(lambda *given, program=program: program(*given))
-            assert "length=3" in str(chunked.trace(*arguments).jaxpr)
-            np.testing.assert_allclose(chunked(*arguments), whole, rtol=1e-6, atol=1e-6)
-
-
-def test_chunks_of_any_size(monkeypatch):
-    monkeypatch.setattr(maps, "_CHUNK_BYTES", 4 * 4 * 5)  # four points of five numbers
-    for n in (1, 3, 4, 5, 9):
-        x = jnp.arange(2.0 * n, dtype=jnp.float32).reshape(n, 2)
-        found = maps._in_chunks(lambda point: jnp.concatenate([point[0] + point[1], point[1]]), (x, 10 * x), 5)
-        np.testing.assert_array_equal(found, np.concatenate([11 * x, 10 * x], axis=1))
+    x, key = np.random.RandomState(0).randn(7, 2).astype(np.float32), jax.random.key(0)
+    whole = cg.map_points(plan, x), cg.map_points(plan, x, method="random", key=key)
+    monkeypatch.setattr(chunks, "_CPU_LENGTHS", (3,))
+    chunked = cg.map_points(plan, x), cg.map_points(plan, x, method="random", key=key)
+    np.testing.assert_allclose(chunked, whole, rtol=1e-6, atol=1e-6)
 
 
 def test_memory_does_not_grow_with_the_points():
@@ -275,10 +263,10 @@ def test_memory_does_not_grow_with_the_points():
     n, d, k = 10**6, 3, 8
     ends = [mixture(end) for end in random_moments(0, k, k, d, "regular")]
     plan = jax.eval_shape(lambda *ends: solved(*ends, True), *ends)
-    x = jax.ShapeDtypeStruct((n, d), jnp.float32)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    for program, arguments, numbers in ((maps._map_barycentric, (), 0), (maps._map_random, (key,), 2)):
-        used = program.lower(plan, x, *arguments).compile().memory_analysis()
-        assert used.output_size_in_bytes == n * d * 4
-        assert used.temp_size_in_bytes <= 100e6, used.temp_size_in_bytes
-        assert used.temp_size_in_bytes <= 4 * n * 2 * (2 * d + numbers) + 20e6, used.temp_size_in_bytes
+    count = jax.ShapeDtypeStruct((), jnp.int32)
+    centre = jax.ShapeDtypeStruct((d,), jnp.float32)
+    for program, numbers in ((maps._map_barycentric, d), (maps._map_random, d + 2)):
+        points = jax.ShapeDtypeStruct((1024, numbers, 1024), jnp.float32)
+        used = program.lower(points, count, plan, centre).compile().memory_analysis()
+        assert used.output_size_in_bytes == 1024 * 1024 * d * 4
+        assert used.temp_size_in_bytes <= 4 * 1024 * 1024 * (numbers + d) + 20e6, used.temp_size_in_bytes

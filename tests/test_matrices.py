@@ -12,7 +12,7 @@ from conftest import random_covariances, random_mixture
 from jax.test_util import check_grads
 
 import coupled_gmm as cg
-from coupled_gmm import matrices, statistics
+from coupled_gmm import chunks, matrices, statistics
 
 SIZES = (1, 2, 3, 8, 20)
 LAPACK = {
@@ -145,7 +145,7 @@ def test_no_lapack_and_no_host_in_public_functions(d):
     gmm0, gmm1 = random_mixture(0, 3, d), random_mixture(1, 4, d)
     pairs = [cg.GaussianMixturePair(gmm0, gmm1, epsilon=0.1, tau=tau) for tau in (1.0, 0.9)]
     x = np.random.RandomState(0).randn(20, d)
-    chunks = statistics.pack([jnp.asarray(x)], [None], 10)
+    packed = chunks.pack([x], [None], 10, jnp.float32)
 
     def cost(one, other):
         return jnp.sum(cg.bures_cost_matrix(one, other))
@@ -158,7 +158,7 @@ def test_no_lapack_and_no_host_in_public_functions(d):
 
     def e_step(gmm):
         parameters = statistics.Parameters(gmm.means[None], gmm.cholesky[None], gmm.log_weights[None])
-        return jnp.sum(statistics.e_step(parameters, chunks, jnp.ones((1, d))).penalized)
+        return jnp.sum(statistics.e_step(parameters, packed, jnp.ones((1, d))).penalized)
 
     found = names_in(jax.value_and_grad(cost, (0, 1)), gmm0, gmm1) | names_in(jax.value_and_grad(likelihood), gmm0, x)
     found |= names_in(jax.value_and_grad(e_step), gmm0)

@@ -6,12 +6,16 @@ import numpy as np
 import pytest
 from conftest import random_covariances
 
-from coupled_gmm import statistics
+from coupled_gmm import chunks, statistics
 from coupled_gmm.statistics import Parameters
 
 e_step = jax.jit(statistics.e_step)
 expected_log_likelihood = jax.jit(statistics.expected_log_likelihood)
 maximiser = jax.jit(statistics.maximiser)
+
+
+def pack(clouds, weights, length):
+    return chunks.pack(clouds, weights, length, jnp.result_type(float))
 
 
 def log_normal(x, mean, covariance, floor):
@@ -52,8 +56,7 @@ class Problem:
         self.floors = 1e-2 * rng.rand(len(sizes), d)
 
     def chunks(self, length):
-        weights = [None if w is None else jnp.asarray(w) for w in self.point_weights]
-        return statistics.pack([jnp.asarray(x) for x in self.clouds], weights, length)
+        return pack(self.clouds, self.point_weights, length)
 
     def parameters(self):
         with np.errstate(divide="ignore"):
@@ -101,33 +104,11 @@ def test_zero_weights_change_nothing(x64):
     more = e_step(problem.parameters(), problem.chunks(30), jnp.asarray(problem.floors))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), more, base)
 
-    alone = statistics.pack([None, jnp.asarray(problem.clouds[1])], [None, jnp.asarray(problem.point_weights[1])], 30)
+    alone = pack([None, problem.clouds[1]], [None, problem.point_weights[1]], 30)
     half = e_step(problem.parameters(), alone, jnp.asarray(problem.floors))
     np.testing.assert_array_equal(half.masses[0], 0)
     np.testing.assert_array_equal(half.log_likelihood[0], 0)
     np.testing.assert_allclose(half.scatters[1], base.scatters[1], rtol=1e-10, atol=1e-12)
-
-
-def test_chunks_hold_every_point_once(precision):
-    problem = Problem(0, 2, 3)
-    chunks = problem.chunks(16)
-    assert chunks.points.shape == (4 + 3, 3, 16) and list(chunks.owners) == [0] * 4 + [1] * 3
-    for i, cloud in enumerate(problem.clouds):
-        mine = np.asarray(chunks.owners) == i
-        points = np.asarray(chunks.points)[mine].swapaxes(1, 2).reshape(-1, 3)
-        np.testing.assert_allclose(points[: len(cloud)], cloud, rtol=precision)
-        np.testing.assert_array_equal(points[len(cloud) :], 0)
-        np.testing.assert_allclose(np.asarray(chunks.weights)[mine].sum(), 1, rtol=100 * precision)
-
-
-@pytest.mark.parametrize("n", [1, 511, 513, 10_000, 1_000_000])
-def test_chunk_lengths_are_even(n):
-    for chunk_size in (None, 1, 7, 4096, 2_000_000):
-        length = statistics.chunk_length(n, 3, 2, chunk_size)
-        n_chunks = -(-n // length)
-        assert 1 <= length <= n
-        assert n_chunks * length - n < max(n_chunks, 1), "padding is less than one point a chunk"
-        assert chunk_size is None or length <= chunk_size
 
 
 @pytest.mark.parametrize("distance", [1e3, 1e4])
@@ -138,7 +119,7 @@ def test_clusters_far_apart_keep_their_covariances(distance):
     centres = distance * np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     n = 3000
     x = np.concatenate([centres[k] + rng.randn(n, 2) @ factors[k].T for k in range(3)]).astype(np.float32)
-    chunks = statistics.pack([jnp.asarray(x)], [None], statistics.chunk_length(3 * n, 3, 2, None))
+    packed = pack([x], [None], chunks.length([3 * n], 3 * 2))
     truth = np.stack([np.cov(x[k * n : (k + 1) * n].astype(np.float64).T, ddof=0) for k in range(3)])
     variances = np.diagonal(truth, axis1=1, axis2=2)
     scale = np.sqrt(variances[:, :, None] * variances[:, None])
@@ -149,7 +130,7 @@ def test_clusters_far_apart_keep_their_covariances(distance):
             *(jnp.asarray(a, jnp.float32)[None] for a in (centres + shift, factors, np.log(np.full(3, 1 / 3))))
         )
         for _ in range(steps):
-            found = e_step(fitted, chunks, floors)
+            found = e_step(fitted, packed, floors)
             fitted, _ = maximiser(found, floors)
         np.testing.assert_allclose(found.masses[0], 1 / 3, rtol=1e-5)
         np.testing.assert_allclose(found.scatters[0] / scale, truth / scale, atol=1e-3)
@@ -226,13 +207,13 @@ def test_empty_components_keep_their_parameters(x64):
 def test_coincident_points_are_held_by_the_floor():
     """A component on one point: its second moment is zero, and its covariance becomes the floor."""
     x = np.array([[0.0, 0.0]] * 5 + [[3.0, 1.0], [4.0, -1.0], [3.5, 0.5]])
-    chunks = statistics.pack([jnp.asarray(x)], [None], 8)
+    packed = pack([x], [None], 8)
     floors = jnp.asarray([[1e-4, 1e-5]])
     factors = np.stack([np.diag([1e-2, 10**-2.5]), np.eye(2)])
     parameters = Parameters(
         *(jnp.asarray(a)[None] for a in (np.array([[0.0, 0], [3.5, 0]]), factors, np.log([0.5, 0.5])))
     )
-    found = e_step(parameters, chunks, floors)
+    found = e_step(parameters, packed, floors)
     best, _ = maximiser(found, floors)
     np.testing.assert_allclose(best.factors[0, 0], np.sqrt(np.diag([1e-4, 1e-5])), rtol=1e-4)
     np.testing.assert_allclose(found.masses[0, 0], 5 / 8, rtol=1e-6)
@@ -241,10 +222,10 @@ def test_coincident_points_are_held_by_the_floor():
 def test_gradient_of_the_likelihood_equals_finite_differences(x64):
     problem = Problem(5, 3, 2)
     problem.weights[0] = [0.4, 0.0, 0.6]
-    parameters, chunks, floors = problem.parameters(), problem.chunks(30), jnp.asarray(problem.floors)
+    parameters, packed, floors = problem.parameters(), problem.chunks(30), jnp.asarray(problem.floors)
 
     def value(p):
-        return jnp.sum(statistics.e_step(p, chunks, floors).penalized)
+        return jnp.sum(statistics.e_step(p, packed, floors).penalized)
 
     gradient = jax.jit(jax.grad(value))(parameters)
     assert all(np.isfinite(np.asarray(g)).all() for g in gradient)
@@ -268,7 +249,7 @@ def test_many_chunks_lose_nothing_in_float32():
     """Thousands of chunks are added with compensation: the mean log-likelihood keeps its last digits."""
     x = np.random.RandomState(0).randn(30_000, 1).astype(np.float32)
     parameters = Parameters(jnp.zeros((1, 1, 1)), jnp.ones((1, 1, 1, 1)), jnp.zeros((1, 1)))
-    found = e_step(parameters, statistics.pack([jnp.asarray(x)], [None], 10), jnp.zeros((1, 1)))
+    found = e_step(parameters, pack([x], [None], 10), jnp.zeros((1, 1)))
     expected = direct(x.astype(np.float64), None, np.zeros((1, 1)), np.ones((1, 1, 1)), np.ones(1), np.zeros(1))
     np.testing.assert_allclose(found.log_likelihood[0], expected[-1], rtol=5e-7)
     np.testing.assert_allclose(found.masses[0], 1, rtol=5e-7)
