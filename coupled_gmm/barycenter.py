@@ -12,7 +12,6 @@ programme.
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from coupled_gmm import bures, checks, matrices, star
+from coupled_gmm import bures, checks, chunks, matrices, star
 from coupled_gmm.host import on_host
 from coupled_gmm.mixture import GaussianMixture, about_one_point, moved_back, stack
+from coupled_gmm.programs import program
 from coupled_gmm.result import Outcome, Status
 from coupled_gmm.star import Free, Plans, Star
 from coupled_gmm.tree import pytree, taken
@@ -90,17 +90,31 @@ def barycenter(
     if learn_weights and method != "exact":
         raise ValueError("learn_weights: needs exact plans; drop method='entropic', or keep the weights")
     tol = checks.scalar("tol", tol, at_least=0)
-    settings = _Settings(method, projection, bool(learn_weights), checks.integer("max_steps", max_steps, 1))
     (*gmms, starts), centre = about_one_point(*gmms, starts)
-    fit = _barycenter(gmms, starts, coefficients, epsilon, tol, settings)
+    fit = _descent(gmms, starts, coefficients, epsilon, tol, max_steps, (method, projection, bool(learn_weights)))
     return dataclasses.replace(fit, gmm=moved_back(fit.gmm, centre))
 
 
 def reduced(gmm: GaussianMixture, starts: GaussianMixture, max_steps: int, tol: Any) -> BarycenterFit:
     """The barycenter of one mixture, its weights learnt, from stacked starts."""
     tol = checks.scalar("tol", tol, at_least=0)
-    settings = _Settings("exact", "joint", True, checks.integer("max_steps", max_steps, 1))
-    return _barycenter([gmm], starts, jnp.ones(1, gmm.dtype), None, tol, settings)
+    return _descent([gmm], starts, jnp.ones(1, gmm.dtype), None, tol, max_steps, ("exact", "joint", True))
+
+
+def _descent(
+    gmms: list[GaussianMixture],
+    starts: GaussianMixture,
+    coefficients: Array,
+    epsilon: Any,
+    tol: Array,
+    max_steps: Any,
+    how: tuple[str, str, bool],
+) -> BarycenterFit:
+    """The program's answer, its history as long as there were to be steps."""
+    steps = checks.integer("max_steps", max_steps, 1)
+    settings = _Settings(*how, chunks.rows(steps))
+    fit = _barycenter(gmms, starts, coefficients, epsilon, tol, jnp.asarray(steps, jnp.int32), settings)
+    return dataclasses.replace(fit, history=chunks.first(fit.history, steps + 1))
 
 
 def _check_starts(init: Any, n_features: int) -> GaussianMixture:
@@ -120,7 +134,7 @@ class _Settings(NamedTuple):
     method: str
     projection: str
     learn_weights: bool
-    max_steps: int
+    rows: int  # of the history, at least as many as steps
 
 
 class _State(NamedTuple):
@@ -134,20 +148,20 @@ class _State(NamedTuple):
     done: Bool[Array, ""]
 
 
-@functools.partial(jax.jit, static_argnames="settings")
-@matrices.precise
+@program("settings")
 def _barycenter(
     gmms: list[GaussianMixture],
     starts: GaussianMixture,
     coefficients: Array,
     epsilon: Array | None,
     tol: Array,
+    max_steps: Array,
     settings: _Settings,
 ) -> BarycenterFit:
     arguments = gmms, starts, coefficients, epsilon
     gmms, starts, coefficients, epsilon = star.one_precision(arguments, _NO_DERIVATIVE)
     fixed = star.between(gmms, coefficients, epsilon, Free.of(taken(starts, 0)), settings.method)
-    ends = jax.vmap(lambda gmm: _descend(fixed, Free.of(gmm), tol, settings))(starts)
+    ends = jax.vmap(lambda gmm: _descend(fixed, Free.of(gmm), tol, max_steps, settings))(starts)
     finals = jnp.take_along_axis(ends.values, ends.count[:, None] - 1, axis=1)[:, 0]
     best = jnp.argmin(jnp.where(jnp.isfinite(finals), finals, jnp.inf))
     end, value = taken(ends, best), finals[best]
@@ -158,7 +172,7 @@ def _barycenter(
     return BarycenterFit(end.free.mixture(), value, status, end.count - 1, best, BarycenterHistory(end.values))
 
 
-def _descend(fixed: Star, free: Free, tol: Array, settings: _Settings) -> _State:
+def _descend(fixed: Star, free: Free, tol: Array, max_steps: Array, settings: _Settings) -> _State:
     """Plans and projections by turns, from one start; the last plans are those of the end."""
     allowed = free.weights > 0
 
@@ -175,7 +189,7 @@ def _descend(fixed: Star, free: Free, tol: Array, settings: _Settings) -> _State
         still = (count > 0) & (tol > 0) & (change <= tol * jnp.abs(plans.objective)) & (fall >= -rounding)
         settled = still | (change <= rounding)
         converged = still & (state.learning | (not settings.learn_weights))
-        done = converged | (count == settings.max_steps) | ~jnp.isfinite(plans.objective)
+        done = converged | (count == max_steps) | ~jnp.isfinite(plans.objective)
         moved = _project(fixed, free, plans, settings.projection)
         return _State(
             free=jax.tree.map(lambda old, new: jnp.where(done, old, new), free, moved),
@@ -184,12 +198,12 @@ def _descend(fixed: Star, free: Free, tol: Array, settings: _Settings) -> _State
             count=count + 1,
             converged=converged,
             solved=state.solved & plans.solved,
-            learning=state.learning | settled | (count + 1 == settings.max_steps),
+            learning=state.learning | settled | (count + 1 == max_steps),
             done=done,
         )
 
     no, dtype = jnp.asarray(False), free.means.dtype
-    values = jnp.full(settings.max_steps + 1, jnp.nan, dtype)
+    values = jnp.full(settings.rows + 1, jnp.nan, dtype)
     memory = star.no_memory(fixed, len(free.weights))
     # Learnt at once, the weights of a start far off leave most components empty, and those can't move any more.
     learning = jnp.asarray(len(fixed.weights) == 1)

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from coupled_gmm import checks, matrices
 from coupled_gmm.mixture import GaussianMixture, about_one_point
+from coupled_gmm.programs import program
 
 # What the pairs of one block of a cost matrix may occupy: a core's cache, or enough to fill a GPU.
 _CPU_BLOCK_BYTES, _GPU_BLOCK_BYTES = 2**20, 2**28
@@ -235,7 +236,7 @@ def barycenter(
     return jax.lax.while_loop(unfinished, step, first)[0]
 
 
-_pairwise_cost = jax.jit(pairwise_cost)  # called outside of jit, its loop is compiled anew at every call
+_pairwise_cost = program()(pairwise_cost)  # called outside of jit, its loop is compiled anew at every call
 
 
 def bures_cost_matrix(gmm0: GaussianMixture, gmm1: GaussianMixture) -> Float[Array, "K0 K1"]:

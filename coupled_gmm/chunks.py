@@ -8,7 +8,6 @@ for the rest.
 Under a transformation, where arrays are part of somebody's own program, chunks fit exactly.
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -19,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from coupled_gmm import checks
+from coupled_gmm.programs import program
 from coupled_gmm.tree import pytree
 
 T = TypeVar("T")
@@ -29,6 +29,7 @@ _CPU_PRICE, _GPU_PRICE = 200, 2**16  # of one more chunk, in points
 _FIRST, _GROWTH = 16, 4  # capacities in chunks: 16, 64, and from there doubled
 _ALIGNED = 64  # bytes: such memory JAX takes over without a copy
 _BLOCK = 2**16  # points that are copied at a time
+_ROWS = 128  # of the shortest history
 
 
 @pytree
@@ -70,6 +71,14 @@ def capacity(count: int) -> int:
     return size
 
 
+def rows(steps: int) -> int:
+    """Rows of a history for so many steps: from a short list, so that other numbers of steps share the program."""
+    size = _ROWS
+    while size < steps:
+        size *= 4
+    return size
+
+
 def rounded(n: int) -> int:
     """The next number of the form 4, 5, 6 or 7 times a power of two: what draws are made in, where n is not of it."""
     power = max(_FIRST, 2 ** (n.bit_length() - 3))
@@ -86,7 +95,7 @@ def draws(key: Array, n: int, each: int, dtype: Any) -> Array:
     return first(_uniform(key, (rounded(n) if known(key) else n, each), dtype), n)
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
+@program("shape", "dtype")
 def _uniform(key: Array, shape: tuple[int, int], dtype: Any) -> Array:
     return jax.random.uniform(key, shape, dtype)
 
@@ -96,24 +105,23 @@ def known(*arrays: Any) -> bool:
     return checks.known(*arrays) and all(checks.on_host(leaf) for leaf in jax.tree.leaves(arrays))
 
 
-def pack(clouds: Sequence[Any], weights: Sequence[Any], size: int, dtype: Any, place: Any = None) -> Chunks:
+def pack(clouds: Sequence[Any], weights: Sequence[Any], size: int, dtype: Any, frame: Any = None) -> Chunks:
     """Clouds (n_i, d), or None, in chunks of `size` points.
 
     Args:
       weights: (n_i,), or None for equal ones; normalised here, by cloud.
       size: of a chunk.
       dtype: of the chunks.
-      place: None, or where the points go first: from points in their own precision to others.
+      frame: None, or what brings the points into other coordinates first: a tree with methods `points` and `points_on_host`.
     """
     counts = [0 if cloud is None else -(-len(cloud) // size) for cloud in clouds]
     if known(*clouds, *weights):
-        return _packed_on_host(clouds, weights, counts, size, dtype, place)
-    if checks.known(clouds, weights):
-        return _packed_on_device(clouds, weights, size, dtype, place)
-    return _packed(clouds, weights, size, sum(counts), dtype, place)
+        return _packed_on_host(clouds, weights, counts, size, dtype, frame)
+    count = sum(counts)  # on an accelerator, a small program for each size
+    return _packed(clouds, weights, frame, size, capacity(count) if checks.known(clouds, weights) else count, dtype)
 
 
-def _packed_on_host(clouds: Any, weights: Any, counts: list[int], size: int, dtype: Any, place: Any) -> Chunks:
+def _packed_on_host(clouds: Any, weights: Any, counts: list[int], size: int, dtype: Any, frame: Any) -> Chunks:
     d = next(cloud.shape[1] for cloud in clouds if cloud is not None)
     total = capacity(sum(counts))
     points, shares = zeros((total, d, size), dtype), zeros((total, size), dtype)
@@ -121,7 +129,7 @@ def _packed_on_host(clouds: Any, weights: Any, counts: list[int], size: int, dty
     for owner, (cloud, weight, count) in enumerate(zip(clouds, weights, counts, strict=True)):
         if cloud is not None:
             n, last, weight = len(cloud), first + count, None if weight is None else np.asarray(weight, np.float64)
-            fill(points[first:last], np.asarray(cloud), place)
+            fill(points[first:last], np.asarray(cloud), None if frame is None else frame.points_on_host)
             flat = shares[first:last].reshape(-1)
             flat[:n] = 1 / n if weight is None else weight / weight.sum()
             owners[first:last] = owner
@@ -129,20 +137,14 @@ def _packed_on_host(clouds: Any, weights: Any, counts: list[int], size: int, dty
     return Chunks(*jax.device_put((points, shares, owners, np.asarray(first, np.int32))))
 
 
-def _packed_on_device(clouds: Any, weights: Any, size: int, dtype: Any, place: Any) -> Chunks:
-    """The same on an accelerator, in a small program for each size."""
-    counts = [0 if cloud is None else -(-len(cloud) // size) for cloud in clouds]
-    total = capacity(sum(counts))
-    return jax.jit(lambda *given: _packed(*given, size, total, dtype, place))(clouds, weights)
-
-
-def _packed(clouds: Any, weights: Any, size: int, total: int, dtype: Any, place: Any) -> Chunks:
+@program("size", "total", "dtype")
+def _packed(clouds: Any, weights: Any, frame: Any, size: int, total: int, dtype: Any) -> Chunks:
     points, shares, owners = [], [], []
     for owner, (cloud, weight) in enumerate(zip(clouds, weights, strict=True)):
         if cloud is not None:
             n = len(cloud)
             weight = jnp.full(n, 1 / n, dtype) if weight is None else weight / jnp.sum(weight)
-            points.append(_laid_out(cloud if place is None else place(cloud), size).astype(dtype))
+            points.append(_laid_out(cloud if frame is None else frame.points(cloud), size).astype(dtype))
             shares.append(jnp.pad(weight.astype(dtype), (0, -n % size)).reshape(-1, size))
             owners += [owner] * len(points[-1])
     count = len(owners)
@@ -166,7 +168,7 @@ def zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 def fill(chunks: np.ndarray, x: np.ndarray, place: Any = None) -> None:
     """Points (n, d) into chunks (C, d, B) on the host, block by block; what is left of the last one repeats the last point."""
-    n, (count, _, size) = len(x), chunks.shape
+    count, _, size = chunks.shape
     step = max(1, _BLOCK // size)
     for first in range(0, count, step):
         rows = x[first * size : (first + step) * size]
@@ -210,11 +212,11 @@ def over_points(program: Callable[..., Array], x: Any, numbers: int, *arguments:
     else:
         points = _laid_out(x, size)
     values = program(jax.device_put(points), np.asarray(count, np.int32), *arguments)
-    values = np.asarray(values) if known(values) else values
+    values: Any = np.asarray(values) if known(values) else values
     return first(values.reshape(-1, *values.shape[2:]), n)
 
 
-@functools.partial(jax.jit, static_argnames=("size", "total"))
+@program("size", "total")
 def _buffer(x: Array, size: int, total: int) -> Array:
     points = _laid_out(x, size)
     return jnp.pad(points, ((0, total - len(points)), (0, 0), (0, 0)))

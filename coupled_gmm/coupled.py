@@ -23,7 +23,6 @@ from coupled_gmm.result import Status
 from coupled_gmm.statistics import Parameters
 from coupled_gmm.tree import chosen, pytree
 
-_ROWS = 128  # of the shortest history
 _FALL = 1e-4  # an ascent that falls by this part of 1 + |J| has met more than rounding
 _ROUNDINGS = 64  # rounding units of 1 + |J| by which J may seem to fall
 _RUNNING = -1
@@ -83,14 +82,6 @@ class Settings(NamedTuple):
     solver: solvers.Solver
     optimizer: Any
     progress: bool
-
-
-def rows(steps: int) -> int:
-    """Rows of a history for so many steps: from a short list, so that other numbers of steps share the program."""
-    size = _ROWS
-    while size < steps:
-        size *= 4
-    return size
 
 
 def _optimiser(optimizer: Any, learning_rate: Array | None) -> m_step.Optimiser:

@@ -1,7 +1,6 @@
 """One mixture for one cloud: where to start, and the plain EM fit."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from coupled_gmm import checks, chunks, coupled, frame, matrices, solvers, starts
+from coupled_gmm import checks, chunks, coupled, frame, solvers, starts
 from coupled_gmm.coupled import Controls, Settings
 from coupled_gmm.frame import Sight, View
 from coupled_gmm.graph import MixtureGraph
 from coupled_gmm.mixture import GaussianMixture, stack
+from coupled_gmm.programs import program
 from coupled_gmm.result import Outcome
 from coupled_gmm.tree import pytree, taken
 
@@ -104,8 +104,7 @@ def _representatives(key: Array, view: View) -> View:
     return view._replace(clouds=[x[xp.minimum(index, len(x) - 1)]], weights=[None])
 
 
-@functools.partial(jax.jit, static_argnames=("n_components", "n_init", "n"))
-@matrices.precise
+@program("n_components", "n_init", "n")
 def _init(key: Array, sight: Sight, ridge: Array, n_components: int, n_init: int, n: int) -> GaussianMixture:
     floor, pooled = sight.floors(ridge)[0], sight.pooled
     deviations = jnp.where(pooled > 0, jnp.sqrt(pooled), 1)
@@ -175,8 +174,8 @@ def fit_gmm(
         inits = _given(init, key, n_init, ridge)
         view = _view(x, point_weights, inits, ridge)
     sight = view.in_chunks(inits.n_components * inits.n_features)
-    settings = Settings(coupled.rows(max_steps), solvers.solve_entropic, None, False)
-    steps = np.asarray(max_steps, np.int32), np.ones((), np.int32)
+    settings = Settings(chunks.rows(max_steps), solvers.solve_entropic, None, False)
+    steps = jnp.asarray(max_steps, jnp.int32), jnp.asarray(1, jnp.int32)
     fit = _fit(inits, sight, Controls(ridge, tol, *steps, None), settings)
     return dataclasses.replace(fit, history=chunks.first(fit.history, max_steps))
 
@@ -212,8 +211,7 @@ def _starts(
     return _draws(checks.key("key", key), view, ridge, n_components, n_init, n_init), view
 
 
-@functools.partial(jax.jit, static_argnames="settings")
-@matrices.precise
+@program("settings")
 def _fit(inits: GaussianMixture, sight: Sight, controls: Controls, settings: Settings) -> MixtureFit:
     def one(init: GaussianMixture) -> MixtureFit:
         problem = MixtureGraph.single(init)

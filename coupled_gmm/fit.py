@@ -4,7 +4,6 @@ A fit is a run, not a value: it can't be differentiated; `penalized_log_likeliho
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,13 +13,14 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from coupled_gmm import checks, chunks, coupled, frame, matrices, plan, report, solvers
+from coupled_gmm import checks, chunks, coupled, frame, plan, report, solvers
 from coupled_gmm.coupled import Controls, History, Settings
 from coupled_gmm.frame import Sight
 from coupled_gmm.graph import MixtureGraph
 from coupled_gmm.mixture import GaussianMixture
 from coupled_gmm.pair import GaussianMixturePair
 from coupled_gmm.plan import Plan
+from coupled_gmm.programs import program
 from coupled_gmm.result import Outcome
 from coupled_gmm.tree import Stackable, new, pytree, single, taken
 
@@ -132,8 +132,8 @@ def _check_run(
     controls = Controls(
         checks.scalar("ridge", ridge, at_least=0, batched=True),
         checks.scalar("tol", tol, at_least=0, batched=True),
-        np.asarray(checks.integer("em_steps", em_steps, 1), np.int32),
-        np.asarray(checks.integer("m_steps", m_steps, 1), np.int32),
+        jnp.asarray(checks.integer("em_steps", em_steps, 1), jnp.int32),
+        jnp.asarray(checks.integer("m_steps", m_steps, 1), jnp.int32),
         learning_rate,
     )
     checks.choice("method", method, solvers.ENTROPIC_METHODS)
@@ -149,7 +149,7 @@ def _check_cloud(name: str, x: Any, weights_name: str, weights: Any, gmm: Gaussi
 
 def _settings(run: _Run, solver: solvers.Solver) -> Settings:
     progress = run.progress is not False and run.progress is not None
-    return Settings(coupled.rows(run.em_steps), solver, run.optimizer, progress)
+    return Settings(chunks.rows(run.em_steps), solver, run.optimizer, progress)
 
 
 def _trimmed(padded: Plan, gmm0: GaussianMixture, gmm1: GaussianMixture) -> Plan:
@@ -178,8 +178,7 @@ def _edge_solver(method: str, graph: MixtureGraph) -> solvers.Solver:
         return solvers.solver_for(method, taken(edges, 0))
 
 
-@functools.partial(jax.jit, static_argnames="settings")
-@matrices.precise
+@program("settings")
 def _fit_graph(problem: MixtureGraph, sight: Sight, controls: Controls, settings: Settings) -> GraphFit:
     # The program sees edges in node order, so that no result depends on how they are written; its answers are put back.
     ordered, order = problem.in_node_order()
@@ -208,8 +207,7 @@ def _fit_graph(problem: MixtureGraph, sight: Sight, controls: Controls, settings
     )
 
 
-@functools.partial(jax.jit, static_argnames="settings")
-@matrices.precise
+@program("settings")
 def _fit_pair(
     pair: GaussianMixturePair,
     transport_weight: Array,
@@ -255,7 +253,7 @@ def penalized_log_likelihood(
     return _value(pair, transport_weight, sight, ridge)
 
 
-@jax.jit
+@program()
 def _value(pair: GaussianMixturePair, transport_weight: Array, sight: Sight, ridge: Array) -> Float[Array, ""]:
     problem = MixtureGraph.from_pair(pair, transport_weight, np.zeros(2, bool))
     return coupled.value(problem, sight, ridge)

@@ -13,8 +13,7 @@ as in POT's example of a flow.
 """
 
 import dataclasses
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,8 +21,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from coupled_gmm import bures, checks, matrices, star
+from coupled_gmm import bures, checks, chunks, matrices, star
 from coupled_gmm.mixture import GaussianMixture, about_one_point, moved_back
+from coupled_gmm.programs import program
 from coupled_gmm.result import Outcome, Status
 from coupled_gmm.star import Free, Plans, Star
 from coupled_gmm.tree import chosen, new, pytree, taken
@@ -98,27 +98,31 @@ def flow(
         checks.scalar("step_size", step_size, above=0, at_most=at_most),
         checks.scalar("mean_rate", mean_rate, above=0),
     )
-    settings = _Settings(checks.integer("steps", steps, 1), optimizer, built, method)
+    steps = checks.integer("steps", steps, 1)
+    settings = _Settings(chunks.rows(steps), optimizer, built, method)
     (source, *targets), centre = about_one_point(source, *targets)
-    fit = _flow(source, targets, coefficients, epsilon, rates, settings)
-    return dataclasses.replace(fit, gmm=moved_back(fit.gmm, centre), path=moved_back(fit.path, centre))
+    fit = _flow(source, targets, coefficients, epsilon, rates, jnp.asarray(steps, jnp.int32), settings)
+    path = chunks.first(moved_back(fit.path, centre), steps + 1)
+    return dataclasses.replace(
+        fit, gmm=moved_back(fit.gmm, centre), path=path, history=chunks.first(fit.history, steps)
+    )
 
 
 class _Settings(NamedTuple):
-    steps: int
+    rows: int  # of the path, at least as many as steps
     optimizer: Any
     built: bool
     method: str
 
 
-@functools.partial(jax.jit, static_argnames="settings")
-@matrices.precise
+@program("settings")
 def _flow(
     source: GaussianMixture,
     targets: list[GaussianMixture],
     coefficients: Array,
     epsilon: Array | None,
     rates: tuple[Array, Array],
+    steps: Array,
     settings: _Settings,
 ) -> FlowFit:
     arguments = source, targets, coefficients, epsilon
@@ -126,17 +130,35 @@ def _flow(
     rates = rates[0].astype(source.dtype), rates[1].astype(source.dtype)
     fixed = star.between(targets, coefficients, epsilon, Free.of(source), settings.method)
     walk = _walk if settings.optimizer is None else _optimise
-    path, losses, solved = walk(fixed, source, rates, settings)
-    path = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), source, path)
-    status = jnp.where(solved, Status.STEPS_DONE, Status.PLAN_NOT_CONVERGED)
-    status = jnp.where(jnp.all(jnp.isfinite(losses)), status, Status.NOT_FINITE)
-    return FlowFit(taken(path, -1), losses[-1], path, status, FlowHistory(losses[:-1]))
+    look, start = walk(fixed, source, rates, settings)
+    path, losses, solved = _looks(look, start, steps, settings.rows)
+    path = jax.tree.map(lambda path, source: path.at[0].set(source), path, source)
+    taken_steps = jnp.arange(len(losses)) <= steps
+    status = jnp.where(jnp.all(solved | ~taken_steps), Status.STEPS_DONE, Status.PLAN_NOT_CONVERGED)
+    status = jnp.where(jnp.all(jnp.isfinite(losses) | ~taken_steps), status, Status.NOT_FINITE)
+    return FlowFit(taken(path, steps), losses[steps], path, status, FlowHistory(losses))
+
+
+def _looks(look: Callable, start: tuple, steps: Array, rows: int) -> tuple[GaussianMixture, Array, Array]:
+    """What is seen before each step and at the end, in rows of which the last may be empty: (mixtures, losses, solved)."""
+
+    def record(index: Array, carry: tuple) -> tuple:
+        state, seen = carry
+        state, now = look(state, index == 0)
+        return state, jax.tree.map(lambda column, value: column.at[index].set(value), seen, now)
+
+    now = jax.eval_shape(look, start, jnp.asarray(True))[1]
+    empty = jax.tree.map(lambda leaf: jnp.zeros((rows + 1, *leaf.shape), leaf.dtype), now)
+    return jax.lax.fori_loop(0, steps + 1, record, (start, empty))[1]
 
 
 def _walk(
     fixed: Star, source: GaussianMixture, rates: tuple[Array, Array], settings: _Settings
-) -> tuple[GaussianMixture, Float[Array, " steps+1"], Bool[Array, ""]]:
-    """Bures-Wasserstein steps: mixtures after each step, the losses before them and at the end, whether plans were solved."""
+) -> tuple[Callable, tuple]:
+    """Bures-Wasserstein steps: how to look at where one is and step on, and the start.
+
+    What is seen: the mixture, the loss, whether plans were solved.
+    """
     part, _ = rates
 
     def look(carry: tuple, first: Array) -> tuple[tuple, tuple]:
@@ -149,8 +171,7 @@ def _walk(
         return (_step(fixed, free, plans, part), plans, eta), seen
 
     start = Free.of(source), star.no_plans(fixed, source.n_components), jnp.ones_like(part)
-    _, (path, losses, solved) = jax.lax.scan(look, start, jnp.arange(settings.steps + 1) == 0)
-    return taken(path, slice(1, None)), losses, jnp.all(solved)
+    return look, start
 
 
 def _step(fixed: Star, free: Free, plans: Plans, part: Array) -> Free:
@@ -203,7 +224,7 @@ def _reweighted(
 
 def _optimise(
     fixed: Star, source: GaussianMixture, rates: tuple[Array, Array], settings: _Settings
-) -> tuple[GaussianMixture, Float[Array, " steps+1"], Bool[Array, ""]]:
+) -> tuple[Callable, tuple]:
     """The same with an optax optimiser on means, covariances and logits."""
     step_size, mean_rate = rates
     optimizer = settings.optimizer if settings.built else settings.optimizer(step_size)
@@ -227,7 +248,7 @@ def _optimise(
         in_free = in_free._replace(weights=fixed.coefficients @ plans.potentials)
         return plans, pull_back(in_free)[0]
 
-    def look(carry: tuple, _: None) -> tuple[tuple, tuple]:
+    def look(carry: tuple, _: Array) -> tuple[tuple, tuple]:
         parameters, state, memory = carry
         plans, gradient = evaluated(parameters, memory)
         seen = mixture(parameters), plans.objective, plans.solved
@@ -241,8 +262,7 @@ def _optimise(
     logits = jnp.where(present, jnp.log(jnp.where(present, source.weights, 1)), 0)
     parameters = source.means, source.covariances, logits
     start = parameters, optimizer.init(parameters), star.no_memory(fixed, source.n_components)
-    _, (path, losses, solved) = jax.lax.scan(look, start, length=settings.steps + 1)
-    return taken(path, slice(1, None)), losses, jnp.all(solved)
+    return look, start
 
 
 def _definite(covariances: Float[Array, "n d d"], floor: Array | float) -> Float[Array, "n d d"]:

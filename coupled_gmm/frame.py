@@ -8,7 +8,6 @@ The mean of a mixture far from 0 does not fit one float either. What is left ove
 `remainders`; so is the origin's.
 """
 
-import functools
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from coupled_gmm import checks, chunks, matrices
 from coupled_gmm.chunks import Chunks
 from coupled_gmm.expansions import two_sum
 from coupled_gmm.mixture import GaussianMixture
+from coupled_gmm.programs import program
 from coupled_gmm.statistics import Parameters
 from coupled_gmm.tree import new, pytree, static
 
@@ -177,9 +177,8 @@ class View(NamedTuple):
         """What a program takes, for so many numbers that it holds of each point."""
         sizes = [len(x) for x in self.clouds if x is not None]
         size = chunks.length(sizes, numbers, chunk_size, shared=checks.known(self.clouds, self.weights))
-        place = self.frame.points_on_host if isinstance(self.pooled, np.ndarray) else self.frame.points
-        packed = chunks.pack(self.clouds, self.weights, size, self.pooled.dtype, place)
-        has_cloud = np.array([cloud is not None for cloud in self.clouds])
+        packed = chunks.pack(self.clouds, self.weights, size, self.pooled.dtype, self.frame)
+        has_cloud = jnp.asarray([cloud is not None for cloud in self.clouds])
         return Sight(packed, self.frame, self.variances, self.pooled, has_cloud, self.far)
 
 
@@ -221,7 +220,7 @@ def seen(
     return View(list(clouds), list(weights), frame, variances, (found.pooled / square).astype(dtype), far)
 
 
-@functools.partial(jax.jit, static_argnames="dtype")
+@program("dtype")
 def _scales_of_arrays(clouds: list[Array], weights: list[Any], dtype: Any) -> Scales:
     return scales([x.astype(dtype) for x in clouds], [None if w is None else w.astype(dtype) for w in weights], jnp)
 

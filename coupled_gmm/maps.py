@@ -17,8 +17,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from coupled_gmm import bures, checks, chunks, matrices, mixture
-from coupled_gmm.mixture import LOG_2PI, GaussianMixture
+from coupled_gmm.density import LOG_2PI
+from coupled_gmm.mixture import GaussianMixture
 from coupled_gmm.plan import Plan
+from coupled_gmm.programs import program
 from coupled_gmm.tree import new
 
 
@@ -83,8 +85,7 @@ def _about_one_point(plan: Plan, **clouds: Any) -> tuple[Plan, list[Array], Arra
     return dataclasses.replace(plan, pair=pair.replace(gmm0, gmm1)), moved, centre
 
 
-@jax.jit
-@matrices.precise
+@program()
 def _map_barycentric(points: Float[Array, "C d B"], count: Array, plan: Plan, centre: Array) -> Array:
     moves, whitening = _moves(plan), _Whitening.of(plan.pair.gmm0)
     forward, _ = plan.conditionals()
@@ -102,8 +103,7 @@ def _map_barycentric(points: Float[Array, "C d B"], count: Array, plan: Plan, ce
     return chunks.each(images, points, count)
 
 
-@jax.jit
-@matrices.precise
+@program()
 def _map_random(points: Float[Array, "C d+2 B"], count: Array, plan: Plan, centre: Array) -> Array:
     """Of points with two numbers each, drawn from [0, 1)."""
     moves, whitening = _moves(plan), _Whitening.of(plan.pair.gmm0)
@@ -160,7 +160,9 @@ class _Whitening(NamedTuple):
     def of_points(self, x: Float[Array, "d B"]) -> tuple[Float[Array, "K d B"], Float[Array, "K B"]]:
         """The whitened points, and the probability of each component given the point."""
         k, d = self.shift.shape
-        whitened = (self.matrix.reshape(k * d, d) @ (x - self.centre[:, None])).reshape(k, d, -1) - self.shift[:, :, None]
+        whitened = (self.matrix.reshape(k * d, d) @ (x - self.centre[:, None])).reshape(k, d, -1) - self.shift[
+            :, :, None
+        ]
         return whitened, jax.nn.softmax(self.log_scale[:, None] - 0.5 * jnp.sum(whitened**2, axis=1), axis=0)
 
 
@@ -205,8 +207,7 @@ def interpolate(plan: Plan, t: Any) -> GaussianMixture:
     return mixture.moved_back(_interpolate(near, t), centre)
 
 
-@jax.jit
-@matrices.precise
+@program()
 def _interpolate(plan: Plan, t: Array) -> GaussianMixture:
     moves, (gmm0, gmm1) = _moves(plan), (plan.pair.gmm0, plan.pair.gmm1)
     source, target, spread, coupling = moves
@@ -250,8 +251,7 @@ def plan_density(plan: Plan, x: Any, y: Any, *, atol: Any) -> Float[Array, "n m"
     return chunks.first(densities, len(x), len(y))
 
 
-@jax.jit
-@matrices.precise
+@program()
 def _plan_density(points: Float[Array, "C d B"], count: Array, y: Array, plan: Plan, atol: Array) -> Array:
     moves, (gmm0, gmm1) = _moves(plan), (plan.pair.gmm0, plan.pair.gmm1)
     whitening, mass = matrices.invert_triangular(gmm0.cholesky), plan.matrix

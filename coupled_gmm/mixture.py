@@ -8,7 +8,6 @@ value or a gradient, whatever its other parameters are: mixtures of unequal size
 import contextlib
 import dataclasses
 import functools
-import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -19,13 +18,14 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from coupled_gmm import checks, chunks, matrices
+from coupled_gmm.density import densities, log_weights
 from coupled_gmm.expansions import two_sum
+from coupled_gmm.programs import program
 from coupled_gmm.tree import Stackable, mapped, new, pytree, single
 
-LOG_2PI = math.log(2 * math.pi)
 _MOST_ROUNDING = 0.03  # nats, of a log-density
 # Called outside of jit, a loop is compiled anew at every call.
-_cholesky, _invert_triangular = jax.jit(matrices.cholesky), jax.jit(matrices.invert_triangular)
+_cholesky, _invert_triangular = program()(matrices.cholesky), program()(matrices.invert_triangular)
 
 
 @pytree
@@ -123,8 +123,9 @@ class GaussianMixture(Stackable):
         x, means = self._seen(checks.points("x", x, self.n_features))
         self.check_densities()
         self._warn_of_rounding()
-        program = functools.partial(_densities, what=what)
-        return chunks.over_points(program, x, self.n_components * self.n_features, means, self, values)
+        numbers = self.n_components * self.n_features
+        parameters = means, self.covariances, self.weights
+        return chunks.over_points(functools.partial(densities, what=what), x, numbers, parameters, values)
 
     def _seen(self, x: Any, name: str = "x") -> tuple[Float[Array, "n d"], Float[Array, "K d"]]:
         """Points and means in the mixture's precision, about a common point where that says more of them.
@@ -139,10 +140,7 @@ class GaussianMixture(Stackable):
         centre = self.means[jnp.argmax(self.weights)]
         means = self.means - centre
         means = means if self.remainders is None else means + self.remainders
-        if on_host:
-            x = x - np.asarray(centre, x.dtype if finer else self.dtype)
-        else:
-            x = x.astype(self.dtype) - centre
+        x = x - np.asarray(centre, x.dtype if finer else self.dtype) if on_host else x.astype(self.dtype) - centre
         return checks.representable(name, x, self.dtype), means
 
     @single
@@ -246,53 +244,12 @@ class GaussianMixture(Stackable):
         return chosen
 
 
-@functools.partial(jax.jit, static_argnames="what")
-@matrices.precise
-def _densities(
-    points: Float[Array, "C d B"],
-    count: Array,
-    means: Float[Array, "K d"],
-    gmm: GaussianMixture,
-    values: Any,
-    what: str,
-) -> Array:
-    """Of points in chunks: log-densities of "components" (C, B, K) or of the "mixture" (C, B), or the logarithm of the "posterior"
-    (C, B, K), or its mean of `values` (C, B)."""
-    factor, present = matrices.cholesky(gmm.covariances), gmm.weights > 0
-    regular = jnp.all(jnp.diagonal(factor, axis1=-2, axis2=-1) > 0, axis=-1)
-    # In place of a singular factor, which only an absent component may have: its logarithm's derivative is infinite.
-    factor = jnp.where(regular[:, None, None], factor, jnp.eye(gmm.n_features, dtype=gmm.dtype))
-    whitening = matrices.invert_triangular(factor)
-    log_norm = matrices.log_diagonal_sum(factor) + 0.5 * gmm.n_features * LOG_2PI
-
-    def of_chunk(x: Float[Array, "d B"]) -> Array:
-        whitened = jnp.einsum("kij,kjb->kib", whitening, x - means[:, :, None])
-        log_prob = -0.5 * jnp.sum(whitened**2, axis=1) - log_norm[:, None]
-        if what == "components":
-            return jnp.where(regular[:, None], log_prob, jnp.nan).T
-        log_prob = jnp.where(present[:, None], log_prob, 0)
-        joint = jnp.where(present[:, None], log_prob + gmm.log_weights[:, None], -jnp.inf)
-        total = jax.nn.logsumexp(joint, axis=0)
-        if what == "mixture":
-            return total
-        return (joint - total).T if what == "posterior" else values @ jnp.exp(joint - total)
-
-    return chunks.each(of_chunk, points, count)
-
-
-@functools.partial(jax.jit, static_argnames="n")
-@matrices.precise
+@program("n")
 def _sample(gmm: GaussianMixture, key: PRNGKeyArray, n: int) -> Float[Array, "n d"]:
     key_component, key_noise = jax.random.split(key)
     component = jax.random.categorical(key_component, gmm.log_weights, shape=(n,))
     noise = jax.random.normal(key_noise, (n, gmm.n_features), gmm.dtype)
     return gmm.means[component] + jnp.einsum("nij,nj->ni", gmm.cholesky[component], noise)
-
-
-def log_weights(weights: Float[Array, "*b K"]) -> Float[Array, "*b K"]:
-    """Logarithms: -inf, with zero gradient, where a weight is zero."""
-    present = weights > 0
-    return jnp.where(present, jnp.log(jnp.where(present, weights, 1)), -jnp.inf)
 
 
 def padded(gmm: GaussianMixture, n_components: int) -> GaussianMixture:

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from coupled_gmm import bures, checks
 from coupled_gmm.mixture import GaussianMixture, about_one_point
+from coupled_gmm.programs import program
 from coupled_gmm.tree import Stackable, mapped, new, pytree, single, static
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ def _check(gmm0: GaussianMixture, gmm1: GaussianMixture, epsilon: Any) -> jax.Ar
     return checks.scalar("epsilon", epsilon, above=0)
 
 
-@jax.jit
+@program()
 def _default_epsilon(gmm0: GaussianMixture, gmm1: GaussianMixture) -> jax.Array:
     (gmm0, gmm1), _ = about_one_point(gmm0, gmm1)
     cost = bures.pairwise_cost(gmm0.means, gmm0.cholesky, gmm1.means, gmm1.cholesky)

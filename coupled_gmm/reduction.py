@@ -1,16 +1,16 @@
 """Fewer components: the mixture of a given size that is closest to a given one, the barycenter of one mixture."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
-from coupled_gmm import bures, checks, matrices
+from coupled_gmm import bures, checks
 from coupled_gmm.barycenter import BarycenterFit, reduced
 from coupled_gmm.mixture import GaussianMixture, about_one_point, moved_back
+from coupled_gmm.programs import program
 from coupled_gmm.tree import new
 
 
@@ -52,8 +52,7 @@ def reduce_gmm(
     return dataclasses.replace(fit, gmm=moved_back(fit.gmm, centre))
 
 
-@functools.partial(jax.jit, static_argnames="n_components")
-@matrices.precise
+@program("n_components")
 def _starts(keys: Array, gmm: GaussianMixture, n_components: int) -> GaussianMixture:
     """Components chosen one by one, each with a probability of its mass times its squared distance to those chosen before."""
     cost = bures.pairwise_cost(gmm.means, gmm.cholesky, gmm.means, gmm.cholesky)

@@ -1,7 +1,6 @@
 """Solvers of transport between mixtures: `solve_plan` with its methods, and the distance MW2."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,11 +8,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from coupled_gmm import checks, duals, entropic, exact, matrices
+from coupled_gmm import checks, duals, entropic, exact
 from coupled_gmm.entropic import Potentials
 from coupled_gmm.mixture import GaussianMixture
 from coupled_gmm.pair import GaussianMixturePair
 from coupled_gmm.plan import Plan, from_potentials, from_vertex
+from coupled_gmm.programs import program
 from coupled_gmm.result import Status, raise_if_failed
 
 ENTROPIC_METHODS = ("entropic", "sinkhorn")
@@ -72,16 +72,14 @@ def solve_plan(
     return _solve_plan(pair, init, tol, solver_for(method, pair), limit)
 
 
-@functools.partial(jax.jit, static_argnames=("solver", "max_iterations"))
-@matrices.precise
+@program("solver", "max_iterations")
 def _solve_plan(pair: GaussianMixturePair, init: Any, tol: Array, solver: "Solver", max_iterations: int) -> Plan:
     cost = pair.cost_matrix()
     problem = (cost, pair.gmm0.log_weights, pair.gmm1.log_weights, pair.epsilon, pair.rho, init, tol.astype(cost.dtype))
     return from_potentials(pair, cost, solver(*jax.lax.stop_gradient(problem), max_iterations, pair.balanced))
 
 
-@functools.partial(jax.jit, static_argnames="max_iterations")
-@matrices.precise
+@program("max_iterations")
 def _solve_exactly(pair: GaussianMixturePair, tol: Array, max_iterations: int) -> Plan:
     cost = pair.cost_matrix()
     problem = jax.lax.stop_gradient((cost, pair.gmm0.weights, pair.gmm1.weights))
@@ -116,8 +114,7 @@ def mw2_squared(gmm0: GaussianMixture, gmm1: GaussianMixture, *, epsilon: Any = 
     return value
 
 
-@functools.partial(jax.jit, static_argnames="exactly")
-@matrices.precise
+@program("exactly")
 def _mw2_squared(pair: GaussianMixturePair, exactly: bool) -> tuple[Array, Array]:
     if exactly:
         plan = _solve_exactly(pair, jnp.asarray(1e-4), MAX_ITERATIONS["exact"])

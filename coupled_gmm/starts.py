@@ -51,7 +51,9 @@ def draws(
     return jax.lax.map(draw, jax.random.uniform(key, (n, n_components, n_tries), deviations.dtype))
 
 
-def _squares(x: Float[Array, "d B"], centres: Float[Array, "K d"], deviations: Float[Array, " d"]) -> Float[Array, "K B"]:
+def _squares(
+    x: Float[Array, "d B"], centres: Float[Array, "K d"], deviations: Float[Array, " d"]
+) -> Float[Array, "K B"]:
     """As differences: the expanded square of points far from the centre would lose those near each other."""
     return jnp.sum(((x - centres[:, :, None]) / deviations[:, None]) ** 2, axis=1)
 

@@ -19,11 +19,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from coupled_gmm import matrices
 from coupled_gmm.chunks import Chunks
-from coupled_gmm.mixture import LOG_2PI
+from coupled_gmm.density import LOG_2PI
 from coupled_gmm.tree import pytree, taken
 
 _FEW_FEATURES = 64

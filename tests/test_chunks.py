@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import coupled_gmm as cg
-from coupled_gmm import chunks, mixture
+from coupled_gmm import chunks
+from coupled_gmm.density import densities
 
 SIZES = (1, 2, 15, 16, 17, 511, 512, 513, 1500, 9000)
 
@@ -30,7 +31,9 @@ def test_every_point_is_there_once(precision, traced):
     pack = chunks.pack
     if traced:
         given = [jnp.asarray(x) if x is not None else None for x in clouds]
-        packed = jax.jit(lambda x, w: pack(x, w, 16, dtype))(given, [w if w is None else jnp.asarray(w) for w in weights])
+        packed = jax.jit(lambda x, w: pack(x, w, 16, dtype))(
+            given, [w if w is None else jnp.asarray(w) for w in weights]
+        )
         assert len(packed.points) == packed.count == 4 + 3 + 1, "under a transformation chunks fit exactly"
     else:
         packed = pack(clouds, weights, 16, dtype)
@@ -85,10 +88,10 @@ def test_chunks_in_use_are_all_that_is_computed():
     packed = chunks.pack([x], [None], 512, np.float32)
     poisoned = packed.points.at[2:].set(jnp.nan)
     gmm = cg.GaussianMixture.from_moments([[0.0, 0.0], [1.0, 1.0]], [np.eye(2)] * 2, [0.5, 0.5])
-    arguments = packed.count, gmm.means, gmm, None, "mixture"
-    found, expected = (mixture._densities(points, *arguments) for points in (poisoned, packed.points))
+    arguments = packed.count, (gmm.means, gmm.covariances, gmm.weights), None, "mixture"
+    found, expected = (densities(points, *arguments) for points in (poisoned, packed.points))
     np.testing.assert_array_equal(found, expected)
-    gradient = jax.grad(lambda points: jnp.sum(mixture._densities(points, *arguments)))(poisoned)
+    gradient = jax.grad(lambda points: jnp.sum(densities(points, *arguments)))(poisoned)
     assert np.isfinite(gradient).all()
 
 

@@ -260,7 +260,7 @@ def test_chunks_do_not_matter(monkeypatch):
 
 def test_memory_does_not_grow_with_the_points():
     """A million points need no more than themselves, their images, and two numbers each: as compiled, not run."""
-    n, d, k = 10**6, 3, 8
+    d, k = 3, 8
     ends = [mixture(end) for end in random_moments(0, k, k, d, "regular")]
     plan = jax.eval_shape(lambda *ends: solved(*ends, True), *ends)
     count = jax.ShapeDtypeStruct((), jnp.int32)
