@@ -13,6 +13,9 @@ PACKAGE = Path(coupled_gmm.__file__).parent
 # A module imports modules of lower floors only; within one floor nobody imports anybody.
 FLOORS = [
     {"tree", "matrices", "result", "checks", "host", "expansions"},
+    {"programs"},
+    {"chunks"},
+    {"density"},
     {"mixture"},
     {"bures"},
     {"duals", "exact", "ott_cost", "statistics"},
