@@ -4,12 +4,32 @@ Types and shapes are always checked. Values are checked where they are known, th
 """
 
 import functools
+import reprlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+
+_LONGEST = 120  # characters of a value in a message
+
+
+class _Brief(reprlib.Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        digits = int(x.bit_length() * 0.30103) + 1
+        return repr(x) if digits < 40 else f"a number of some {digits} digits"
+
+
+_BRIEF = _Brief()
+_BRIEF.maxstring = _BRIEF.maxother = 80
+_BRIEF.maxlevel = 3
+
+
+def brief(value: Any) -> str:
+    """A value as a message shows it: on one line, without control characters, and short."""
+    text = _BRIEF.repr(value)
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
 
 
 def known(*values: Any) -> bool:
