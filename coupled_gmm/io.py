@@ -218,7 +218,10 @@ def _decode(node: Any, arrays: dict[str, np.ndarray], depth: int) -> Any:
 
 def _on_device(array: np.ndarray) -> jax.Array:
     """In JAX's precision, where that holds every value."""
-    dtype = jax.dtypes.canonicalize_dtype(array.dtype)
+    try:
+        dtype = jax.dtypes.canonicalize_dtype(array.dtype.newbyteorder("="))
+    except TypeError as error:
+        raise ValueError(f"holds a JAX array of {array.dtype}, which JAX has none of; save it again") from error
     with np.errstate(over="ignore"):
         cast = array.astype(dtype)
     lost = cast != array if array.dtype.kind in "iu" else np.isinf(cast) & np.isfinite(array)
