@@ -72,6 +72,7 @@ class Controls(NamedTuple):
     tol: Float[Array, ""]
     m_steps: Int[Array, ""]
     learning_rate: Float[Array, ""] | None
+    listener: Any = None  # the number that rows are delivered to
 
 
 class Settings(NamedTuple):
@@ -151,7 +152,7 @@ def run(problem: MixtureGraph, sight: Sight, controls: Controls, settings: Setti
         row = _row(graph, place, moved, data.frame.unit, has_cloud)
         history = jax.tree.map(lambda h, r: h.at[carry.step].set(jnp.where(running, r, jnp.nan)), carry.history, row)
         if settings.progress:
-            report.emit(settings.em_steps, {"running": running, "step": carry.step, **_columns(row)})
+            report.emit(controls.listener, settings.em_steps, {"running": running, "step": carry.step, **_columns(row)})
         return _Carry(
             carry.step + running,
             moved.parameters,

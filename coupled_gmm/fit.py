@@ -317,8 +317,8 @@ def fit_graph(
     settings = _settings(run, n_points, max(graph.sizes), graph.nodes.n_features, solver)
     names = [f"clouds[{i}]" for i in range(graph.n_nodes)]
     sight = frame.seen(names, [c for c, _ in checked], [w for _, w in checked], [graph.nodes], ridge)
-    with report.listening(run.progress):
-        return _fit_graph(graph, sight, run.controls, settings)
+    with report.listening(run.progress) as listener:
+        return _fit_graph(graph, sight, run.controls._replace(listener=listener), settings)
 
 
 def fit_pair(
@@ -388,5 +388,6 @@ def fit_pair(
     settings = _settings(run, max(len(x0), len(x1)), n_components, pair.n_features, solver)
     frozen = np.array(["gmm0" in freeze, "gmm1" in freeze])
     sight = frame.seen(["x0", "x1"], [x0, x1], [w0, w1], [pair.gmm0, pair.gmm1], ridge)
-    with report.listening(run.progress):
-        return _fit_pair(pair, transport_weight, frozen, sight, run.controls, settings)
+    with report.listening(run.progress) as listener:
+        controls = run.controls._replace(listener=listener)
+        return _fit_pair(pair, transport_weight, frozen, sight, controls, settings)
