@@ -90,7 +90,9 @@ def barycenter(
     if learn_weights and method != "exact":
         raise ValueError("learn_weights: needs exact plans; drop method='entropic', or keep the weights")
     tol = checks.scalar("tol", tol, at_least=0)
-    settings = _Settings(method, projection, bool(learn_weights), checks.integer("max_steps", max_steps, 1))
+    settings = _Settings(
+        method, projection, bool(learn_weights), checks.integer("max_steps", max_steps, 1, checks.MOST_STEPS)
+    )
     (*gmms, starts), centre = about_one_point(*gmms, starts)
     fit = _barycenter(gmms, starts, coefficients, epsilon, tol, settings)
     return dataclasses.replace(fit, gmm=moved_back(fit.gmm, centre))
@@ -99,7 +101,7 @@ def barycenter(
 def reduced(gmm: GaussianMixture, starts: GaussianMixture, max_steps: int, tol: Any) -> BarycenterFit:
     """The barycenter of one mixture, its weights learnt, from stacked starts."""
     tol = checks.scalar("tol", tol, at_least=0)
-    settings = _Settings("exact", "joint", True, checks.integer("max_steps", max_steps, 1))
+    settings = _Settings("exact", "joint", True, checks.integer("max_steps", max_steps, 1, checks.MOST_STEPS))
     return _barycenter([gmm], starts, jnp.ones(1, gmm.dtype), None, tol, settings)
 
 

@@ -12,6 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+MOST_STEPS = 1_000_000  # of any loop: each has a row in a history, and some a mixture in a path
+MOST_STARTS = 10_000
+MOST_NUMBERS = 2**31 - 1  # in one array: XLA counts them by 32 bits
 _LONGEST = 120  # characters of a value in a message
 
 
@@ -154,11 +157,12 @@ def scalar(
 ) -> jax.Array:
     """A real number, with its bounds in the message; ``batched`` lets an array of such numbers through."""
     if value is None or isinstance(value, (str, bytes, bool)):
-        raise TypeError(f"{name}: expected a real number, got {value!r}")
+        raise TypeError(f"{name}: expected a real number, got {brief(value)}")
     try:
+        value = float(value) if type(value) is int else value
         number = jnp.asarray(value)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name}: expected a real number, got {value!r}") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise TypeError(f"{name}: expected a real number, got {brief(value)}") from error
     if number.dtype.kind not in "fiu" or (number.ndim and not batched):
         raise TypeError(f"{name}: expected one real number, got {type(value).__name__} of shape {number.shape}")
     number = number.astype(jnp.result_type(float))
@@ -174,7 +178,20 @@ def scalar(
         legal &= at_most is None or host <= at_most
         if not np.all(legal):
             raise ValueError(f"{name}: must be {' and '.join(bounds) or 'a number'}, got {value}")
+        _check_range(name, host, number.dtype, above)
     return number
+
+
+def _check_range(name: str, host: np.ndarray, dtype: Any, above: float | None) -> None:
+    """Refuse numbers that are infinite in the working precision, or zero there where they must be above it."""
+    with np.errstate(over="ignore"):
+        cast = host.astype(dtype)
+    lost = np.isinf(cast) & np.isfinite(host)
+    if above == 0:
+        lost |= cast < np.finfo(dtype).tiny
+    if np.any(lost):
+        first = host[lost].ravel()[0]
+        raise ValueError(f"{name}: {first:g} is out of the range of {dtype}; change the unit, or enable float64")
 
 
 def one_or_two(name: str, value: Any, **bounds: Any) -> jax.Array:
@@ -190,12 +207,14 @@ def one_or_two(name: str, value: Any, **bounds: Any) -> jax.Array:
     return number
 
 
-def integer(name: str, value: Any, at_least: int) -> int:
-    """A Python integer: sizes and step counts are static."""
+def integer(name: str, value: Any, at_least: int, at_most: int = MOST_NUMBERS) -> int:
+    """A Python integer: sizes and step counts are static, and numbers of 32 bits in programs."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name}: expected an integer, got {value!r}")
+        raise TypeError(f"{name}: expected an integer, got {brief(value)}")
     if value < at_least:
-        raise ValueError(f"{name}: must be at least {at_least}, got {value}")
+        raise ValueError(f"{name}: must be at least {at_least}, got {brief(int(value))}")
+    if value > at_most:
+        raise ValueError(f"{name}: must be at most {at_most}, got {brief(int(value))}")
     return int(value)
 
 

@@ -50,7 +50,7 @@ def init_gmm(
     """
     key = checks.key("key", key)
     n_components = checks.integer("n_components", n_components, 1)
-    n_init = checks.integer("n_init", n_init, 1)
+    n_init = checks.integer("n_init", n_init, 1, checks.MOST_STARTS)
     ridge = checks.scalar("ridge", ridge, at_least=0)
     sight = _sight(x, point_weights, None, ridge)
     _check_distinct(sight, n_components)
@@ -160,7 +160,7 @@ def fit_gmm(
     """
     ridge = checks.scalar("ridge", ridge, at_least=0, batched=True)
     tol = checks.scalar("tol", tol, at_least=0, batched=True)
-    max_steps = checks.integer("max_steps", max_steps, 1)
+    max_steps = checks.integer("max_steps", max_steps, 1, checks.MOST_STEPS)
     if isinstance(init, (int, np.integer)) and not isinstance(init, bool):
         inits, sight = _starts(x, int(init), key, n_init, point_weights, ridge)
     else:
@@ -196,7 +196,7 @@ def _starts(
     if key is None:
         raise ValueError("key: a number of components is started at random; pass a key such as jax.random.key(0)")
     n_components = checks.integer("init", n_components, 1)
-    n_init = N_INIT if n_init is None else checks.integer("n_init", n_init, 1)
+    n_init = N_INIT if n_init is None else checks.integer("n_init", n_init, 1, checks.MOST_STARTS)
     sight = _sight(x, point_weights, None, ridge)
     _check_distinct(sight, n_components)
     return _init(checks.key("key", key), sight, ridge, n_components, n_init, n_init), sight

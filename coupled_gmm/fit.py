@@ -132,13 +132,15 @@ def _check_run(
     controls = Controls(
         checks.scalar("ridge", ridge, at_least=0, batched=True),
         checks.scalar("tol", tol, at_least=0, batched=True),
-        jnp.asarray(checks.integer("m_steps", m_steps, 1)),
+        jnp.asarray(checks.integer("m_steps", m_steps, 1, checks.MOST_STEPS)),
         learning_rate,
     )
     checks.choice("method", method, solvers.ENTROPIC_METHODS)
     if chunk_size is not None:
         checks.integer("chunk_size", chunk_size, 1)
-    return _Run(controls, checks.integer("em_steps", em_steps, 1), optimizer, method, chunk_size, progress)
+    return _Run(
+        controls, checks.integer("em_steps", em_steps, 1, checks.MOST_STEPS), optimizer, method, chunk_size, progress
+    )
 
 
 def _check_cloud(name: str, x: Any, weights_name: str, weights: Any, gmm: GaussianMixture) -> tuple[Any, Any]:

@@ -98,10 +98,17 @@ def flow(
         checks.scalar("step_size", step_size, above=0, at_most=at_most),
         checks.scalar("mean_rate", mean_rate, above=0),
     )
-    settings = _Settings(checks.integer("steps", steps, 1), optimizer, built, method)
+    settings = _Settings(_steps(steps, source), optimizer, built, method)
     (source, *targets), centre = about_one_point(source, *targets)
     fit = _flow(source, targets, coefficients, epsilon, rates, settings)
     return dataclasses.replace(fit, gmm=moved_back(fit.gmm, centre), path=moved_back(fit.path, centre))
+
+
+def _steps(steps: Any, source: GaussianMixture) -> int:
+    """As many as there is room for in the path, a mixture a step."""
+    n_components, n_features = source.means.shape
+    most = min(checks.MOST_STEPS, checks.MOST_NUMBERS // (n_components * n_features**2) - 1)
+    return checks.integer("steps", steps, 1, most)
 
 
 class _Settings(NamedTuple):

@@ -159,7 +159,7 @@ class GaussianMixture(Stackable):
     def sample(self, key: PRNGKeyArray, n: int) -> Float[Array, "n d"]:
         """n independent draws; the key decides them."""
         key = checks.key("key", key)
-        checks.integer("n", n, 1)
+        checks.integer("n", n, 1, checks.MOST_NUMBERS // self.n_features**2)
         key_component, key_noise = jax.random.split(key)
         component = jax.random.categorical(key_component, self.log_weights, shape=(n,))
         noise = jax.random.normal(key_noise, (n, self.n_features), self.dtype)
