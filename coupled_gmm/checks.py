@@ -78,7 +78,7 @@ def _shaped(name: str, value: Any, *shape: int | str) -> Any:
     """A JAX array, or one of NumPy, of real numbers in this shape."""
     wanted = "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"
     try:
-        result = value if isinstance(value, jax.Array) else np.asarray(value)
+        result = value if isinstance(value, jax.Array) else _native(np.asarray(value))
     except ValueError as error:
         raise ValueError(f"{name}: expected an array of shape {wanted}, got rows of unequal length") from error
     if result.dtype.kind not in "fiub" and not jnp.issubdtype(result.dtype, jnp.floating):
@@ -91,6 +91,14 @@ def _shaped(name: str, value: Any, *shape: int | str) -> Any:
         if got == 0:
             raise ValueError(f"{name}: expected shape {wanted}, got {result.shape}; axis {axis} is empty")
     return result
+
+
+def _native(value: np.ndarray) -> np.ndarray:
+    """Numbers in this machine's byte order, and none longer than JAX has: from files of another one, or long doubles."""
+    if value.dtype.kind not in "fiu":
+        return value
+    dtype = np.dtype(np.float64) if value.dtype.itemsize > 8 else value.dtype.newbyteorder("=")
+    return value.astype(dtype, copy=False)
 
 
 def finite(name: str, value: Any, remedy: str = "remove or replace them") -> None:
@@ -142,7 +150,8 @@ def own_weights(name: str, value: Any, size: int) -> Any:
 
 
 def _in_working_precision(value: Any) -> jax.Array:
-    return jnp.asarray(value, jax.dtypes.canonicalize_dtype(value.dtype))
+    with np.errstate(over="ignore"):
+        return jnp.asarray(value, jax.dtypes.canonicalize_dtype(value.dtype))
 
 
 def scalar(
@@ -160,7 +169,9 @@ def scalar(
         raise TypeError(f"{name}: expected a real number, got {brief(value)}")
     try:
         value = float(value) if type(value) is int else value
-        number = jnp.asarray(value)
+        value = _native(np.asarray(value)) if isinstance(value, (np.ndarray, np.generic)) else value
+        with np.errstate(over="ignore"):
+            number = jnp.asarray(value)
     except (TypeError, ValueError, OverflowError) as error:
         raise TypeError(f"{name}: expected a real number, got {brief(value)}") from error
     if number.dtype.kind not in "fiu" or (number.ndim and not batched):
@@ -251,6 +262,12 @@ def instance(name: str, value: Any, cls: type) -> None:
     """One of a class, not a stack of them."""
     if not isinstance(value, cls):
         raise TypeError(f"{name}: expected a {cls.__name__}, got {type(value).__name__}")
+    floats = [leaf.dtype for leaf in jax.tree.leaves(value) if isinstance(leaf, jax.Array) and leaf.dtype.kind == "f"]
+    if any(jax.dtypes.canonicalize_dtype(dtype) != dtype for dtype in floats):
+        raise ValueError(
+            f"{name}: was made in float64, which JAX has disabled here; enable it (jax.enable_x64), or cast: "
+            "jax.tree.map(lambda leaf: leaf.astype('float32'), ...)"
+        )
     shape = getattr(value, "batch_shape", ())
     if shape:
         raise ValueError(

@@ -345,6 +345,7 @@ BAD = [
     ({"target": []}, ValueError, "^target: the list is empty; give at least one"),
     ({"target": lambda g, w: [g, w]}, ValueError, r"^target\[1\]: has 3 features and target\[0\] has 2"),
     ({"target": lambda g, w: [g, 2]}, TypeError, r"^target\[1\]: expected a GaussianMixture, got int"),
+    ({"steps": 10**12}, ValueError, "^steps: must be at most 1000000, got 1000000000000"),
     ({"steps": 0}, ValueError, "^steps: must be at least 1, got 0"),
     ({"steps": 10.0}, TypeError, "^steps: expected an integer, got 10.0"),
     ({"steps": True}, TypeError, "^steps: expected an integer, got True"),
