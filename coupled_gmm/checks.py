@@ -5,12 +5,13 @@ Types and shapes are always checked. Values are checked where they are known, th
 
 import functools
 import reprlib
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 MOST_STEPS = 1_000_000  # of any loop: each has a row in a history, and some a mixture in a path
 MOST_STARTS = 10_000
@@ -58,27 +59,27 @@ def own_array(name: str, value: Any, *shape: int | str) -> Any:
 def representable(name: str, value: Any, dtype: Any) -> Any:
     """`value` in another precision, none of whose finite numbers becomes infinite there."""
     with np.errstate(over="ignore"):
-        cast = value.astype(dtype)
+        result = value.astype(dtype)
     if isinstance(value, np.ndarray) and value.dtype.itemsize > np.dtype(dtype).itemsize:
-        lost = np.isinf(cast) & np.isfinite(value)
+        lost = np.isinf(result) & np.isfinite(value)
         if lost.any():
             raise ValueError(
                 f"{name}: {lost.sum()} of {value.size} values, up to {np.abs(value[lost]).max():.3g}, exceed what "
                 f"{np.dtype(dtype)} holds ({np.finfo(dtype).max:.2g}); change the unit, or enable float64"
             )
-        if value.any() and not cast.any():
+        if value.any() and not result.any():
             raise ValueError(
                 f"{name}: all values vanish in {np.dtype(dtype)}, the largest being {np.abs(value).max():.3g}; change the "
                 "unit, or enable float64"
             )
-    return cast
+    return result
 
 
 def _shaped(name: str, value: Any, *shape: int | str) -> Any:
     """A JAX array, or one of NumPy, of real numbers in this shape."""
     wanted = "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"
     try:
-        result = value if isinstance(value, jax.Array) else _native(np.asarray(value))
+        result = _ours(value) if isinstance(value, jax.Array) else _native(np.asarray(value))
     except ValueError as error:
         raise ValueError(f"{name}: expected an array of shape {wanted}, got rows of unequal length") from error
     if result.dtype.kind not in "fiub" and not jnp.issubdtype(result.dtype, jnp.floating):
@@ -91,6 +92,25 @@ def _shaped(name: str, value: Any, *shape: int | str) -> Any:
         if got == 0:
             raise ValueError(f"{name}: expected shape {wanted}, got {result.shape}; axis {axis} is empty")
     return result
+
+
+def _ours(value: jax.Array) -> jax.Array | np.ndarray:
+    """An array of JAX that its present settings let programs take: float64 where that is disabled is NumPy's."""
+    if not known(value):
+        return value
+    return _sharded_by_jax(value) if jax.dtypes.canonicalize_dtype(value.dtype) == value.dtype else np.asarray(value)
+
+
+def _sharded_by_jax(value: jax.Array) -> jax.Array:
+    """An array in the same pieces on the same devices, of which JAX may choose how results are cut.
+
+    `jax.make_mesh` leaves that to the caller, who can't say it of our own intermediate results.
+    """
+    sharding = value.sharding
+    if not isinstance(sharding, NamedSharding) or AxisType.Explicit not in sharding.mesh.axis_types:
+        return value
+    mesh = cast(Mesh, sharding.mesh)
+    return jax.device_put(value, NamedSharding(Mesh(mesh.devices, mesh.axis_names), sharding.spec))
 
 
 def _native(value: np.ndarray) -> np.ndarray:
@@ -196,10 +216,10 @@ def scalar(
 def _check_range(name: str, host: np.ndarray, dtype: Any, above: float | None) -> None:
     """Refuse numbers that are infinite in the working precision, or zero there where they must be above it."""
     with np.errstate(over="ignore"):
-        cast = host.astype(dtype)
-    lost = np.isinf(cast) & np.isfinite(host)
+        result = host.astype(dtype)
+    lost = np.isinf(result) & np.isfinite(host)
     if above == 0:
-        lost |= cast < np.finfo(dtype).tiny
+        lost |= result < np.finfo(dtype).tiny
     if np.any(lost):
         first = host[lost].ravel()[0]
         raise ValueError(f"{name}: {first:g} is out of the range of {dtype}; change the unit, or enable float64")
