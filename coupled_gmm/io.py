@@ -85,9 +85,9 @@ def load(path: str | PathLike[str]) -> Any:
             header = _header(members)
             arrays = _arrays(members, header)
     except (archive.Damaged, RecursionError) as error:
-        hint = "save it again, or take a whole copy of it"
+        reason = error if isinstance(error, archive.Damaged) else "its header is nested too deeply"
         raise ValueError(
-            f"{path}: not a file that coupled_gmm.save wrote, or a damaged one ({error}); {hint}"
+            f"{path}: not a file that coupled_gmm.save wrote, or a damaged one ({reason}); save it again, or take a whole copy of it"
         ) from error
     except _Foreign as error:
         raise ValueError(f"{path}: {error}") from error
@@ -110,8 +110,9 @@ class _Foreign(ValueError):
 def _header(members: archive.Archive) -> dict[str, Any]:
     if _HEADER not in members.names:
         raise archive.Damaged("it has no header")
+    text = str(members[_HEADER])
     try:
-        header = json.loads(str(members[_HEADER]))
+        header = json.loads(text)
     except ValueError as error:
         raise archive.Damaged("its header is no JSON") from error
     if not isinstance(header, dict) or not {"format", "version", "package", "tree"} <= header.keys():
