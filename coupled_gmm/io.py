@@ -87,7 +87,7 @@ def load(path: str | PathLike[str]) -> Any:
     except (archive.Damaged, RecursionError) as error:
         reason = error if isinstance(error, archive.Damaged) else "its header is nested too deeply"
         raise ValueError(
-            f"{path}: not a file that coupled_gmm.save wrote, or a damaged one ({reason}); save it again, or take a whole copy of it"
+            f"{path}: not a file that coupled_gmm.save wrote, or a damaged one ({reason}); save it again, or copy it whole"
         ) from error
     except _Foreign as error:
         raise ValueError(f"{path}: {error}") from error
