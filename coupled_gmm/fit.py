@@ -367,7 +367,8 @@ def fit_pair(
         Delta, and J stays an objective that never falls. 0 turns it off.
       method: of the plans, as in `solve_plan`.
       chunk_size: points that are held in memory K d times over, at once; None suits the machine.
-      progress: True draws a bar; a callable gets each row as a dict; either costs one host callback a step.
+      progress: True draws a bar; a callable gets each row as a dict; either costs one host callback a step. After what a
+        callable raises it gets no more rows, and the fit raises that at its end.
 
     Returns:
       A `PairFit` with the fitted pair, its plan, J, the status and the history.

@@ -136,8 +136,15 @@ def _flow(
     path, losses, solved = walk(fixed, source, rates, settings)
     path = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), source, path)
     status = jnp.where(solved, Status.STEPS_DONE, Status.PLAN_NOT_CONVERGED)
-    status = jnp.where(jnp.all(jnp.isfinite(losses)), status, Status.NOT_FINITE)
+    status = jnp.where(jnp.all(jnp.isfinite(losses)) & _covariant(path), status, Status.NOT_FINITE)
     return FlowFit(taken(path, -1), losses[-1], path, status, FlowHistory(losses[:-1]))
+
+
+def _covariant(path: GaussianMixture) -> Bool[Array, ""]:
+    """Whether no covariance exceeds the deviations it is between: of an optimiser that diverges, rounding leaves none."""
+    variances = jnp.maximum(jnp.diagonal(path.covariances, axis1=-2, axis2=-1), 0)
+    largest = 1.001 * jnp.sqrt(variances[..., None]) * jnp.sqrt(variances[..., None, :])
+    return jnp.all((jnp.abs(path.covariances) <= largest) | (path.weights == 0)[..., None, None])
 
 
 def _walk(

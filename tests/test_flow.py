@@ -337,6 +337,16 @@ def bad(**changes):
     return cg.flow(arguments.pop("source"), arguments.pop("target"), **arguments)
 
 
+@pytest.mark.slow
+def test_a_flow_that_diverges_says_so(x64, tmp_path):
+    """Its covariances are none any more, though its losses are finite; the run can be saved all the same."""
+    ends = [random_mixture(seed, 2, 2) for seed in range(2)]
+    fit = cg.flow(*ends, steps=4, optimizer=optax.sgd, step_size=1e38)
+    assert fit.status == cg.Status.NOT_FINITE
+    cg.save(tmp_path / "fit.npz", fit)
+    assert cg.load(tmp_path / "fit.npz").status == cg.Status.NOT_FINITE
+
+
 BAD = [
     ({"source": None}, TypeError, "^source: expected a GaussianMixture, got NoneType"),
     ({"source": lambda g, w: [g]}, TypeError, "^source: expected a GaussianMixture, got list"),
