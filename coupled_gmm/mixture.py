@@ -71,7 +71,7 @@ class GaussianMixture(Stackable):
                 f"weights: must sum to 1 within 1e-3, got {float(jnp.sum(weights)):.6g}; divide by the sum"
             )
         if checks.known(covariances):
-            _check_covariances(np.asarray(covariances, np.float64), float(jnp.finfo(dtype).eps))
+            check_covariances(np.asarray(covariances, np.float64), float(jnp.finfo(dtype).eps))
         covariances = 0.5 * (covariances + matrices.transpose(covariances))
         # A copy of the means: JAX may take over the memory of a NumPy array, and its owner may write to that.
         means, covariances = jnp.array(means, dtype), covariances.astype(dtype)
@@ -118,8 +118,9 @@ class GaussianMixture(Stackable):
         """The mean of a value of each component over the components given the point, (n,)."""
         return self._density(x, "posterior_mean", values)
 
+    @matrices.precise
     def _density(self, x: Any, what: str, values: Any = None) -> Array:
-        """Something of each point's density, as `_densities` computes it."""
+        """Something of each point's density, as `density.densities` computes it."""
         x, means = self._seen(checks.points("x", x, self.n_features))
         self.check_densities()
         self._warn_of_rounding()
@@ -158,7 +159,7 @@ class GaussianMixture(Stackable):
     def sample(self, key: PRNGKeyArray, n: int) -> Float[Array, "n d"]:
         """n independent draws; the key decides them."""
         key = checks.key("key", key)
-        checks.integer("n", n, 1)
+        checks.integer("n", n, 1, checks.MOST_NUMBERS // self.n_features**2)
         traced = not checks.known(self, key)
         return chunks.first(_sample(self, key, n if traced else chunks.rounded(n)), n)
 
@@ -329,7 +330,7 @@ def _remainders(given: Any, means: Array, covariances: Array) -> Array | None:
     return jnp.asarray(lost, means.dtype) if (np.abs(lost) > 1e-4 * deviations).any() else None
 
 
-def _check_covariances(covariances: np.ndarray, eps: float) -> None:
+def check_covariances(covariances: np.ndarray, eps: float) -> None:
     """Each entry in units of its own two features: beside a large one, nothing of a small one would be seen."""
     largest = np.maximum(np.abs(covariances).max(axis=(1, 2)), np.finfo(np.float64).tiny)
     variances = np.maximum(np.diagonal(covariances, axis1=1, axis2=2), eps**2 * largest[:, None])

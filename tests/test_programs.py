@@ -38,7 +38,9 @@ def test_programs_go_when_room_is_short_and_come_again(held, maps, everything):
     held["maps"] = maps
     jax.jit(lambda x: x - 17)(jnp.ones(5))  # somebody's own compilation tells
     assert double_it._cache_size() == 0
-    assert bool(held["all"]) == everything, "JAX's own caches, with the caller's programs, only where nothing else helps"
+    assert bool(held["all"]) == everything, (
+        "JAX's own caches, with the caller's programs, only where nothing else helps"
+    )
     np.testing.assert_array_equal(double_it(jnp.ones(5), times=3), 3)
 
 
