@@ -4,12 +4,15 @@ Types and shapes are always checked. Values are checked where they are known, th
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+
+from coupled_gmm import foreign
 
 
 def known(*values: Any) -> bool:
@@ -54,9 +57,13 @@ def representable(name: str, value: Any, dtype: Any) -> Any:
 def _shaped(name: str, value: Any, *shape: int | str) -> Any:
     """A JAX array, or one of NumPy, of real numbers in this shape."""
     wanted = "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"
+    # JAX's float64 arrays, made where it is enabled, are numbers like any others where it is not.
+    own = isinstance(value, jax.Array) and (isinstance(value, Tracer) or _representable_dtype(value.dtype))
     try:
-        result = value if isinstance(value, jax.Array) else np.asarray(value)
+        result = value if own else foreign.as_array(name, value)
     except ValueError as error:
+        if not str(error).endswith("rows of unequal length"):
+            raise
         raise ValueError(f"{name}: expected an array of shape {wanted}, got rows of unequal length") from error
     if result.dtype.kind not in "fiub" and not jnp.issubdtype(result.dtype, jnp.floating):
         raise TypeError(f"{name}: expected real numbers, got dtype {result.dtype}; convert it to floats first")
@@ -68,6 +75,48 @@ def _shaped(name: str, value: Any, *shape: int | str) -> Any:
         if got == 0:
             raise ValueError(f"{name}: expected shape {wanted}, got {result.shape}; axis {axis} is empty")
     return result
+
+
+def _representable_dtype(dtype: Any) -> bool:
+    return jax.dtypes.canonicalize_dtype(dtype) == dtype if isinstance(dtype, np.dtype) else True
+
+
+def same_features(names: Sequence[str], tables: Sequence[Any]) -> list[Any]:
+    """Tables (None, arrays without names) with the columns of each in the order of the first that names them.
+
+    Raises:
+      ValueError: a table names other columns.
+    """
+    labels = [None if table is None else foreign.names(table) for table in tables]
+    first = next((i for i, label in enumerate(labels) if label is not None), 0)
+    ordered = list(tables)
+    for i, table in enumerate(tables):
+        order = feature_order((names[first], names[i]), (labels[first], labels[i]))
+        if order is not None:
+            ordered[i] = foreign.select(table, order)
+    return ordered
+
+
+def feature_order(
+    names: tuple[str, str], features: tuple[Sequence[str] | None, Sequence[str] | None]
+) -> list[int] | None:
+    """Where the first table's features stand in the second; None where positions pair them.
+
+    Raises:
+      ValueError: the features are not the same ones.
+    """
+    one, other = features
+    if one is None or other is None or list(one) == list(other):
+        return None
+    if sorted(one) != sorted(other) or len(set(one)) < len(one):
+        theirs, ours = (", ".join(map(repr, each[:20])) + (" ..." if len(each) > 20 else "") for each in (other, one))
+        if len(one) != len(other):
+            what = f"has {len(other)} features and {names[0]} has {len(one)}; choose the same ones with columns"
+            raise ValueError(f"{names[1]}: {what} (of {theirs}, and of {ours})")
+        raise ValueError(
+            f"{names[1]}: has the features {theirs}, and {names[0]} has {ours}; choose or name the same ones"
+        )
+    return [list(other).index(feature) for feature in one]
 
 
 def finite(name: str, value: Any, remedy: str = "remove or replace them") -> None:
