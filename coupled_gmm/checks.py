@@ -65,7 +65,7 @@ def _shaped(name: str, value: Any, *shape: int | str) -> Any:
         if not str(error).endswith("rows of unequal length"):
             raise
         raise ValueError(f"{name}: expected an array of shape {wanted}, got rows of unequal length") from error
-    if result.dtype.kind not in "fiub" and not jnp.issubdtype(result.dtype, jnp.floating):
+    if getattr(result.dtype, "kind", "V") not in "fiub" and not jnp.issubdtype(result.dtype, jnp.floating):
         raise TypeError(f"{name}: expected real numbers, got dtype {result.dtype}; convert it to floats first")
     if len(result.shape) != len(shape):
         raise ValueError(f"{name}: expected shape {wanted}, got {result.shape}; reshape it to {len(shape)} axes")
@@ -184,6 +184,8 @@ def scalar(
     """A real number, with its bounds in the message; ``batched`` lets an array of such numbers through."""
     if value is None or isinstance(value, (str, bytes, bool)):
         raise TypeError(f"{name}: expected a real number, got {value!r}")
+    if isinstance(value, (np.ndarray, np.floating)) and value.dtype.kind == "f":
+        value = foreign.native_floats(name, np.asarray(value))
     try:
         number = jnp.asarray(value)
     except (TypeError, ValueError) as error:
@@ -257,15 +259,27 @@ def sequence(name: str, value: Any) -> list:
     return list(value)
 
 
-def instance(name: str, value: Any, cls: type) -> None:
-    """One of a class, not a stack of them."""
+def instance(name: str, value: Any, cls: type, *, computes: bool = True) -> None:
+    """One of a class, not a stack of them; whoever computes with it needs its precision."""
     if not isinstance(value, cls):
         raise TypeError(f"{name}: expected a {cls.__name__}, got {type(value).__name__}")
+    if computes:
+        held(name, value)
     shape = getattr(value, "batch_shape", ())
     if shape:
         raise ValueError(
             f"{name}: holds several, stacked in shape {shape}; take one of them, {name}[i], or map over them with jax.vmap"
         )
+
+
+def held(name: str, value: Any) -> None:
+    """Refuse a tree of float64 numbers where JAX has float64 disabled: programs would mix precisions."""
+    for leaf in jax.tree.leaves(value):
+        if isinstance(leaf, jax.Array) and not _representable_dtype(leaf.dtype):
+            raise ValueError(
+                f"{name}: holds {leaf.dtype} numbers, and JAX's float64 is off here; use it within jax.enable_x64(True), "
+                "as where it was made"
+            )
 
 
 def choice(name: str, value: Any, options: tuple[str, ...]) -> str:

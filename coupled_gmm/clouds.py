@@ -228,7 +228,7 @@ def _index(path: Path, table: Table) -> dict[int, str]:
             found[i] = "names the rows"
         elif counts and name.lower() in _COUNTERS:
             found[i] = "counts the rows; name it in columns if it is a feature"
-        elif counts and not table.named and i == 0 and len(table.columns) > 1 and len(column) > 2:
+        elif counts and not table.named and i == 0 and len(table.columns) > 1:
             rest = ", ".join(table.names[1:3])
             raise ValueError(
                 f"{path}: {name} counts the rows; name the features in columns ({rest} ...), it too if it is one"

@@ -75,6 +75,11 @@ def read(path: Path, header: bool | None = None) -> Table:
     if names is not None and len(names) != len(columns):
         raise ValueError(f"the header has {len(names)} names and the rows have {len(columns)} cells; {_RAGGED}")
     if names is None and delimiter == "," and _may_be_decimals(columns):
+        if header is None:
+            raise ValueError(
+                "two columns of whole numbers may be one of decimals cut at their comma; write a decimal point, or say "
+                "header = false if there are two"
+            )
         notes.append("read as two columns of whole numbers; if they are one of decimals, write a point for the comma")
     numbers = _numbers(columns)
     return Table(
@@ -283,12 +288,12 @@ def _numbers_are_labels(first: list[str], columns: list[pl.Series]) -> bool | No
 
 def _may_be_decimals(columns: list[pl.Series]) -> bool:
     """Whether two columns of whole numbers may be one of decimals with a comma."""
-    if len(columns) != 2 or not all(column.str.contains(r"^[+-]?\d+$").all() for column in columns):
+    if len(columns) != 2 or not columns[0].str.contains(_WHOLE).all() or not columns[1].str.contains(r"^\d+([eE]|$)").all():
         return False
+    # Decimals are written to the last digit that counts, or all to as many digits.
     after = columns[1]
-    if after.str.contains(r"^0\d|^\d{10}").any() and after.str.contains(r"^\d").all():
-        raise ValueError("the cells look like decimals cut at their comma; write a decimal point")
-    return bool(after.str.contains(r"^\d").all())
+    rounded = bool(after.str.contains(r"^\d+0$").any()) and after.str.len_chars().n_unique() > 1
+    return not rounded or bool(after.str.contains(r"^0\d").any())
 
 
 def _numbers(columns: list[pl.Series]) -> list[pl.Series]:

@@ -22,7 +22,7 @@ def as_array(name: str, value: Any) -> np.ndarray:
     if isinstance(value, np.ma.MaskedArray):
         return _unmasked(name, value)
     if isinstance(value, np.ndarray):
-        return _plain(name, value)
+        return _plain(name, np.asarray(value))
     library = _library(value)
     if hasattr(type(value), "obsm"):  # AnnData, MuData: X may be sparse, of 30,000 genes
         raise TypeError(f'{name}: expected an array, got {type(value).__name__}; pass adata.obsm["X_pca"], say')
@@ -44,8 +44,10 @@ def as_array(name: str, value: Any) -> np.ndarray:
 
 def names(value: Any) -> tuple[str, ...] | None:
     """The names of a table's columns; None where they are mere positions, or there are none."""
-    columns = getattr(value, "column_names", None) if _library(value) == "pyarrow" else getattr(value, "columns", None)
-    if _library(value) not in ("pandas", "polars", "pyarrow") or columns is None:
+    if (library := _library(value)) not in ("pandas", "polars", "pyarrow"):
+        return None
+    columns = getattr(value, "column_names" if library == "pyarrow" else "columns", None)
+    if columns is None:
         return None
     found = tuple(map(str, columns))
     return None if are_positions(found) else found
