@@ -221,8 +221,8 @@ def _index(path: Path, table: Table) -> dict[int, str]:
         if i in found:
             continue
         counts = len(column) > 1 and _counts_rows(column)
-        unnamed = name == "" or name.startswith("Unnamed: ")
-        if (unnamed and (counts or (i == 0 and _tells_rows_apart(column)))) or (
+        unnamed = name == "" or name.startswith(("Unnamed: ", "__index_level_"))
+        if (unnamed and (counts or ((i == 0 or name[:1] == "_") and _tells_rows_apart(column)))) or (
             name.lower() in _ROW_NAMES and _tells_rows_apart(column)
         ):
             found[i] = "names the rows"

@@ -288,7 +288,11 @@ def _numbers_are_labels(first: list[str], columns: list[pl.Series]) -> bool | No
 
 def _may_be_decimals(columns: list[pl.Series]) -> bool:
     """Whether two columns of whole numbers may be one of decimals with a comma."""
-    if len(columns) != 2 or not columns[0].str.contains(_WHOLE).all() or not columns[1].str.contains(r"^\d+([eE]|$)").all():
+    if (
+        len(columns) != 2
+        or not columns[0].str.contains(_WHOLE).all()
+        or not columns[1].str.contains(r"^\d+([eE]|$)").all()
+    ):
         return False
     # Decimals are written to the last digit that counts, or all to as many digits.
     after = columns[1]

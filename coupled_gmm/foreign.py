@@ -6,6 +6,7 @@ numbers; `names` reads them.
 
 import decimal
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -53,9 +54,12 @@ def names(value: Any) -> tuple[str, ...] | None:
     return None if are_positions(found) else found
 
 
-def are_positions(found: Any) -> bool:
-    """Whether names say no more than which column it is: 0, 1, 2 ... or none at all."""
-    return found is None or list(found) == [str(i) for i in range(len(found))]
+def are_positions(found: Sequence[str] | None) -> bool:
+    """Whether names say no more than which column it is (0, 1 ..., column_0 ..., V1 ...), or there are none."""
+    if found is None:
+        return True
+    schemes = ((prefix, start) for prefix, starts in (("", (0,)), ("column_", (0, 1)), ("V", (1,))) for start in starts)
+    return any(list(found) == [f"{prefix}{start + i}" for i in range(len(found))] for prefix, start in schemes)
 
 
 def select(value: Any, order: list[int]) -> Any:
