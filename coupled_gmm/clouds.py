@@ -187,6 +187,11 @@ def _features(path: Path, table: Table, columns: Sequence[str] | None, exclude: 
         index = _index(path, table)
         notes += [f"left out {_called(table, i)}, which {why}" for i, why in index.items()]
         taken = [i for i, name in enumerate(table.names) if i not in index and name not in exclude]
+        counting = [i for i in taken if len(taken) > 1 and len(table.columns[i]) > 2 and _counts_rows(table.columns[i])]
+        notes += [
+            f"took {table.names[i]!r}, which counts the rows, for a feature; if it is an index, name the features in columns"
+            for i in counting
+        ]
     else:
         taken = [_place(path, table, name) for name in columns]
     names = [table.names[i] for i in taken]

@@ -123,6 +123,7 @@ def test_the_header_key_settles_what_cannot_be_told(tmp_path):
     [
         (",x\n0,1.5\n1,2.5\n", "left out the column without a name, which names the rows"),
         ("id,x\n1,1.5\n2,2.5\n", "left out 'id', which counts the rows; name it in columns if it is a feature"),
+        ("cell,x\n0,1.5\n1,2.5\n2,2.5\n", "took 'cell', which counts the rows, for a feature; if it is an index, name"),
         ("0,1\n1.5,2.0\n", r"took the first line \(0, 1\) for names; if it is a point, say header = false"),
     ],
 )
