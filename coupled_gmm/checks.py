@@ -13,6 +13,8 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding
 
+from coupled_gmm import foreign
+
 MOST_STEPS = 1_000_000  # of any loop: each has a row in a history, and some a mixture in a path
 MOST_STARTS = 10_000
 MOST_NUMBERS = 2**31 - 1  # in one array: XLA counts them by 32 bits
@@ -79,10 +81,12 @@ def _shaped(name: str, value: Any, *shape: int | str) -> Any:
     """A JAX array, or one of NumPy, of real numbers in this shape."""
     wanted = "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"
     try:
-        result = _ours(value) if isinstance(value, jax.Array) else _native(np.asarray(value))
+        result = _ours(value) if isinstance(value, jax.Array) else foreign.as_array(name, value)
     except ValueError as error:
+        if not str(error).endswith("rows of unequal length"):
+            raise
         raise ValueError(f"{name}: expected an array of shape {wanted}, got rows of unequal length") from error
-    if result.dtype.kind not in "fiub" and not jnp.issubdtype(result.dtype, jnp.floating):
+    if getattr(result.dtype, "kind", "V") not in "fiub" and not jnp.issubdtype(result.dtype, jnp.floating):
         raise TypeError(f"{name}: expected real numbers, got dtype {result.dtype}; convert it to floats first")
     if len(result.shape) != len(shape):
         raise ValueError(f"{name}: expected shape {wanted}, got {result.shape}; reshape it to {len(shape)} axes")
@@ -94,11 +98,15 @@ def _shaped(name: str, value: Any, *shape: int | str) -> Any:
     return result
 
 
+def _representable_dtype(dtype: Any) -> bool:
+    return jax.dtypes.canonicalize_dtype(dtype) == dtype if isinstance(dtype, np.dtype) else True
+
+
 def _ours(value: jax.Array) -> jax.Array | np.ndarray:
     """An array of JAX that its present settings let programs take: float64 where that is disabled is NumPy's."""
     if not known(value):
         return value
-    return _sharded_by_jax(value) if jax.dtypes.canonicalize_dtype(value.dtype) == value.dtype else np.asarray(value)
+    return _sharded_by_jax(value) if _representable_dtype(value.dtype) else np.asarray(value)
 
 
 def _sharded_by_jax(value: jax.Array) -> jax.Array:
@@ -111,14 +119,6 @@ def _sharded_by_jax(value: jax.Array) -> jax.Array:
         return value
     mesh = cast(Mesh, sharding.mesh)
     return jax.device_put(value, NamedSharding(Mesh(mesh.devices, mesh.axis_names), sharding.spec))
-
-
-def _native(value: np.ndarray) -> np.ndarray:
-    """Numbers in this machine's byte order, and none longer than JAX has: from files of another one, or long doubles."""
-    if value.dtype.kind not in "fiu":
-        return value
-    dtype = np.dtype(np.float64) if value.dtype.itemsize > 8 else value.dtype.newbyteorder("=")
-    return value.astype(dtype, copy=False)
 
 
 def finite(name: str, value: Any, remedy: str = "remove or replace them") -> None:
@@ -190,9 +190,10 @@ def scalar(
     """A real number, with its bounds in the message; ``batched`` lets an array of such numbers through."""
     if value is None or isinstance(value, (str, bytes, bool)):
         raise TypeError(f"{name}: expected a real number, got {brief(value)}")
+    if isinstance(value, (np.ndarray, np.floating)) and value.dtype.kind == "f":
+        value = foreign.native_floats(name, np.asarray(value))
     try:
         value = float(value) if type(value) is int else value
-        value = _native(np.asarray(value)) if isinstance(value, (np.ndarray, np.generic)) else value
         with np.errstate(over="ignore"):
             number = jnp.asarray(value)
     except (TypeError, ValueError, OverflowError) as error:
@@ -281,21 +282,27 @@ def sequence(name: str, value: Any) -> list:
     return list(value)
 
 
-def instance(name: str, value: Any, cls: type) -> None:
-    """One of a class, not a stack of them."""
+def instance(name: str, value: Any, cls: type, *, computes: bool = True) -> None:
+    """One of a class, not a stack of them; whoever computes with it needs its precision."""
     if not isinstance(value, cls):
         raise TypeError(f"{name}: expected a {cls.__name__}, got {type(value).__name__}")
-    floats = [leaf.dtype for leaf in jax.tree.leaves(value) if isinstance(leaf, jax.Array) and leaf.dtype.kind == "f"]
-    if any(jax.dtypes.canonicalize_dtype(dtype) != dtype for dtype in floats):
-        raise ValueError(
-            f"{name}: was made in float64, which JAX has disabled here; enable it (jax.enable_x64), or cast: "
-            "jax.tree.map(lambda leaf: leaf.astype('float32'), ...)"
-        )
+    if computes:
+        held(name, value)
     shape = getattr(value, "batch_shape", ())
     if shape:
         raise ValueError(
             f"{name}: holds several, stacked in shape {shape}; take one of them, {name}[i], or map over them with jax.vmap"
         )
+
+
+def held(name: str, value: Any) -> None:
+    """Refuse a tree of float64 numbers where JAX has float64 disabled: programs would mix precisions."""
+    for leaf in jax.tree.leaves(value):
+        if isinstance(leaf, jax.Array) and not _representable_dtype(leaf.dtype):
+            raise ValueError(
+                f"{name}: holds {leaf.dtype} numbers, and JAX's float64 is off here; use it within jax.enable_x64(True), "
+                "as where it was made"
+            )
 
 
 def choice(name: str, value: Any, options: tuple[str, ...]) -> str:

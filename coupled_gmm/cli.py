@@ -5,9 +5,9 @@ on standard error for each mistake.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -35,6 +35,16 @@ _FLOW_KEYS = {"source": "source"}
 
 Points = tuple[np.ndarray | Array, np.ndarray | Array]
 Weights = tuple[np.ndarray | None, np.ndarray | None]
+
+
+class Beside(NamedTuple):
+    """What was read beside the points of two clouds."""
+
+    weights: Weights = (None, None)
+    names: tuple[str, ...] | None = None  # of the features
+    notes: Sequence[str] = ()
+
+
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="The configuration.", show_default=False)]
 Out = Annotated[Path | None, typer.Option(metavar="DIR", help="Run folder, in place of output.directory.")]
 
@@ -113,7 +123,13 @@ def _run(
         _say(console, result.message)
 
 
-def _fit(path: Path, settings: FitConfig, points: Points, weights: Weights, console: Console) -> tuple[FitConfig, Any]:
+def _fit(path: Path, settings: FitConfig, points: Points, beside: Beside, console: Console) -> tuple[FitConfig, Any]:
+    weights = beside.weights
+    for note in beside.notes:
+        _say(console, note)
+    if beside.names is not None:  # kept in the run's configuration, and shown by its pictures
+        data = settings.data.model_copy(update={"columns": list(beside.names)})
+        settings = settings.model_copy(update={"data": data})
     sizes = " and ".join(f"{len(x):,}" for x in points)
     _say(console, f"clouds: {sizes} points of {points[0].shape[1]} features, {settings.fit.precision}")
     with console.status("fitting the start"), blame(path, "start", config.Start, _FIT_KEYS):
@@ -193,40 +209,52 @@ def _described(gmms: list[cg.GaussianMixture]) -> str:
     return f"{listed} components of {gmms[0].n_features} features, {gmms[0].dtype}"
 
 
-def _read_data(path: Path, settings: FitConfig) -> tuple[Points, Weights]:
-    """Both clouds and their weights, with all the digits that the files hold: the fit centres them before it rounds."""
+def _read_data(path: Path, settings: FitConfig) -> tuple[Points, Beside]:
+    """Both clouds with all the digits that the files hold (the fit centres them before it rounds), and what is beside them."""
     data = settings.data
     if data.source == "tutorial":
         x0, x1 = clouds.tutorial_clouds(jax.random.key(data.seed or 0), data.n or config.TUTORIAL_SIZE)
-        return (x0, x1), (None, None)
+        return (x0, x1), Beside()
     if data.source == "photographs":
         with blame(path, "data", config.Data, _FIT_KEYS):
             x0, x1 = clouds.photograph_clouds(data.n, data.seed or 0)
         dtype = np.dtype(settings.fit.precision)
-        return (x0.astype(dtype), x1.astype(dtype)), (None, None)
-    (x0, w0), (x1, w1) = (_read_side(path, data, side, settings.fit.precision) for side in "01")
+        return (x0.astype(dtype), x1.astype(dtype)), Beside()
+    (cloud0, w0), (cloud1, w1) = (_read_side(path, data, side, settings.fit.precision) for side in "01")
+    with blame(path, "data", config.Data, _FIT_KEYS):
+        given = cloud1.names
+        cloud0, cloud1 = clouds.paired(("cloud0", "cloud1"), cloud0, cloud1)
+    x0, x1 = cloud0.points, cloud1.points
     if x0.shape[1] != x1.shape[1]:
         both = f"{x1.shape[1]} features and cloud0 has {x0.shape[1]}"
         raise ConfigError(f"{path}: data.cloud1: has {both}; choose the same ones with columns")
-    return (x0, x1), (w0, w1)
+    notes = [f"cloud{side}: {note}" for side, cloud in enumerate((cloud0, cloud1)) for note in cloud.notes]
+    if given != cloud1.names:
+        notes.append(f"cloud1: columns put into cloud0's order, {', '.join(cloud0.names or ())}")
+    return (x0, x1), Beside((w0, w1), cloud0.names if cloud1.names else None, notes)
 
 
-def _read_side(path: Path, data: config.Data, side: str, precision: str) -> tuple[np.ndarray, np.ndarray | None]:
+def _read_side(path: Path, data: config.Data, side: str, precision: str) -> tuple[clouds.Cloud, np.ndarray | None]:
     file, name = getattr(data, f"cloud{side}"), getattr(data, f"weights{side}")
     inside = None if config.is_file(name) else name
     with at(path, f"data.cloud{side}"):
         exclude = [] if inside is None else [inside]
-        x = clouds.read_cloud(file, columns=data.columns, exclude=exclude, key=getattr(data, f"key{side}"))
-        single = x.dtype == np.float32 and precision == "float32"
-        x = x if single else x.astype(np.float64)
-        checks.points(file, x)
+        options = {"columns": data.columns, "key": getattr(data, f"key{side}"), "header": _header(data, file)}
+        cloud = clouds.read_named_cloud(file, exclude=exclude, **options)
+        single = cloud.points.dtype == np.float32 and precision == "float32"
+        cloud = cloud._replace(points=cloud.points if single else cloud.points.astype(np.float64))
+        checks.points(file, cloud.points)
     if name is None:
-        return x, None
+        return cloud, None
     with at(path, f"data.weights{side}"):
         source = name if inside is None else file
-        w = clouds.read_weights(source, name=inside).astype(np.float64)
-        checks.weights(source, w, len(x))
-        return x, w
+        w = clouds.read_weights(source, name=inside, header=_header(data, source)).astype(np.float64)
+        checks.weights(source, w, len(cloud.points))
+        return cloud, w
+
+
+def _header(data: config.Data, file: str) -> bool | None:
+    return data.header if clouds.ending(file) in clouds.TEXT else None
 
 
 def _make_folder(path: Path, settings: FitConfig | BarycenterConfig | FlowConfig) -> Path:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
 
 from coupled_gmm.checks import MOST_STARTS, MOST_STEPS, brief
-from coupled_gmm.clouds import FORMATS
+from coupled_gmm.clouds import FORMATS, ending
 from coupled_gmm.sections import ConfigError, File, FileName, Section, check, found, read, refuse
 
 TUTORIAL_SIZE = 10_000
@@ -55,7 +55,7 @@ Rho = Annotated[float | list[float], _prices(math.inf)]
 
 def is_file(weights: str | None) -> bool:
     """Whether data.weights names a file, not a column: it ends as a file that can be read does."""
-    return weights is not None and Path(weights).suffix in FORMATS
+    return weights is not None and ending(weights) in FORMATS
 
 
 def _cloud(name: str, info: ValidationInfo) -> str:
@@ -80,7 +80,10 @@ class Data(Section):
     seed: Seed | None = None
     cloud0: CloudFile | None = None
     cloud1: CloudFile | None = None
-    columns: Annotated[list[str], Field(min_length=1)] | None = None
+    columns: Annotated[list[str], Field(min_length=1)] | None = (
+        None  # of tables, the features; None: all, paired by name
+    )
+    header: bool | None = None  # of text, whether the first line holds names; None: told from the file, or refused
     key0: str | None = None  # the array of a .npz
     key1: str | None = None
     weights0: Weights | None = None  # a column or .npz array beside the cloud, or a file of its own
@@ -96,7 +99,7 @@ class Data(Section):
                 if getattr(self, key) is not None:
                     raise refuse("is for built-in sources; remove it, or set source", key)
         else:
-            for key in ("cloud0", "cloud1", "columns", "key0", "key1", "weights0", "weights1"):
+            for key in ("cloud0", "cloud1", "columns", "header", "key0", "key1", "weights0", "weights1"):
                 if getattr(self, key) is not None:
                     raise refuse(f"is for clouds from files; remove it, or remove source = {self.source!r}", key)
         return self

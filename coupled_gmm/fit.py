@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from coupled_gmm import checks, chunks, coupled, frame, plan, report, solvers
+from coupled_gmm import checks, chunks, coupled, foreign, frame, plan, report, solvers
 from coupled_gmm.coupled import Controls, History, Settings
 from coupled_gmm.frame import Sight
 from coupled_gmm.graph import MixtureGraph
@@ -241,6 +241,7 @@ def penalized_log_likelihood(
     Arguments and errors as in `fit_pair`.
     """
     checks.instance("pair", pair, GaussianMixturePair)
+    x0, x1 = foreign.same_features(["x0", "x1"], [x0, x1])
     x0, w0 = _check_cloud("x0", x0, "point_weights0", point_weights0, pair.gmm0)
     x1, w1 = _check_cloud("x1", x1, "point_weights1", point_weights1, pair.gmm1)
     transport_weight = checks.scalar("transport_weight", transport_weight, at_least=0, batched=True)
@@ -295,6 +296,7 @@ def fit_graph(
             raise ValueError(f"point_weights[{i}]: node {i} has no cloud to weigh; pass None, or its cloud")
     if all(cloud is None for cloud in clouds):
         raise ValueError("clouds: every one is None; a fit needs at least one cloud")
+    clouds = foreign.same_features([f"clouds[{i}]" for i in range(graph.n_nodes)], clouds)
     checked = [
         (None, None)
         if cloud is None
@@ -375,6 +377,7 @@ def fit_pair(
     run = _check_run(em_steps, m_steps, optimizer, learning_rate, tol, ridge, method, chunk_size, progress)
     if not isinstance(freeze, (tuple, list, set, frozenset)) or any(name not in ("gmm0", "gmm1") for name in freeze):
         raise ValueError(f"freeze: expected a collection of 'gmm0' and 'gmm1', got {freeze!r}")
+    x0, x1 = foreign.same_features(["x0", "x1"], [x0, x1])
     x0, w0 = _check_cloud("x0", x0, "point_weights0", point_weights0, pair.gmm0)
     x1, w1 = _check_cloud("x1", x1, "point_weights1", point_weights1, pair.gmm1)
     transport_weight = checks.scalar("transport_weight", transport_weight, at_least=0, batched=True)

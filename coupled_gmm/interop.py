@@ -113,7 +113,7 @@ def to_ott(gmm_or_pair: GaussianMixture | GaussianMixturePair) -> Any:
         )
     gmm0 = _mixture_to_ott("gmm_or_pair.gmm0", gmm_or_pair.gmm0)
     gmm1 = _mixture_to_ott("gmm_or_pair.gmm1", gmm_or_pair.gmm1)
-    checks.instance("gmm_or_pair", gmm_or_pair, GaussianMixturePair)
+    checks.instance("gmm_or_pair", gmm_or_pair, GaussianMixturePair, computes=False)
     epsilon, rho = float(gmm_or_pair.epsilon), float(gmm_or_pair.rho0)
     if rho != float(gmm_or_pair.rho1):
         raise ValueError(
@@ -169,7 +169,7 @@ def _from_moments(name: str, means: Any, covariances: Any, weights: Any) -> Gaus
 
 
 def _check_single(name: str, gmm: GaussianMixture) -> None:
-    checks.instance(name, gmm, GaussianMixture)
+    checks.instance(name, gmm, GaussianMixture, computes=False)
 
 
 def _expect(name: str, value: Any, *classes: type) -> None:

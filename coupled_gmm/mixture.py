@@ -121,6 +121,7 @@ class GaussianMixture(Stackable):
     @matrices.precise
     def _density(self, x: Any, what: str, values: Any = None) -> Array:
         """Something of each point's density, as `density.densities` computes it."""
+        checks.held("gmm", self)
         x, means = self._seen(checks.points("x", x, self.n_features))
         self.check_densities()
         self._warn_of_rounding()
@@ -158,6 +159,7 @@ class GaussianMixture(Stackable):
     @matrices.precise
     def sample(self, key: PRNGKeyArray, n: int) -> Float[Array, "n d"]:
         """n independent draws; the key decides them."""
+        checks.held("gmm", self)
         key = checks.key("key", key)
         checks.integer("n", n, 1, checks.MOST_NUMBERS // self.n_features**2)
         traced = not checks.known(self, key)
@@ -195,6 +197,7 @@ class GaussianMixture(Stackable):
           ValueError: `axes` repeat, are out of range or leave no feature; `values` have another length; a component of
             positive weight is singular in `axes`, so that they have no density.
         """
+        checks.held("gmm", self)
         given = np.asarray(self._check_axes(axes))
         rest = np.setdiff1d(np.arange(self.n_features), given)
         if rest.size == 0:

@@ -204,7 +204,11 @@ def test_double_precision_and_adam(run):
     [
         ("rho", "rhoo", "fit.rhoo: unknown key; did you mean 'rho'?"),
         ("a.csv", "absent.csv", "data.cloud0: {folder}/absent.csv: no such file; check the name and the folder"),
-        ("a.csv", "nan.csv", "data.cloud0: {folder}/nan.csv: 2 of 6 values are NaN or infinite; remove those points"),
+        (
+            "a.csv",
+            "nan.csv",
+            "data.cloud0: {folder}/nan.csv: column 'x' is infinite in 1 of 3 values, the first in row 3",
+        ),
         ("a.csv", "wide.csv", "data.cloud1: has 2 features and cloud0 has 3; choose the same ones with columns"),
         ('weights1 = "w"', 'weights1 = "v"', "data.weights1: {folder}/b.parquet: there is no column 'v'"),
         ('weights1 = "w"', 'weights1 = "a.csv"', "data.weights1: {folder}/a.csv: expected one weight a point"),
