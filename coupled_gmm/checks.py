@@ -190,7 +190,7 @@ def scalar(
     """A real number, with its bounds in the message; ``batched`` lets an array of such numbers through."""
     if value is None or isinstance(value, (str, bytes, bool)):
         raise TypeError(f"{name}: expected a real number, got {brief(value)}")
-    if isinstance(value, (np.ndarray, np.floating)) and value.dtype.kind == "f":
+    if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "fiu":
         value = foreign.native_floats(name, np.asarray(value))
     try:
         value = float(value) if type(value) is int else value
@@ -300,8 +300,8 @@ def held(name: str, value: Any) -> None:
     for leaf in jax.tree.leaves(value):
         if isinstance(leaf, jax.Array) and not _representable_dtype(leaf.dtype):
             raise ValueError(
-                f"{name}: holds {leaf.dtype} numbers, and JAX's float64 is off here; use it within jax.enable_x64(True), "
-                "as where it was made"
+                f"{name}: was made in float64, which JAX has disabled here; enable it (jax.enable_x64), or cast: "
+                "jax.tree.map(lambda leaf: leaf.astype('float32'), ...)"
             )
 
 

@@ -12,7 +12,7 @@ import pytest
 import scipy.sparse
 
 import coupled_gmm as cg
-from coupled_gmm import checks, cli, clouds, fit
+from coupled_gmm import checks, cli, clouds, fit, foreign
 from coupled_gmm.config import FitConfig, load_config
 from coupled_gmm.sections import ConfigError
 
@@ -261,7 +261,7 @@ def test_float64_where_it_is_off():
         ("gmm0", lambda: cg.mw2_squared(gmm, gmm)),
         ("init", lambda: cg.fit_gmm(X, gmm)),
     ):
-        with pytest.raises(ValueError, match=rf"^{name}: holds float64 numbers, and JAX's float64 is off here; use it"):
+        with pytest.raises(ValueError, match=rf"^{name}: was made in float64, which JAX has disabled here"):
             call()
     for epsilon in (np.longdouble(0.5), np.array(0.5, ">f8"), pair.epsilon):
         cg.GaussianMixturePair(single, single, epsilon=epsilon)

@@ -14,7 +14,7 @@ STEPS = 50
 @jax.jit
 def program(listener, start):
     def step(i, x):
-        report.emit(listener, STEPS, {"running": i < STEPS, "step": i, "value": x})
+        report.emit(listener, {"running": i < STEPS, "em_steps": jnp.asarray(STEPS), "step": i, "value": x})
         return x + 1
 
     return jax.lax.fori_loop(0, STEPS + 2, step, start)
