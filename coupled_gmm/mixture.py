@@ -23,7 +23,7 @@ from coupled_gmm.covariances import check_covariances, rounding_errors, which_si
 from coupled_gmm.density import densities, log_weights
 from coupled_gmm.expansions import two_sum
 from coupled_gmm.programs import program
-from coupled_gmm.tree import Stackable, mapped, new, pytree, single, taken
+from coupled_gmm.tree import Stackable, mapped, new, pytree, single
 
 _MOST_ROUNDING = 0.03  # nats, of a log-density
 # Called outside of jit, a loop is compiled anew at every call.
@@ -139,9 +139,11 @@ class GaussianMixture(Stackable):
         finer = on_host and x.dtype.itemsize > self.means.dtype.itemsize
         if not finer and self.remainders is None:
             return checks.representable(name, x, self.dtype), self.means
-        centre = self.means[jnp.argmax(self.weights)]
-        means = self.means - centre
-        means = means if self.remainders is None else means + self.remainders
+        means, weights, remainders = (
+            jax.tree.map(np.asarray, kept) if on_host else kept for kept in (self.means, self.weights, self.remainders)
+        )
+        centre = means[weights.argmax()]
+        means = means - centre if remainders is None else means - centre + remainders
         x = x - np.asarray(centre, x.dtype if finer else self.dtype) if on_host else x.astype(self.dtype) - centre
         return checks.representable(name, x, self.dtype), means
 
@@ -214,9 +216,11 @@ class GaussianMixture(Stackable):
     def marginal(self, axes: Sequence[int]) -> "GaussianMixture":
         """The mixture over some of the features, in the order given."""
         index = np.asarray(self._check_axes(axes))
-        remainders = None if self.remainders is None else self.remainders[:, index]
-        covariances = self.covariances[:, index[:, None], index]
-        return GaussianMixture(self.means[:, index], covariances, self.weights, remainders)
+        # Without programs of their own where NumPy can do it.
+        kept = jax.tree.map(np.asarray, self) if chunks.known(self) else self
+        remainders = None if kept.remainders is None else kept.remainders[:, index]
+        covariances = kept.covariances[:, index[:, None], index]
+        return jax.device_put(GaussianMixture(kept.means[:, index], covariances, kept.weights, remainders))
 
     @single
     def condition(self, axes: Sequence[int], values: Any) -> "GaussianMixture":
@@ -242,7 +246,7 @@ class GaussianMixture(Stackable):
         moments = self.means, self.covariances, self.weights, self.remainders
         found = conditionals(moments, chunks.filled(points), centres, tuple(given))
         stacked = chunks.first(GaussianMixture(*found), len(points))
-        return stacked if many else taken(stacked, 0)
+        return stacked if many else jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[1:]), stacked)
 
     def check_densities(self, name: str = "gmm") -> None:
         """Raise ValueError where a component of positive weight is singular, so that the mixture has no density."""
