@@ -196,26 +196,35 @@ class Plan(Stackable, Outcome):
         """Outflow over mass of gmm0's components, inflow over mass of gmm1's; 1 where a component has no mass to speak of: no more
         than a rounding unit of all of it."""
         matrix, (a, b) = self.matrix, self._masses
-
-        def ratio(flow: Array, mass: Array) -> Array:
-            some = mass > jnp.finfo(mass.dtype).eps * jnp.sum(mass)
-            return jnp.where(some, flow / jnp.where(some, mass, 1), 1)
-
-        return ratio(matrix.sum(1), a), ratio(matrix.sum(0), b)
+        return _ratio(matrix.sum(1), a), _ratio(matrix.sum(0), b)
 
     @mapped
     @matrices.precise
-    def point_reweighting(self, x: Any) -> Float[Array, " n"]:
-        r"""Factor by which the weight of each point changes on its way from gmm0 to gmm1.
+    def mass_change(self) -> Float[Array, " K0"]:
+        r"""Factor by which the mass of what leaves each component of gmm0 changes on its way to gmm1, along the plan.
 
-        Leaving component k a point takes its outflow factor; entering l it is divided by the inflow factor, so that the
-        points that enter carry the mass of l. This is the mean over k given the point, and over l by the rows of the plan;
-        over points of gmm0 its mean is the mass of the components of gmm1 that anything enters.
+        Leaving k it takes that component's outflow factor; entering l it is divided by the inflow factor, so that what enters
+        carries the mass of l. With a and b the masses, so it is the mass of gmm1 that comes from k over that of k,
+
+        .. math:: \frac{1}{a_k} \sum_l b_l \frac{P_{kl}}{\sum_i P_{il}} ,
+
+        w1 / w0 on a diagonal plan: neither factor alone says so. 1 where masses are balanced, and where a component has none to
+        speak of, as in `reweighting`. Weighted by a its sum is the mass of the components of gmm1 that anything enters.
         """
-        outflow, inflow = self.reweighting()
-        forward, _ = self.conditionals()
-        arrival = jnp.where(inflow > 0, 1 / jnp.where(inflow > 0, inflow, 1), 1)
-        return self.pair.gmm0.posterior_mean(x, outflow * (forward @ arrival))
+        a, b = self._masses
+        if self.pair.balanced:
+            return jnp.ones_like(a)
+        _, backward = self.conditionals()
+        return _ratio(backward @ b, a)
+
+    @mapped
+    def point_reweighting(self, x: Any) -> Float[Array, " n"]:
+        """Factor by which the weight of each point changes on its way from gmm0 to gmm1: the mean of `mass_change` over the
+        components given the point.
+
+        Over points of gmm0 its mean is the mass of the components of gmm1 that anything enters.
+        """
+        return self.pair.gmm0.posterior_mean(x, self.mass_change())
 
     @property
     def _masses(self) -> tuple[Float[Array, " K0"], Float[Array, " K1"]]:
@@ -258,6 +267,12 @@ def from_vertex(pair: GaussianMixturePair, cost: Array, vertex: Vertex, tol: Arr
     finite = jnp.all(jnp.isfinite(vertex.f)) & jnp.all(jnp.isfinite(vertex.g)) & jnp.isfinite(vertex.gap)
     status = jnp.where(finite & jnp.isfinite(error), status, Status.NOT_FINITE)
     return Plan(pair, cost, (vertex.f, vertex.g), status, vertex.n_iterations, vertex.matrix, vertex.gap)
+
+
+def _ratio(flow: Array, mass: Array) -> Array:
+    """Flows over masses; 1 where there is no mass to speak of."""
+    some = mass > jnp.finfo(mass.dtype).eps * jnp.sum(mass)
+    return jnp.where(some, flow / jnp.where(some, mass, 1), 1)
 
 
 def _kl(p: Array, q: Array) -> Array:
