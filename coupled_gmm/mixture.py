@@ -84,6 +84,9 @@ class GaussianMixture(Stackable):
     def batch_shape(self) -> tuple[int, ...]:
         return self.means.shape[:-2]
 
+    def _words(self) -> list[str]:
+        return [*self._stacked(), f"{self.n_components} components of {self.n_features} features", str(self.dtype)]
+
     @property
     def n_components(self) -> int:
         return self.means.shape[-2]

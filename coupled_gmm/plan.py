@@ -1,6 +1,7 @@
 """Transport plans between mixtures, with their certificates and what their cost is made of."""
 
 import dataclasses
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from coupled_gmm.entropic import Potentials
 from coupled_gmm.exact import Vertex
 from coupled_gmm.pair import GaussianMixturePair
 from coupled_gmm.result import Outcome, Status
-from coupled_gmm.tree import Stackable, mapped, pytree
+from coupled_gmm.tree import Stackable, mapped, number, pytree
 
 _NO_DERIVATIVE = (
     "an exact plan's matrix can't be differentiated: it jumps from vertex to vertex; differentiate plan.transport_cost, use "
@@ -51,9 +52,38 @@ class Plan(Stackable, Outcome):
     vertex: Float[Array, "K0 K1"] | None = None  # an exact plan's matrix
     gap: Float[Array, ""] | None = None  # and its duality gap, from potentials more precise than `potentials`
 
+    _remedies = MappingProxyType(
+        {
+            Status.NOT_CONVERGED: (
+                "the iterations ran out before the tolerance was met: allow more steps (max_iterations), or a larger tol"
+            ),
+            Status.PRECISION: (
+                "stopped at what this precision can reach, above the tolerance: in float32, enable float64 "
+                "(jax.config.update('jax_enable_x64', True)); in float64, raise the pair's epsilon, or tol"
+            ),
+            Status.NOT_FINITE: "a value was not finite: check the pair's mixtures, and that epsilon is no tiny part of their costs",
+        }
+    )
+
     @property
     def batch_shape(self) -> tuple[int, ...]:
         return self.cost.shape[:-2]
+
+    def _words(self) -> list[str]:
+        k0, k1 = self.cost.shape[-2:]
+        epsilon = [f"epsilon {said}" for said in [number(self.pair.epsilon)] if said and self.vertex is None]
+        how = ["exact"] if self.vertex is not None else ["balanced" if self.pair.balanced else "unbalanced"]
+        count = [f"{said} iterations" for said in [number(self.n_iterations)] if said]
+        return [*self._stacked(), f"{k0} x {k1}", *how, *epsilon, *count, *self._ended()]
+
+    def _facts(self) -> dict[str, str]:
+        return {
+            "transport cost <P, C>": number(self.transport_cost),
+            "regularised cost": number(self.regularized_cost),
+            "total mass": number(self.total_mass),
+            "marginal error": number(self.marginal_error),
+            "duality gap": number(self.duality_gap),
+        }
 
     def reverse(self) -> "Plan":
         """The plan of the same problem from gmm1 to gmm0."""

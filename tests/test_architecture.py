@@ -28,6 +28,7 @@ FLOORS = [
     {"m_step"},
     {"report"},
     {"coupled"},
+    {"fitted"},
     {"em", "fit"},
     {"io", "clouds", "interop", "sections"},
     {"__init__"},
