@@ -134,7 +134,7 @@ def _descent(
     how: tuple[str, str, bool],
 ) -> BarycenterFit:
     """The program's answer, its history as long as there were to be steps."""
-    steps = checks.integer("max_steps", max_steps, 1)
+    steps = checks.integer("max_steps", max_steps, 1, checks.MOST_STEPS)
     settings = _Settings(*how, chunks.rows(steps))
     fit = _barycenter(gmms, starts, coefficients, epsilon, tol, jnp.asarray(steps, jnp.int32), settings)
     return dataclasses.replace(fit, history=chunks.first(fit.history, steps + 1))

@@ -4,12 +4,36 @@ Types and shapes are always checked. Values are checked where they are known, th
 """
 
 import functools
-from typing import Any
+import reprlib
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+MOST_STEPS = 1_000_000  # of any loop: each has a row in a history, and some a mixture in a path
+MOST_STARTS = 10_000
+MOST_NUMBERS = 2**31 - 1  # in one array: XLA counts them by 32 bits
+_LONGEST = 120  # characters of a value in a message
+
+
+class _Brief(reprlib.Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        digits = int(x.bit_length() * 0.30103) + 1
+        return repr(x) if digits < 40 else f"a number of some {digits} digits"
+
+
+_BRIEF = _Brief()
+_BRIEF.maxstring = _BRIEF.maxother = 80
+_BRIEF.maxlevel = 3
+
+
+def brief(value: Any) -> str:
+    """A value as a message shows it: on one line, without control characters, and short."""
+    text = _BRIEF.repr(value)
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
 
 
 def known(*values: Any) -> bool:
@@ -35,27 +59,27 @@ def own_array(name: str, value: Any, *shape: int | str) -> Any:
 def representable(name: str, value: Any, dtype: Any) -> Any:
     """`value` in another precision, none of whose finite numbers becomes infinite there."""
     with np.errstate(over="ignore"):
-        cast = value.astype(dtype)
+        result = value.astype(dtype)
     if isinstance(value, np.ndarray) and value.dtype.itemsize > np.dtype(dtype).itemsize:
-        lost = np.isinf(cast) & np.isfinite(value)
+        lost = np.isinf(result) & np.isfinite(value)
         if lost.any():
             raise ValueError(
                 f"{name}: {lost.sum()} of {value.size} values, up to {np.abs(value[lost]).max():.3g}, exceed what "
                 f"{np.dtype(dtype)} holds ({np.finfo(dtype).max:.2g}); change the unit, or enable float64"
             )
-        if value.any() and not cast.any():
+        if value.any() and not result.any():
             raise ValueError(
                 f"{name}: all values vanish in {np.dtype(dtype)}, the largest being {np.abs(value).max():.3g}; change the "
                 "unit, or enable float64"
             )
-    return cast
+    return result
 
 
 def _shaped(name: str, value: Any, *shape: int | str) -> Any:
     """A JAX array, or one of NumPy, of real numbers in this shape."""
     wanted = "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"
     try:
-        result = value if isinstance(value, jax.Array) else np.asarray(value)
+        result = _ours(value) if isinstance(value, jax.Array) else _native(np.asarray(value))
     except ValueError as error:
         raise ValueError(f"{name}: expected an array of shape {wanted}, got rows of unequal length") from error
     if result.dtype.kind not in "fiub" and not jnp.issubdtype(result.dtype, jnp.floating):
@@ -68,6 +92,33 @@ def _shaped(name: str, value: Any, *shape: int | str) -> Any:
         if got == 0:
             raise ValueError(f"{name}: expected shape {wanted}, got {result.shape}; axis {axis} is empty")
     return result
+
+
+def _ours(value: jax.Array) -> jax.Array | np.ndarray:
+    """An array of JAX that its present settings let programs take: float64 where that is disabled is NumPy's."""
+    if not known(value):
+        return value
+    return _sharded_by_jax(value) if jax.dtypes.canonicalize_dtype(value.dtype) == value.dtype else np.asarray(value)
+
+
+def _sharded_by_jax(value: jax.Array) -> jax.Array:
+    """An array in the same pieces on the same devices, of which JAX may choose how results are cut.
+
+    `jax.make_mesh` leaves that to the caller, who can't say it of our own intermediate results.
+    """
+    sharding = value.sharding
+    if not isinstance(sharding, NamedSharding) or AxisType.Explicit not in sharding.mesh.axis_types:
+        return value
+    mesh = cast(Mesh, sharding.mesh)
+    return jax.device_put(value, NamedSharding(Mesh(mesh.devices, mesh.axis_names), sharding.spec))
+
+
+def _native(value: np.ndarray) -> np.ndarray:
+    """Numbers in this machine's byte order, and none longer than JAX has: from files of another one, or long doubles."""
+    if value.dtype.kind not in "fiu":
+        return value
+    dtype = np.dtype(np.float64) if value.dtype.itemsize > 8 else value.dtype.newbyteorder("=")
+    return value.astype(dtype, copy=False)
 
 
 def finite(name: str, value: Any, remedy: str = "remove or replace them") -> None:
@@ -122,7 +173,8 @@ def own_weights(name: str, value: Any, size: int) -> Any:
 
 
 def _in_working_precision(value: Any) -> jax.Array:
-    return jnp.asarray(value, jax.dtypes.canonicalize_dtype(value.dtype))
+    with np.errstate(over="ignore"):
+        return jnp.asarray(value, jax.dtypes.canonicalize_dtype(value.dtype))
 
 
 def scalar(
@@ -137,11 +189,14 @@ def scalar(
 ) -> jax.Array:
     """A real number, with its bounds in the message; ``batched`` lets an array of such numbers through."""
     if value is None or isinstance(value, (str, bytes, bool)):
-        raise TypeError(f"{name}: expected a real number, got {value!r}")
+        raise TypeError(f"{name}: expected a real number, got {brief(value)}")
     try:
-        number = jnp.asarray(value)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name}: expected a real number, got {value!r}") from error
+        value = float(value) if type(value) is int else value
+        value = _native(np.asarray(value)) if isinstance(value, (np.ndarray, np.generic)) else value
+        with np.errstate(over="ignore"):
+            number = jnp.asarray(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise TypeError(f"{name}: expected a real number, got {brief(value)}") from error
     if number.dtype.kind not in "fiu" or (number.ndim and not batched):
         raise TypeError(f"{name}: expected one real number, got {type(value).__name__} of shape {number.shape}")
     number = number.astype(jnp.result_type(float))
@@ -157,7 +212,20 @@ def scalar(
         legal &= at_most is None or host <= at_most
         if not np.all(legal):
             raise ValueError(f"{name}: must be {' and '.join(bounds) or 'a number'}, got {value}")
+        _check_range(name, host, number.dtype, above)
     return number
+
+
+def _check_range(name: str, host: np.ndarray, dtype: Any, above: float | None) -> None:
+    """Refuse numbers that are infinite in the working precision, or zero there where they must be above it."""
+    with np.errstate(over="ignore"):
+        result = host.astype(dtype)
+    lost = np.isinf(result) & np.isfinite(host)
+    if above == 0:
+        lost |= result < np.finfo(dtype).tiny
+    if np.any(lost):
+        first = host[lost].ravel()[0]
+        raise ValueError(f"{name}: {first:g} is out of the range of {dtype}; change the unit, or enable float64")
 
 
 def one_or_two(name: str, value: Any, **bounds: Any) -> jax.Array:
@@ -173,12 +241,14 @@ def one_or_two(name: str, value: Any, **bounds: Any) -> jax.Array:
     return number
 
 
-def integer(name: str, value: Any, at_least: int) -> int:
-    """A Python integer: sizes and step counts are static."""
+def integer(name: str, value: Any, at_least: int, at_most: int = MOST_NUMBERS) -> int:
+    """A Python integer: sizes and step counts are static, and numbers of 32 bits in programs."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name}: expected an integer, got {value!r}")
+        raise TypeError(f"{name}: expected an integer, got {brief(value)}")
     if value < at_least:
-        raise ValueError(f"{name}: must be at least {at_least}, got {value}")
+        raise ValueError(f"{name}: must be at least {at_least}, got {brief(int(value))}")
+    if value > at_most:
+        raise ValueError(f"{name}: must be at most {at_most}, got {brief(int(value))}")
     return int(value)
 
 
@@ -215,6 +285,12 @@ def instance(name: str, value: Any, cls: type) -> None:
     """One of a class, not a stack of them."""
     if not isinstance(value, cls):
         raise TypeError(f"{name}: expected a {cls.__name__}, got {type(value).__name__}")
+    floats = [leaf.dtype for leaf in jax.tree.leaves(value) if isinstance(leaf, jax.Array) and leaf.dtype.kind == "f"]
+    if any(jax.dtypes.canonicalize_dtype(dtype) != dtype for dtype in floats):
+        raise ValueError(
+            f"{name}: was made in float64, which JAX has disabled here; enable it (jax.enable_x64), or cast: "
+            "jax.tree.map(lambda leaf: leaf.astype('float32'), ...)"
+        )
     shape = getattr(value, "batch_shape", ())
     if shape:
         raise ValueError(

@@ -22,11 +22,12 @@ from coupled_gmm.programs import program
 from coupled_gmm.tree import pytree
 
 T = TypeVar("T")
-_CPU_FLOATS, _GPU_FLOATS = 2**20, 2**26  # numbers a chunk may hold: what stays in cache, or fills a GPU
-_CPU_LENGTHS = (256, 512, 1024)
+_CPU_FLOATS, _GPU_FLOATS = 2**21, 2**26  # numbers a chunk may hold: what stays in cache, or fills a GPU
+_CPU_LENGTHS = (256, 1024)
 _GPU_LENGTHS = (2**13, 2**17, 2**20, 2**23)
 _CPU_PRICE, _GPU_PRICE = 200, 2**16  # of one more chunk, in points
-_FIRST, _GROWTH = 16, 4  # capacities in chunks: 16, 64, and from there doubled
+_FEW, _MANY = 8, 64  # chunks of the smallest buffers; of the others, doubled from there
+_LEAST = 16  # points that are drawn at least
 _ALIGNED = 64  # bytes: such memory JAX takes over without a copy
 _BLOCK = 2**16  # points that are copied at a time
 _ROWS = 128  # of the shortest history
@@ -63,12 +64,12 @@ def length(sizes: Sequence[int], numbers: int, chunk_size: int | None = None, sh
     return min(fitting, key=lambda each: sum(-(-n // each) for n in sizes) * (each + price))
 
 
-def capacity(count: int) -> int:
-    """Chunks that a buffer for so many has."""
-    size = _FIRST
-    while size < count:
-        size *= _GROWTH if size == _FIRST else 2
-    return size
+def capacity(count: int, least: int = _MANY) -> int:
+    """Chunks that a buffer for so many has: a power of two, and on the host, where what is not used costs nothing, at least 64."""
+    size = 2 ** (count - 1).bit_length()
+    if jax.default_backend() != "cpu":
+        return size
+    return least if count <= least else max(size, _MANY)
 
 
 def rows(steps: int) -> int:
@@ -81,7 +82,7 @@ def rows(steps: int) -> int:
 
 def rounded(n: int) -> int:
     """The next number of the form 4, 5, 6 or 7 times a power of two: what draws are made in, where n is not of it."""
-    power = max(_FIRST, 2 ** (n.bit_length() - 3))
+    power = max(_LEAST, 2 ** (n.bit_length() - 3))
     return -(-n // power) * power
 
 
@@ -205,10 +206,10 @@ def over_points(program: Callable[..., Array], x: Any, numbers: int, *arguments:
     n, size = len(x), length([len(x)], numbers, shared=checks.known(x))
     count = -(-n // size)
     if known(x):
-        points = zeros((capacity(count), x.shape[1], size), x.dtype)
+        points = zeros((capacity(count, _FEW), x.shape[1], size), x.dtype)
         fill(points[:count], np.asarray(x))
     elif checks.known(x):
-        points = _buffer(x, size, capacity(count))
+        points = _buffer(x, size, capacity(count, _FEW))
     else:
         points = _laid_out(x, size)
     values = program(jax.device_put(points), np.asarray(count, np.int32), *arguments)

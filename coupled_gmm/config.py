@@ -4,20 +4,26 @@ Files that a configuration names are found from its own folder, the output folde
 """
 
 import math
+import sys
 from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
 
+from coupled_gmm.checks import MOST_STARTS, MOST_STEPS, brief
 from coupled_gmm.clouds import FORMATS
-from coupled_gmm.sections import ConfigError, File, Section, check, found, read, refuse
+from coupled_gmm.sections import ConfigError, File, FileName, Section, check, found, read, refuse
 
 TUTORIAL_SIZE = 10_000
 RANDOM_STARTS = 10
 
-Count = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0)]
+MOST_POINTS = 100_000_000  # that are drawn
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Points = Annotated[int, Field(ge=1, le=MOST_POINTS)]
+Steps = Annotated[int, Field(ge=1, le=MOST_STEPS)]
+Starts = Annotated[int, Field(ge=1, le=MOST_STARTS)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # JAX's keys of larger ones are those of smaller ones
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Precision = Literal["float32", "float64"]
@@ -29,14 +35,15 @@ def _prices(at_most: float) -> BeforeValidator:
     def check(given: Any) -> float | list[float]:
         several = given if isinstance(given, list) else [given]
         if isinstance(given, list) and len(given) != 2:
-            raise refuse(f"must be one number or two (of mixture 0 and of mixture 1), got {given!r}")
+            raise refuse(f"must be one number or two (of mixture 0 and of mixture 1), got {brief(given)}")
         for one in several:
-            if isinstance(one, bool) or not isinstance(one, (int, float)):
-                raise refuse(f"must be a valid number, got {one!r}")
+            number = isinstance(one, (int, float)) and not isinstance(one, bool)
+            if not number or (isinstance(one, int) and one > sys.float_info.max):
+                raise refuse(f"must be a valid number, got {brief(one)}")
             if not one > 0:
-                raise refuse(f"must be greater than 0, got {one!r}")
+                raise refuse(f"must be greater than 0, got {brief(one)}")
             if one > at_most:
-                raise refuse(f"must be less than or equal to {at_most:g}, got {one!r}")
+                raise refuse(f"must be less than or equal to {at_most:g}, got {brief(one)}")
         return [float(one) for one in several] if isinstance(given, list) else float(given)
 
     return BeforeValidator(check)
@@ -53,7 +60,7 @@ def is_file(weights: str | None) -> bool:
 
 def _cloud(name: str, info: ValidationInfo) -> str:
     if not is_file(name):
-        raise refuse(f"can't read {name!r}; use a file that ends in one of {', '.join(FORMATS)}")
+        raise refuse(f"can't read {brief(name)}; use a file that ends in one of {', '.join(FORMATS)}")
     return found(name, info)
 
 
@@ -69,7 +76,7 @@ class Data(Section):
     """A built-in source, or two files."""
 
     source: Literal["tutorial", "photographs"] | None = None
-    n: Count | None = None  # points in each cloud of a built-in source
+    n: Points | None = None  # points in each cloud of a built-in source
     seed: Seed | None = None
     cloud0: CloudFile | None = None
     cloud1: CloudFile | None = None
@@ -107,8 +114,8 @@ class Start(Section):
 
     n_components: Count
     seed: Seed = 0
-    n_init: Count = 10
-    max_steps: Count = 100
+    n_init: Starts = 10
+    max_steps: Steps = 100
     tol: NonNegative = 1e-5
 
 
@@ -119,8 +126,8 @@ class Fit(Section):
     epsilon: Positive | None = None
     tau: Tau | None = None
     rho: Rho | None = None
-    em_steps: Count = 30
-    m_steps: Count = 20
+    em_steps: Steps = 30
+    m_steps: Steps = 20
     optimizer: Literal["default", "adam"] = "default"
     learning_rate: Positive | None = None
     tol: NonNegative = 0.0
@@ -186,7 +193,7 @@ class BarycenterStart(Section):
     mixtures: Annotated[list[Mixture], Field(min_length=1)] | None = None
     n_components: Count | None = None
     seed: Seed | None = None
-    n_init: Count | None = None
+    n_init: Starts | None = None
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
@@ -223,14 +230,14 @@ class Barycenter(Plans):
 
     projection: Literal["joint", "bures", "euclidean"] = "joint"
     learn_weights: bool = False
-    max_steps: Count = 100
+    max_steps: Steps = 100
     tol: NonNegative = 1e-7
 
 
 class Flow(Plans):
     """The steps; the names are those of `flow`."""
 
-    steps: Count = 100
+    steps: Steps = 100
     step_size: Positive = 0.1
     optimizer: Literal["geometric", "adam"] = "geometric"
     mean_rate: Positive | None = None
@@ -245,7 +252,7 @@ class Flow(Plans):
 class Output(Section):
     """What the run folder holds."""
 
-    directory: str | None = None  # None: runs/NAME-OF-THE-CONFIGURATION
+    directory: FileName | None = None  # None: runs/NAME-OF-THE-CONFIGURATION
     pictures: bool = True
 
 

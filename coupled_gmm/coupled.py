@@ -73,6 +73,7 @@ class Controls(NamedTuple):
     em_steps: Int[Array, ""]
     m_steps: Int[Array, ""]
     learning_rate: Float[Array, ""] | None
+    listener: Any = None  # the number that rows are delivered to
 
 
 class Settings(NamedTuple):
@@ -147,7 +148,10 @@ def run(problem: MixtureGraph, sight: Sight, controls: Controls, settings: Setti
         row = _row(graph, place, moved, unit, has_cloud)
         history = jax.tree.map(lambda h, r: h.at[carry.step].set(jnp.where(running, r, jnp.nan)), carry.history, row)
         if settings.progress:
-            report.emit({"running": running, "em_steps": controls.em_steps, "step": carry.step, **_columns(row)})
+            report.emit(
+                controls.listener,
+                {"running": running, "em_steps": controls.em_steps, "step": carry.step, **_columns(row)},
+            )
         return _Carry(
             carry.step + running,
             moved.parameters,

@@ -51,7 +51,7 @@ def init_gmm(
     """
     key = checks.key("key", key)
     n_components = checks.integer("n_components", n_components, 1)
-    n_init = checks.integer("n_init", n_init, 1)
+    n_init = checks.integer("n_init", n_init, 1, checks.MOST_STARTS)
     ridge = checks.scalar("ridge", ridge, at_least=0)
     view = _view(x, point_weights, None, ridge)
     _check_distinct(view, n_components)
@@ -195,7 +195,7 @@ def fit_gmm(
     """
     ridge = checks.scalar("ridge", ridge, at_least=0, batched=True)
     tol = checks.scalar("tol", tol, at_least=0, batched=True)
-    max_steps = checks.integer("max_steps", max_steps, 1)
+    max_steps = checks.integer("max_steps", max_steps, 1, checks.MOST_STEPS)
     if isinstance(init, (int, np.integer)) and not isinstance(init, bool):
         inits, view = _starts(x, int(init), key, n_init, point_weights, ridge)
     else:
@@ -233,7 +233,7 @@ def _starts(
     if key is None:
         raise ValueError("key: a number of components is started at random; pass a key such as jax.random.key(0)")
     n_components = checks.integer("init", n_components, 1)
-    n_init = N_INIT if n_init is None else checks.integer("n_init", n_init, 1)
+    n_init = N_INIT if n_init is None else checks.integer("n_init", n_init, 1, checks.MOST_STARTS)
     view = _view(x, point_weights, None, ridge)
     _check_distinct(view, n_components)
     return _draws(checks.key("key", key), view, ridge, n_components, n_init, n_init), view

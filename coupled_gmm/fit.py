@@ -62,8 +62,8 @@ def _check_run(
     controls = Controls(
         checks.scalar("ridge", ridge, at_least=0, batched=True),
         checks.scalar("tol", tol, at_least=0, batched=True),
-        jnp.asarray(checks.integer("em_steps", em_steps, 1), jnp.int32),
-        jnp.asarray(checks.integer("m_steps", m_steps, 1), jnp.int32),
+        jnp.asarray(checks.integer("em_steps", em_steps, 1, checks.MOST_STEPS), jnp.int32),
+        jnp.asarray(checks.integer("m_steps", m_steps, 1, checks.MOST_STEPS), jnp.int32),
         learning_rate,
     )
     checks.choice("method", method, solvers.ENTROPIC_METHODS)
@@ -235,8 +235,9 @@ def fit_graph(
     names = [f"clouds[{i}]" for i in range(graph.n_nodes)]
     view = frame.seen(names, [c for c, _ in checked], [w for _, w in checked], [graph.nodes], ridge)
     sight = view.in_chunks(max(graph.sizes) * graph.nodes.n_features, run.chunk_size)
-    with report.listening(run.progress):
-        fit = _fit_graph(graph, sight, run.controls, _settings(run, solver))
+    with report.listening(run.progress) as listener:
+        controls = run.controls._replace(listener=listener)
+        fit = _fit_graph(graph, sight, controls, _settings(run, solver))
     return dataclasses.replace(fit, history=chunks.first(fit.history, run.em_steps))
 
 
@@ -284,7 +285,8 @@ def fit_pair(
         Delta, and J stays an objective that never falls. 0 turns it off.
       method: of the plans, as in `solve_plan`.
       chunk_size: points that are held in memory K d times over, at once; None suits the machine.
-      progress: True draws a bar; a callable gets each row as a dict; either costs one host callback a step.
+      progress: True draws a bar; a callable gets each row as a dict; either costs one host callback a step. After what a
+        callable raises it gets no more rows, and the fit raises that at its end.
 
     Returns:
       A `PairFit` with the fitted pair, its plan, J, the status and the history.
@@ -307,6 +309,7 @@ def fit_pair(
     frozen = np.array(["gmm0" in freeze, "gmm1" in freeze])
     view = frame.seen(["x0", "x1"], [x0, x1], [w0, w1], [pair.gmm0, pair.gmm1], ridge)
     sight = view.in_chunks(n_components * pair.n_features, run.chunk_size)
-    with report.listening(run.progress):
-        fit = _fit_pair(pair, transport_weight, frozen, sight, run.controls, _settings(run, solver))
+    with report.listening(run.progress) as listener:
+        controls = run.controls._replace(listener=listener)
+        fit = _fit_pair(pair, transport_weight, frozen, sight, controls, _settings(run, solver))
     return dataclasses.replace(fit, history=chunks.first(fit.history, run.em_steps))

@@ -123,7 +123,7 @@ def flow(
         checks.scalar("step_size", step_size, above=0, at_most=at_most),
         checks.scalar("mean_rate", mean_rate, above=0),
     )
-    steps = checks.integer("steps", steps, 1)
+    steps = _steps(steps, source)
     settings = _Settings(chunks.rows(steps), optimizer, built, method)
     (source, *targets), centre = about_one_point(source, *targets)
     fit = _flow(source, targets, coefficients, epsilon, rates, jnp.asarray(steps, jnp.int32), settings)
@@ -131,6 +131,13 @@ def flow(
     return dataclasses.replace(
         fit, gmm=moved_back(fit.gmm, centre), path=path, history=chunks.first(fit.history, steps)
     )
+
+
+def _steps(steps: Any, source: GaussianMixture) -> int:
+    """As many as there is room for in the path, a mixture a step."""
+    n_components, n_features = source.means.shape
+    most = min(checks.MOST_STEPS, checks.MOST_NUMBERS // (n_components * n_features**2) - 1)
+    return checks.integer("steps", steps, 1, most)
 
 
 class _Settings(NamedTuple):
@@ -160,7 +167,8 @@ def _flow(
     path = jax.tree.map(lambda path, source: path.at[0].set(source), path, source)
     taken_steps = jnp.arange(len(losses)) <= steps
     status = jnp.where(jnp.all(solved | ~taken_steps), Status.STEPS_DONE, Status.PLAN_NOT_CONVERGED)
-    status = jnp.where(jnp.all(jnp.isfinite(losses) | ~taken_steps), status, Status.NOT_FINITE)
+    sound = jnp.isfinite(losses) & _covariant(path)
+    status = jnp.where(jnp.all(sound | ~taken_steps), status, Status.NOT_FINITE)
     return FlowFit(taken(path, steps), losses[steps], path, status, FlowHistory(losses))
 
 
@@ -175,6 +183,14 @@ def _looks(look: Callable, start: tuple, steps: Array, rows: int) -> tuple[Gauss
     now = jax.eval_shape(look, start, jnp.asarray(True))[1]
     empty = jax.tree.map(lambda leaf: jnp.zeros((rows + 1, *leaf.shape), leaf.dtype), now)
     return jax.lax.fori_loop(0, steps + 1, record, (start, empty))[1]
+
+
+def _covariant(path: GaussianMixture) -> Bool[Array, " steps"]:
+    """Whether, step by step, no covariance exceeds the deviations it is between: rounding leaves none to what diverges."""
+    variances = jnp.maximum(jnp.diagonal(path.covariances, axis1=-2, axis2=-1), 0)
+    largest = 1.001 * jnp.sqrt(variances[..., None]) * jnp.sqrt(variances[..., None, :])
+    fine = (jnp.abs(path.covariances) <= largest) | (path.weights == 0)[..., None, None]
+    return jnp.all(fine, axis=(-3, -2, -1))
 
 
 def _walk(

@@ -20,12 +20,17 @@ _UNROLL = 4  # below this size the column loop is laid out flat, and XLA fuses i
 def precise(function: F) -> F:
     """The function with all its matrix products, and those of its derivatives, in the full precision of their factors.
 
-    GPUs otherwise round the factors of float32 products to 10 bits, which no iteration here would survive.
+    GPUs otherwise round the factors of float32 products to 10 bits, which no iteration here would survive. Nor are shapes and
+    types here those of a caller who has JAX refuse that it brings them together.
     """
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        with jax.default_matmul_precision("highest"):
+        with (
+            jax.default_matmul_precision("highest"),
+            jax.numpy_dtype_promotion("standard"),
+            jax.numpy_rank_promotion("allow"),
+        ):
             return function(*args, **kwargs)
 
     return cast(F, wrapped)

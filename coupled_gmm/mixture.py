@@ -123,8 +123,9 @@ class GaussianMixture(Stackable):
         """The mean of a value of each component over the components given the point, (n,)."""
         return self._density(x, "posterior_mean", values)
 
+    @matrices.precise
     def _density(self, x: Any, what: str, values: Any = None) -> Array:
-        """Something of each point's density, as `_densities` computes it."""
+        """Something of each point's density, as `density.densities` computes it."""
         x, means = self._seen(checks.points("x", x, self.n_features))
         self.check_densities()
         self._warn_of_rounding()
@@ -196,7 +197,7 @@ class GaussianMixture(Stackable):
     def sample(self, key: PRNGKeyArray, n: int) -> Float[Array, "n d"]:
         """n independent draws; the key decides them."""
         key = checks.key("key", key)
-        checks.integer("n", n, 1)
+        checks.integer("n", n, 1, checks.MOST_NUMBERS // self.n_features**2)
         traced = not checks.known(self, key)
         return chunks.first(_sample(self, key, n if traced else chunks.rounded(n)), n)
 

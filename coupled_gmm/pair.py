@@ -31,7 +31,7 @@ class GaussianMixturePair(Stackable):
     gmm1: GaussianMixture
     epsilon: Float[Array, ""]
     rho: Float[Array, "*two"]
-    balanced: bool = static()
+    balanced: bool = static(init=False)  # follows from rho, in `dataclasses.replace` too
 
     def __init__(
         self,

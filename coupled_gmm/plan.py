@@ -98,6 +98,7 @@ class Plan(Stackable, Outcome):
 
     @property
     @mapped
+    @matrices.precise
     def matrix(self) -> Float[Array, "K0 K1"]:
         """Mass from each component of gmm0 to each of gmm1."""
         if self.vertex is not None:
@@ -107,6 +108,7 @@ class Plan(Stackable, Outcome):
 
     @property
     @mapped
+    @matrices.precise
     def normalized_matrix(self) -> Float[Array, "K0 K1"]:
         """The plan divided by its total mass, however little that is."""
         if self.vertex is not None:
@@ -116,6 +118,7 @@ class Plan(Stackable, Outcome):
         return jax.nn.softmax(duals.log_plan(self.cost, *log_weights, *self.potentials, pair.epsilon), axis=(0, 1))
 
     @mapped
+    @matrices.precise
     def conditionals(self) -> tuple[Float[Array, "K0 K1"], Float[Array, "K0 K1"]]:
         """The plan's rows over their own sums, and its columns over theirs: where mass goes, and where it comes from.
 
@@ -150,6 +153,7 @@ class Plan(Stackable, Outcome):
 
     @property
     @mapped
+    @matrices.precise
     def regularized_cost(self) -> Float[Array, ""]:
         r""":math:`\langle P, C \rangle + \epsilon KL(P | a b^T) + \rho_0 KL(P 1 | a) + \rho_1 KL(P^T 1 | b)`, the primal
         objective.
@@ -164,12 +168,14 @@ class Plan(Stackable, Outcome):
 
     @property
     @mapped
+    @matrices.precise
     def cost_parts(self) -> CostParts:
         """The terms of `regularized_cost`."""
         return self._parts(self.matrix)
 
     @property
     @mapped
+    @matrices.precise
     def normalized_cost(self) -> Float[Array, ""]:
         r"""The objective at the normalised plan P / F.
 
@@ -179,6 +185,7 @@ class Plan(Stackable, Outcome):
 
     @property
     @mapped
+    @matrices.precise
     def mass_penalty(self) -> Float[Array, ""]:
         r""":math:`(\epsilon + \rho_0 + \rho_1)(F \log F - F + 1)`: the price of a total mass F, zero at 1; a lower bound of the
         cost. Zero where one side's masses are kept: F is then 1."""
@@ -197,6 +204,7 @@ class Plan(Stackable, Outcome):
 
     @property
     @mapped
+    @matrices.precise
     def marginal_error(self) -> Float[Array, ""]:
         r"""L1 distance of the raw plan's marginals from a and b, or from :math:`a e^{-f/\rho_0}` and :math:`b e^{-g/\rho_1}`."""
         if self.vertex is not None:
@@ -207,6 +215,7 @@ class Plan(Stackable, Outcome):
 
     @property
     @mapped
+    @matrices.precise
     def duality_gap(self) -> Float[Array, ""]:
         """Primal minus dual objective, at least 0 up to rounding: a bound on how far `regularized_cost` is from optimal.
 
@@ -222,6 +231,7 @@ class Plan(Stackable, Outcome):
         return jnp.maximum(legal, raw) - jnp.minimum(dual, raw)
 
     @mapped
+    @matrices.precise
     def reweighting(self) -> tuple[Float[Array, " K0"], Float[Array, " K1"]]:
         """Outflow over mass of gmm0's components, inflow over mass of gmm1's; 1 where a component has no mass to speak of: no more
         than a rounding unit of all of it."""

@@ -45,8 +45,8 @@ def reduce_gmm(
     checks.instance("gmm", gmm, GaussianMixture)
     if checks.integer("n_components", n_components, 1) > gmm.n_components:
         raise ValueError(f"n_components: {n_components} are more than the mixture's {gmm.n_components}; ask for fewer")
-    max_steps, tol = checks.integer("max_steps", max_steps, 1), checks.scalar("tol", tol, at_least=0)
-    keys = jax.random.split(key, checks.integer("n_init", n_init, 1))
+    max_steps, tol = checks.integer("max_steps", max_steps, 1, checks.MOST_STEPS), checks.scalar("tol", tol, at_least=0)
+    keys = jax.random.split(key, checks.integer("n_init", n_init, 1, checks.MOST_STARTS))
     (gmm,), centre = about_one_point(gmm)
     fit = reduced(gmm, _starts(keys, gmm, n_components), max_steps, tol)
     return dataclasses.replace(fit, gmm=moved_back(fit.gmm, centre))

@@ -10,12 +10,17 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import NoneType
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import tomli_w
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
+
+from coupled_gmm.checks import brief
+
+_LARGEST = 10_000_000  # bytes of a configuration
+_MOST_LINES = 20
+_LONGEST = 100  # characters of a key or of a message that is not ours
 
 
 class ConfigError(ValueError):
@@ -39,10 +44,21 @@ def refuse(text: str, key: str | None = None) -> PydanticCustomError:
 def found(name: str, info: ValidationInfo) -> str:
     """The absolute path of a file that is named in a configuration, from the folder of that."""
     folder: Path = (info.context or {})["folder"]
-    return str((folder / name).resolve())
+    try:
+        return str((folder / possible(name)).resolve())
+    except (OSError, RuntimeError) as error:  # links in a circle, a name that is too long
+        raise refuse(f"leads nowhere ({type(error).__name__}); name another") from error
+
+
+def possible(name: str) -> str:
+    """A name that a file may have."""
+    if "\0" in name:
+        raise refuse(f"no name of a file has a NUL in it, got {brief(name)}; name another")
+    return name
 
 
 File = Annotated[str, AfterValidator(found)]
+FileName = Annotated[str, AfterValidator(possible)]
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -52,13 +68,25 @@ def read(path: Path) -> dict[str, Any]:
       ConfigError: the file is missing, or no TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(_LARGEST + 1)
+        if len(content) > _LARGEST:
+            raise ConfigError(f"{path}: is larger than {_LARGEST:,} bytes, and so no configuration; name another file")
+        return tomllib.loads(content.decode("utf-8-sig"))
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file; check the name and the folder") from error
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}; correct that line") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: can't be read ({error}); give a text file") from error
+        raise ConfigError(f"{path}: not valid TOML: {_plain(str(error))}; correct that line") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: not valid TOML: brackets are nested too deeply; take some away") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: can't be read: it is no text in UTF-8; save it as that") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read ({error.strerror}); give a text file") from error
+    except ConfigError:
+        raise
+    except ValueError as error:  # Python's limit, against numbers that take long to read
+        raise ConfigError(f"{path}: not valid TOML: an integer has too many digits; correct that value") from error
 
 
 def check(path: Path, values: dict[str, Any], model: type[T]) -> T:
@@ -70,7 +98,10 @@ def check(path: Path, values: dict[str, Any], model: type[T]) -> T:
     try:
         return model.model_validate(values, context={"folder": path.parent})
     except ValidationError as error:
-        lines = [f"{path}: {_line(details, model)}" for details in error.errors()]
+        mistakes = error.errors(include_url=False)
+        lines = [f"{path}: {_line(details, model)}" for details in mistakes[:_MOST_LINES]]
+        if more := len(mistakes) - len(lines):
+            lines.append(f"{path}: and {more} mistakes more; correct these first")
         raise ConfigError("\n".join(lines)) from error
 
 
@@ -114,8 +145,8 @@ def blame(path: Path, section: str, model: type[Section], keys: Mapping[str, str
 def _line(details: ErrorDetails, model: type[Section]) -> str:
     """One of pydantic's errors in our own words."""
     location = [str(part) for part in details["loc"]]
-    context, given = details.get("ctx", {}), details["input"]
-    key = ".".join(location)
+    context, given = details.get("ctx", {}), brief(details["input"])
+    key = ".".join(_plain(part) for part in location)
     match details["type"]:
         case "refused":
             inside = context["key"]
@@ -127,17 +158,22 @@ def _line(details: ErrorDetails, model: type[Section]) -> str:
         case "missing":
             return f"{key}: missing; add it to {_header(location[:-1], model)}"
         case "model_type":
-            return f"{key}: must be a section {_header(location, model)}, got {given!r}"
-        case "list_type" if isinstance(given, dict):
+            return f"{key}: must be a section {_header(location, model)}, got {given}"
+        case "list_type" if isinstance(details["input"], dict) and _inside(location, model)[1]:
             return f"{key}: must be a list of sections; write {_header(location, model)}, with two brackets, for each"
     message = details["msg"].replace("Input should be", "must be").replace("List should have", "must have")
-    return f"{key}: {message}, got {given!r}"
+    return f"{key}: {message}, got {given}"
+
+
+def _plain(text: str) -> str:
+    """Words of a file as they are, where they are short and printable."""
+    return text if text.isprintable() and len(text) <= _LONGEST else brief(text)
 
 
 def _known_keys(location: Sequence[str], model: type[Section]) -> str:
     """What may stand where an unknown key does, and which was probably meant."""
     names = list(_inside(location[:-1], model)[0].model_fields)
-    close = difflib.get_close_matches(location[-1].lower(), names, n=1)
+    close = difflib.get_close_matches(location[-1][:_LONGEST].lower(), names, n=1)
     guess = f"did you mean {close[0]!r}? " if close else ""
     where = f"{_header(location[:-1], model)} has" if len(location) > 1 else "the sections are"
     return f"{guess}{where} {', '.join(names)}"
@@ -150,13 +186,19 @@ def _header(location: Sequence[str], model: type[Section]) -> str:
 
 
 def _inside(location: Sequence[str], model: type[Section]) -> tuple[type[Section], bool]:
-    """The class of the section at a location, and whether it is one of a list."""
+    """The class of the innermost section at a location, and whether it is one of a list."""
     listed = False
     for part in location:
         if not part.isdigit():
-            annotation, listed = model.model_fields[part].annotation, False
-            while not hasattr(annotation, "model_fields"):  # list[X], X | None
-                listed = listed or getattr(annotation, "__origin__", None) is list
-                annotation = next(inner for inner in get_args(annotation) if inner is not NoneType)
-            model = annotation  # pyright: ignore[reportAssignmentType]
+            sections = _sections(model.model_fields[part].annotation)
+            model, listed = next(sections, (model, False))  # or a key that holds a value
     return model, listed
+
+
+def _sections(annotation: Any, listed: bool = False) -> Iterator[tuple[type[Section], bool]]:
+    """The classes of sections in an annotation such as list[X] | None, and whether they are in a list."""
+    listed = listed or get_origin(annotation) is list
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation, listed
+    for inner in get_args(annotation):
+        yield from _sections(inner, listed)

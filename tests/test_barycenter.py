@@ -649,6 +649,7 @@ BAD = [
     ({"coefficients": [1, np.nan]}, ValueError, "^coefficients: 1 of 2 values are NaN"),
     ({"coefficients": "ab"}, TypeError, "^coefficients: expected real numbers|^coefficients: .*shape"),
     ({"max_steps": 0}, ValueError, "^max_steps: must be at least 1, got 0"),
+    ({"max_steps": 10**12}, ValueError, "^max_steps: must be at most 1000000, got 1000000000000"),
     ({"max_steps": 2.0}, TypeError, "^max_steps: expected an integer, got 2.0"),
     ({"tol": -1e-3}, ValueError, "^tol: must be finite and at least 0"),
     ({"tol": np.nan}, ValueError, "^tol: must be"),

@@ -37,7 +37,7 @@ def test_every_point_is_there_once(precision, traced):
         assert len(packed.points) == packed.count == 4 + 3 + 1, "under a transformation chunks fit exactly"
     else:
         packed = pack(clouds, weights, 16, dtype)
-        assert len(packed.points) == 16 and packed.count == 8
+        assert len(packed.points) == 64 and packed.count == 8
         np.testing.assert_array_equal(packed.weights[8:], 0)
     for owner, (x, w) in enumerate(zip(clouds, weights, strict=True)):
         points, shares = in_a_row(packed, owner)

@@ -3,6 +3,7 @@
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from coupled_gmm.config import JOBS, BarycenterConfig, FitConfig, FlowConfig, load_config
@@ -259,3 +260,165 @@ def test_missing_and_unreadable_files(tmp_path):
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match=r"binary\.toml: can't be read"):
         load_config(tmp_path / "binary.toml", FitConfig)
+
+
+def refusal(tmp_path, text, job=FitConfig):
+    """What is said of a configuration, without its name: short lines that a terminal can show."""
+    path = tmp_path / "c.toml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, job)
+    lines = str(caught.value).splitlines()
+    assert all(line.startswith(f"{path}: ") and line.isprintable() and len(line) < 500 for line in lines)
+    assert len(lines) <= 21
+    return "\n".join(line.removeprefix(f"{path}: ") for line in lines)
+
+
+DIGITS = "9" * 5001
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("freeze = {a = 1}", "fit.freeze: must be a valid list, got {'a': 1}"),
+        ("m_steps = 1000000000000", "fit.m_steps: must be less than or equal to 1000000, got 1000000000000"),
+        ("em_steps = 1000000000000", "fit.em_steps: must be less than or equal to 1000000, got 1000000000000"),
+        ("chunk_size = 2147483648", "fit.chunk_size: must be less than or equal to 2147483647, got 2147483648"),
+        (f"em_steps = {DIGITS}", "not valid TOML: an integer has too many digits; correct that value"),
+        (
+            f"em_steps = 0x{DIGITS}",
+            "fit.em_steps: must be less than or equal to 1000000, got a number of some 6022 digits",
+        ),
+        (f"tol = {DIGITS[:4000]}", "fit.tol: must be a valid number, got a number of some 4001 digits"),
+        (f"rho = {DIGITS[:4000]}", "fit.rho: must be a valid number, got a number of some 4001 digits"),
+        (f"rho = [1, {DIGITS[:400]}]", "fit.rho: must be a valid number, got a number of some 401 digits"),
+        ("tol = 1e400", "fit.tol: must be a finite number, got inf"),
+        ("tau = nan", "fit.tau: must be greater than 0, got nan"),
+        ("learning_rate = 2020-01-01", "fit.learning_rate: must be a valid number, got datetime.date(2020, 1, 1)"),
+        ("a.b.c = 1", "fit.a: unknown key; [fit] has transport_weight, "),
+        ("method.x = 1", "fit.method: must be 'entropic' or 'sinkhorn', got {'x': 1}"),
+        (f"x = {'[' * 3000}", "not valid TOML: brackets are nested too deeply; take some away"),
+        (f"x = {'{a=' * 3000}", "not valid TOML: brackets are nested too deeply; take some away"),
+        (f"epsilon = '{'a' * 10**6}'", "fit.epsilon: must be a valid number, got 'aaaa"),
+        (f'"\\u001b[31m{"k" * 10**6}" = 1', "fit.'\\x1b[31mkkkk"),
+        ("freeze = ['\\u202e']", "fit.freeze.0: must be 'gmm0' or 'gmm1', got"),
+        ("[[fit]]", "not valid TOML: Cannot overwrite a value"),
+        ('[output]\ndirectory = "a\\u0000b"', "output.directory: no name of a file has a NUL in it, got 'a\\x00b'"),
+    ],
+    ids=range(21),
+)
+def test_odd_values_are_refused_in_a_line(tmp_path, line, message):
+    assert refusal(tmp_path, f"{GOOD}{line}\n").startswith(message)
+
+
+@pytest.mark.parametrize("seed", [2**32, 2**63, 10**30, -1])
+def test_seeds_are_those_that_differ(tmp_path, seed):
+    """JAX's key of 2^32 is that of 0, and from 2^63 it has none."""
+    for key in ("start", "data"):
+        text = GOOD.replace(f"[{key}]", f"[{key}]\nseed = {seed}")
+        assert refusal(tmp_path, text).startswith(f"{key}.seed: must be ")
+    assert load(tmp_path, GOOD.replace("[start]", "[start]\nseed = 4294967295")).start.seed == 2**32 - 1
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("means = {a = 1}", "mixtures.0.means: must be a valid list, got {'a': 1}"),
+        ("means = [[{a = 1}]]", "mixtures.0.means.0.0: must be a valid number, got {'a': 1}"),
+        (f"means = {'[' * 200}{']' * 200}", "mixtures.0.means.0.0: must be a valid number, got [[[[...]]]]"),
+        ('file = "a\\u0000.npz"', "mixtures.0.file: no name of a file has a NUL in it"),
+        ("coefficient = 1e400", "mixtures.0.coefficient: must be a finite number, got inf"),
+    ],
+    ids=range(5),
+)
+def test_odd_values_of_mixtures_are_refused_in_a_line(tmp_path, line, message):
+    text = f"[[mixtures]]\n{line}\n[start]\nn_components = 1\n"
+    assert refusal(tmp_path, text, BarycenterConfig).startswith(message)
+
+
+def test_columns_are_a_list(tmp_path):
+    text = GOOD.replace('source = "tutorial"', f"{FILES}\ncolumns = {{a = 1}}")
+    assert refusal(tmp_path, text) == "data.columns: must be a valid list, got {'a': 1}"
+
+
+def test_texts_as_editors_write_them(tmp_path):
+    path = tmp_path / "c.toml"
+    for content in (b"\xef\xbb\xbf" + GOOD.encode(), GOOD.replace("\n", "\r\n").encode()):
+        path.write_bytes(content)
+        assert load_config(path, FitConfig) == load(tmp_path, GOOD)
+    assert refusal(tmp_path, GOOD.encode("utf-16")) == "can't be read: it is no text in UTF-8; save it as that"
+
+
+def test_files_without_end_and_mistakes_without_number(tmp_path):
+    with pytest.raises(ConfigError, match=r"^/dev/zero: is larger than 10,000,000 bytes, and so no configuration"):
+        load_config("/dev/zero", FitConfig)
+    said = refusal(tmp_path, "\n".join(f"k{i} = 1" for i in range(1000)) + GOOD)
+    assert said.endswith("and 980 mistakes more; correct these first")
+
+
+def mutated(rng, text):
+    """A configuration with some of its lines or characters changed, lost, doubled or swapped."""
+    values = [
+        "1",
+        "-1",
+        "0",
+        "1e400",
+        "nan",
+        "true",
+        "''",
+        "'a'",
+        "[]",
+        "{}",
+        "[[1]]",
+        "{a=1}",
+        "[{}]",
+        "1979-05-27",
+        DIGITS,
+    ]
+    values += ["'\\u0000'", '"\\u0000"', "[1,'a']", "2.5", "9223372036854775808", "'" + "x" * 3000 + "'", "[" * 900]
+    for _ in range(rng.integers(1, 4)):
+        lines = text.split("\n")
+        i, j = rng.integers(len(lines), size=2)
+        match rng.integers(6):
+            case 0:
+                lines[i] = lines[i].partition("=")[0] + "= " + values[rng.integers(len(values))]
+            case 1:
+                lines[i] = lines[i].replace("[", "[[").replace("]", "]]") if rng.random() < 0.5 else ""
+            case 2:
+                lines[i], lines[j] = lines[j], lines[i]
+            case 3:
+                lines.insert(i, lines[j])
+            case 4:
+                place = rng.integers(len(lines[i]) + 1)
+                lines[i] = lines[i][:place] + rng.choice(list("[]{}=.\"'#,\x00\x1b\n19-")) + lines[i][place:]
+            case 5:
+                key = lines[i].partition("=")[0].strip() or "x"
+                lines[i] = f"{key}.{rng.choice(['a', '0', 'mixtures', key])} = {values[rng.integers(len(values))]}"
+        text = "\n".join(lines)
+    return text
+
+
+def fuzz(tmp_path, seed, n):
+    """How many mutated configurations are still good; the others end in a ConfigError of short lines."""
+    rng, good = np.random.default_rng(seed), 0
+    shipped = [(path.read_text(), job) for path in CONFIGS for job in JOBS if f"[{job.command}]" in path.read_text()]
+    shipped += [(FLOW, FlowConfig), (BARYCENTER, BarycenterConfig)]
+    for _ in range(n):
+        text, job = shipped[rng.integers(len(shipped))]
+        text = mutated(rng, text)
+        try:
+            config = load(tmp_path, text, job)
+            assert load(tmp_path, dump(config), job) == config
+            good += 1
+        except ConfigError:
+            refusal(tmp_path, text, job)
+    return good
+
+
+def test_mutated_configurations_are_good_or_refused(tmp_path):
+    assert 10 < fuzz(tmp_path, 0, 150) < 140
+
+
+@pytest.mark.slow
+def test_many_mutated_configurations_are_good_or_refused(tmp_path):
+    print(fuzz(tmp_path, 1, 10_000), "of 10,000 are good")

@@ -288,6 +288,17 @@ def test_progress_delivers_every_row():
     assert [row["step"] for row in rows] == [0, 1, 2] and rows[0]["em_steps"] == 3
     np.testing.assert_allclose([row["objective"] for row in rows], fit.history.objective, rtol=1e-6)
 
+    error = RuntimeError("mine")
+    rows = []
+
+    def listen(row):
+        rows.append(row)
+        raise error
+
+    with pytest.raises(RuntimeError) as caught:
+        cg.fit_pair(x0, x1, pair, transport_weight=0.1, progress=listen, **STEPS)
+    assert caught.value is error and len(rows) == 1
+
 
 @pytest.mark.slow
 def test_a_chain_of_two_edges_and_a_node_without_a_cloud(x64):

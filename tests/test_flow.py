@@ -337,6 +337,16 @@ def bad(**changes):
     return cg.flow(arguments.pop("source"), arguments.pop("target"), **arguments)
 
 
+@pytest.mark.slow
+def test_a_flow_that_diverges_says_so(x64, tmp_path):
+    """Its covariances are none any more, though its losses are finite; the run can be saved all the same."""
+    ends = [random_mixture(seed, 2, 2) for seed in range(2)]
+    fit = cg.flow(*ends, steps=4, optimizer=optax.sgd, step_size=1e38)
+    assert fit.status == cg.Status.NOT_FINITE
+    cg.save(tmp_path / "fit.npz", fit)
+    assert cg.load(tmp_path / "fit.npz").status == cg.Status.NOT_FINITE
+
+
 BAD = [
     ({"source": None}, TypeError, "^source: expected a GaussianMixture, got NoneType"),
     ({"source": lambda g, w: [g]}, TypeError, "^source: expected a GaussianMixture, got list"),
@@ -345,6 +355,7 @@ BAD = [
     ({"target": []}, ValueError, "^target: the list is empty; give at least one"),
     ({"target": lambda g, w: [g, w]}, ValueError, r"^target\[1\]: has 3 features and target\[0\] has 2"),
     ({"target": lambda g, w: [g, 2]}, TypeError, r"^target\[1\]: expected a GaussianMixture, got int"),
+    ({"steps": 10**12}, ValueError, "^steps: must be at most 1000000, got 1000000000000"),
     ({"steps": 0}, ValueError, "^steps: must be at least 1, got 0"),
     ({"steps": 10.0}, TypeError, "^steps: expected an integer, got 10.0"),
     ({"steps": True}, TypeError, "^steps: expected an integer, got True"),

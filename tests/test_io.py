@@ -141,8 +141,8 @@ def test_what_can_not_be_saved_is_refused(tmp_path, tree, message):
         ({"header": np.array("[]")}, "not a file that coupled_gmm.save wrote"),
         (header(format="other"), "a file of 'other', not of 'coupled_gmm'"),
         (
-            header(version=2),
-            "has format version 2, and this package reads 1; install the coupled_gmm that wrote it (9.9)",
+            header(version=3),
+            "has format version 3, and this package reads 1 and 2; install the coupled_gmm that wrote it (9.9)",
         ),
         (header(tree={"array": "a0"}), "the header and the arrays disagree"),
         (header(tree={"strange": 1}), "the header holds a node that this package does not know"),

@@ -214,7 +214,8 @@ class Examples:
         }
         self.arguments = {
             "component_log_prob": (x,), "condition": ([0, 2], [0.1, 0.2]), "log_posterior": (x,), "log_prob": (x,),
-            "marginal": ([0, 2],), "point_reweighting": (x,), "posterior_mean": (x, gmm0.weights), "predict": (x,), "replace": (gmm0, gmm1), "sample": (key, 5),
+            "marginal": ([0, 2],), "point_reweighting": (x,), "posterior_mean": (x, gmm0.weights),
+            "predict": (x,), "replace": (gmm0, gmm1), "sample": (key, 5),
             "score": (x,), "aic": (x,), "bic": (x,), "split": (graph.nodes,),
         }  # fmt: skip
 

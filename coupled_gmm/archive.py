@@ -1,0 +1,158 @@
+"""A .npz of plain arrays: written whole or not at all, and read without trust.
+
+NumPy's reader allocates what a file claims, unpacks what is packed, and raises a dozen kinds of errors on damage. Here sizes are
+checked against the file's own before anything is allocated, members are stored and never packed, and there is one kind of error.
+"""
+
+import contextlib
+import io
+import math
+import os
+import secrets
+import shutil
+import stat
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+_ENDING = ".npy"
+_ENCRYPTED = 0x1 | 0x40  # flags of a zip's member
+_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
+class Damaged(ValueError):
+    """No .npz of plain, stored arrays; the message says why."""
+
+
+def regular(path: Path) -> None:
+    """Refuse what is no ordinary file: a pipe would be waited for, and a device never ends.
+
+    Raises:
+      FileNotFoundError: there is none.
+      PermissionError, OSError: it can't be looked at; the message says why.
+      ValueError: a folder, a pipe, a device, or a name that no file can have.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: no such file; check the name and the folder") from error
+    except OSError as error:
+        raise type(error)(f"{path}: can't be reached ({error.strerror}); check the name and the permissions") from error
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r}: is no name of a file ({error}); give another") from error
+    if stat.S_ISDIR(mode):
+        raise ValueError(f"{path}: is a folder; name a file")
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{path}: is a pipe or a device; name a file")
+
+
+class Archive:
+    """The arrays of an open .npz by name; each is read, and its checksum of the zip tested, when it is asked for."""
+
+    def __init__(self, file: zipfile.ZipFile, size: int):
+        self._file = file
+        self._members = _checked(file.infolist(), size)
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(self._members)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """The array, in memory of its own.
+
+        Raises:
+          KeyError: there is none of this name.
+          Damaged: it is no array of numbers or text.
+        """
+        member = self._members[name]
+        with _as_damaged():
+            return _array(self._file.read(member))
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Archive]:
+    """The .npz at a path.
+
+    Raises:
+      FileNotFoundError, PermissionError, OSError: there is none, or it can't be read.
+      Damaged: it is none.
+    """
+    regular(path)
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise type(error)(f"{path}: can't be read ({error.strerror}); check its permissions") from error
+    with file, contextlib.ExitStack() as stack:
+        with _as_damaged():
+            size = os.fstat(file.fileno()).st_size
+            archive = Archive(stack.enter_context(zipfile.ZipFile(file)), size)
+        yield archive
+
+
+def write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """A .npz, stored, under a name of its own beside the path and then moved there.
+
+    Raises:
+      ValueError: something stands at the path that is no file.
+      OSError: it can't be written; nothing is left behind.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        regular(path)
+    part = path.with_name(f".{secrets.token_hex(8)}.part")
+    try:
+        with part.open("xb") as file:  # exclusively: what another has put there is not followed
+            np.savez(file, allow_pickle=False, **arrays)
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copymode(path, part)  # a file that was kept from others stays so
+        os.replace(part, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+@contextlib.contextmanager
+def _as_damaged() -> Iterator[None]:
+    """Whatever zipfile, NumPy and Python's parser raise on a damaged file, as one error."""
+    try:
+        yield
+    except Damaged:
+        raise
+    except Exception as error:
+        reason = str(error).partition("\n")[0][:100] or type(error).__name__
+        raise Damaged(ascii(reason)[1:-1]) from error
+
+
+def _checked(members: list[zipfile.ZipInfo], size: int) -> dict[str, zipfile.ZipInfo]:
+    """Members by the name of their array, of which none is packed and all fit into the file together."""
+    for member in members:
+        if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
+            raise Damaged("a member is compressed")
+        if member.flag_bits & _ENCRYPTED:
+            raise Damaged("a member is encrypted")
+        if not member.filename.endswith(_ENDING):
+            raise Damaged("a member is no array")
+    if sum(member.file_size for member in members) > size:
+        raise Damaged("its members claim to be larger than the file")
+    named = {member.filename.removesuffix(_ENDING): member for member in members}
+    if len(named) < len(members):
+        raise Damaged("two members have one name")
+    return named
+
+
+def _array(content: bytes) -> np.ndarray:
+    """What a .npy holds, where that is all of it."""
+    stream = io.BytesIO(content)
+    version = np.lib.format.read_magic(stream)
+    if version not in _READERS:
+        raise Damaged(f"an array of NumPy's format {version}")
+    shape, fortran, dtype = _READERS[version](stream)
+    if dtype.kind not in "fiubcU" or dtype.itemsize == 0:
+        raise Damaged("an array of neither numbers nor text")
+    if any(length < 0 for length in shape) or math.prod(shape) * dtype.itemsize != len(content) - stream.tell():
+        raise Damaged("an array's shape and size disagree")
+    flat = np.frombuffer(content, dtype, offset=stream.tell())
+    return (flat.reshape(shape[::-1]).T if fortran else flat.reshape(shape)).copy()
