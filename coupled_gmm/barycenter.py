@@ -13,6 +13,7 @@ programme.
 
 import dataclasses
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +27,7 @@ from coupled_gmm.mixture import GaussianMixture, about_one_point, moved_back, st
 from coupled_gmm.programs import program
 from coupled_gmm.result import Outcome, Status
 from coupled_gmm.star import Free, Plans, Star
-from coupled_gmm.tree import pytree, taken
+from coupled_gmm.tree import number, pytree, taken
 
 PROJECTIONS = ("joint", "bures", "euclidean")
 _NO_DERIVATIVE = (
@@ -52,6 +53,28 @@ class BarycenterFit(Outcome):
     n_steps: Int[Array, ""]
     start: Int[Array, ""]
     history: BarycenterHistory
+
+    _remedies = MappingProxyType(
+        {
+            Status.PLAN_NOT_CONVERGED: (
+                "a transport plan missed its marginals, or its optimum: use float64, or, of entropic plans, raise epsilon"
+            ),
+            Status.NOT_FINITE: "a value was not finite: check the mixtures and the start for moments that are not, or too large",
+        }
+    )
+
+    def _words(self) -> list[str]:
+        value = [f"objective {said}" for said in [number(self.objective)] if said]
+        steps = [f"{said} steps" for said in [number(self.n_steps)] if said]
+        return [*self.gmm._words(), *value, *steps, *self._ended()]
+
+    def _facts(self) -> dict[str, str]:
+        return {
+            "objective at the start": number(self.history.objective[..., 0]),
+            "objective at the end": number(self.objective),
+            "steps": number(self.n_steps),
+            "best start, from 0": number(self.start),
+        }
 
 
 def barycenter(

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from coupled_gmm import chunks, matrices
 from coupled_gmm.programs import program
@@ -19,6 +19,33 @@ def log_weights(weights: Float[Array, "*b K"]) -> Float[Array, "*b K"]:
     return jnp.where(present, jnp.log(jnp.where(present, weights, 1)), -jnp.inf)
 
 
+def whitenings(
+    covariances: Float[Array, "K d d"],
+) -> tuple[Float[Array, "K d d"], Float[Array, " K"], Bool[Array, " K"]]:
+    """Inverses of the covariances' factors, the logarithms of the densities' norms, and which covariances are regular.
+
+    In place of a singular one, which only an absent component may have, stands the identity: the derivative of its factor's
+    logarithm is infinite.
+    """
+    factor, d = matrices.cholesky(covariances), covariances.shape[-1]
+    regular = jnp.all(jnp.diagonal(factor, axis1=-2, axis2=-1) > 0, axis=-1)
+    factor = jnp.where(regular[:, None, None], factor, jnp.eye(d, dtype=factor.dtype))
+    return matrices.invert_triangular(factor), matrices.log_diagonal_sum(factor) + 0.5 * d * LOG_2PI, regular
+
+
+def log_normal(whitened: Float[Array, "K d B"], log_norm: Float[Array, " K"]) -> Float[Array, "K B"]:
+    return -0.5 * jnp.sum(whitened**2, axis=1) - log_norm[:, None]
+
+
+def log_joint(
+    whitened: Float[Array, "K d B"], log_norm: Float[Array, " K"], weights: Float[Array, " K"]
+) -> Float[Array, "K B"]:
+    """Log-densities with the weights in; -inf where a component is absent."""
+    present = (weights > 0)[:, None]
+    log_prob = jnp.where(present, log_normal(whitened, log_norm), 0)
+    return jnp.where(present, log_prob + log_weights(weights)[:, None], -jnp.inf)
+
+
 @program("what")
 def densities(
     points: Float[Array, "C d B"],
@@ -30,20 +57,13 @@ def densities(
     """Of points in chunks: log-densities of "components" (C, B, K) or of the "mixture" (C, B), or the logarithm of the "posterior"
     (C, B, K), or its mean of `values` (K,), or the most probable "label" (both (C, B))."""
     means, covariances, weights = parameters
-    factor, present = matrices.cholesky(covariances), weights > 0
-    regular = jnp.all(jnp.diagonal(factor, axis1=-2, axis2=-1) > 0, axis=-1)
-    # In place of a singular factor, which only an absent component may have: its logarithm's derivative is infinite.
-    factor = jnp.where(regular[:, None, None], factor, jnp.eye(means.shape[1], dtype=means.dtype))
-    whitening = matrices.invert_triangular(factor)
-    log_norm = matrices.log_diagonal_sum(factor) + 0.5 * means.shape[1] * LOG_2PI
+    whitening, log_norm, regular = whitenings(covariances)
 
     def of_chunk(x: Float[Array, "d B"]) -> Array:
         whitened = jnp.einsum("kij,kjb->kib", whitening, x - means[:, :, None])
-        log_prob = -0.5 * jnp.sum(whitened**2, axis=1) - log_norm[:, None]
         if what == "components":
-            return jnp.where(regular[:, None], log_prob, jnp.nan).T
-        log_prob = jnp.where(present[:, None], log_prob, 0)
-        joint = jnp.where(present[:, None], log_prob + log_weights(weights)[:, None], -jnp.inf)
+            return jnp.where(regular[:, None], log_normal(whitened, log_norm), jnp.nan).T
+        joint = log_joint(whitened, log_norm, weights)
         if what == "label":
             return jnp.argmax(joint, axis=0)
         total = jax.nn.logsumexp(joint, axis=0)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -15,8 +16,8 @@ from coupled_gmm.frame import Sight, View
 from coupled_gmm.graph import MixtureGraph
 from coupled_gmm.mixture import GaussianMixture, stack
 from coupled_gmm.programs import program
-from coupled_gmm.result import Outcome
-from coupled_gmm.tree import pytree, taken
+from coupled_gmm.result import Outcome, Status
+from coupled_gmm.tree import number, pytree, taken
 
 N_INIT = 10
 
@@ -135,6 +136,33 @@ class MixtureFit(Outcome):
     history: MixtureHistory
     penalized_log_likelihood: Float[Array, ""] | None = None
     start: Int[Array, ""] | None = None
+
+    _remedies = MappingProxyType(
+        {
+            Status.PRECISION: (
+                "stopped at what this precision can reach, above the tolerance: in float32, enable float64 "
+                "(jax.config.update('jax_enable_x64', True)); in float64, raise tol"
+            ),
+            Status.NOT_FINITE: "a value was not finite: raise ridge, or check the start for singular covariances",
+            Status.STALLED: (
+                "stalled: no step raised the likelihood, though the next promises more than the tolerance: go on in float64, or "
+                "raise tol"
+            ),
+        }
+    )
+
+    def _words(self) -> list[str]:
+        value = [f"log-likelihood {said}" for said in [number(self.log_likelihood)] if said]
+        steps = [f"{said} steps" for said in [number(self.n_steps)] if said]
+        return [*self.gmm._words(), *value, *steps, *self._ended()]
+
+    def _facts(self) -> dict[str, str]:
+        return {
+            "log-likelihood, mean per point": number(self.log_likelihood),
+            "with the ridge's term": number(self.penalized_log_likelihood),
+            "EM steps": number(self.n_steps),
+            "best start, from 0": number(self.start),
+        }
 
 
 def fit_gmm(

@@ -11,87 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from coupled_gmm import checks, chunks, coupled, foreign, frame, plan, report, solvers
-from coupled_gmm.coupled import Controls, History, Settings
+from coupled_gmm.coupled import Controls, Settings
+from coupled_gmm.fitted import GraphFit, PairFit, trimmed
 from coupled_gmm.frame import Sight
 from coupled_gmm.graph import MixtureGraph
 from coupled_gmm.mixture import GaussianMixture
 from coupled_gmm.pair import GaussianMixturePair
-from coupled_gmm.plan import Plan
 from coupled_gmm.programs import program
-from coupled_gmm.result import Outcome
-from coupled_gmm.tree import Stackable, new, pytree, single, taken
-
-
-@pytree
-class GraphFit(Stackable, Outcome):
-    """A fitted graph: its mixtures, its plans edge by edge, and how it went. Of a batch of fits, `fit[i]` is one."""
-
-    gmms: list[GaussianMixture]
-    plans: Plan  # of the padded mixtures, stacked on a leading axis E
-    penalized_log_likelihood: Float[Array, ""]
-    status: Int[Array, ""]
-    n_steps: Int[Array, ""]
-    history: History
-    log_likelihoods: Float[Array, " V"] | None = None  # of each cloud, mean per point, without ridge
-    edges: Int[Array, "E 2"] | None = None  # as given; files of before have none
-
-    @property
-    def batch_shape(self) -> tuple[int, ...]:
-        return jnp.shape(self.status)
-
-    @single
-    def plan(self, edge: Any) -> Plan:
-        """The plan of one edge, between the mixtures in `gmms` without padding.
-
-        Args:
-          edge: its index, from 0; or its nodes (i, j), whichever of them it was written from: mass goes from i to j.
-
-        Raises:
-          TypeError, ValueError: there is no such edge, or the fit is a batch, or traced.
-        """
-        index, reverse = self._edge(edge)
-        i, j = np.asarray(self.edges)[index].tolist()
-        plan = _trimmed(self.plans[index], self.gmms[i], self.gmms[j])
-        return plan.reverse() if reverse else plan
-
-    def _edge(self, edge: Any) -> tuple[int, bool]:
-        """The index of an edge, and whether it was asked for against its direction."""
-        if self.edges is None:
-            raise ValueError("edge: the fit was saved before fits kept their edges; read plans[i], or fit again")
-        if not checks.known(self.edges):
-            raise ValueError(
-                "edge: under a transformation sizes of plans are not known; read plans[i], or ask outside of it"
-            )
-        written = [tuple(nodes) for nodes in np.asarray(self.edges).tolist()]
-        if isinstance(edge, (tuple, list)) and len(edge) == 2:
-            for reverse, nodes in ((False, tuple(edge)), (True, tuple(edge[::-1]))):
-                if nodes in written:
-                    return written.index(nodes), reverse
-            raise ValueError(f"edge: no edge joins nodes {edge[0]} and {edge[1]}; the edges are {written}")
-        index = checks.integer("edge", edge, 0)
-        if index >= len(written):
-            raise ValueError(f"edge: there is no edge {index}; the edges from 0 are {written}")
-        return index, False
-
-
-@pytree
-class PairFit(Stackable, Outcome):
-    """A fitted pair with its plan, and how the fit went. Of a batch of fits, `fit[i]` is one."""
-
-    pair: GaussianMixturePair
-    plan: Plan
-    penalized_log_likelihood: Float[Array, ""]
-    status: Int[Array, ""]
-    n_steps: Int[Array, ""]
-    history: History
-    log_likelihoods: Float[Array, "2"] | None = None  # of each cloud, mean per point, without ridge
-
-    @property
-    def batch_shape(self) -> tuple[int, ...]:
-        return jnp.shape(self.status)
+from coupled_gmm.tree import new, taken
 
 
 class _Run(NamedTuple):
@@ -150,13 +80,6 @@ def _check_cloud(name: str, x: Any, weights_name: str, weights: Any, gmm: Gaussi
 def _settings(run: _Run, solver: solvers.Solver) -> Settings:
     progress = run.progress is not False and run.progress is not None
     return Settings(chunks.rows(run.em_steps), solver, run.optimizer, progress)
-
-
-def _trimmed(padded: Plan, gmm0: GaussianMixture, gmm1: GaussianMixture) -> Plan:
-    """A plan between padded mixtures as one between the mixtures themselves."""
-    k0, k1, (f, g) = gmm0.n_components, gmm1.n_components, padded.potentials
-    pair = padded.pair.replace(gmm0, gmm1)
-    return dataclasses.replace(padded, pair=pair, cost=padded.cost[:k0, :k1], potentials=(f[:k0], g[:k1]))
 
 
 def _edge_solver(method: str, graph: MixtureGraph) -> solvers.Solver:
@@ -218,7 +141,7 @@ def _fit_pair(
 ) -> PairFit:
     problem = MixtureGraph.from_pair(pair, transport_weight, frozen)
     fit = _fit_graph(problem, sight, controls, settings)
-    whole = _trimmed(taken(fit.plans, 0), *fit.gmms)
+    whole = trimmed(taken(fit.plans, 0), *fit.gmms)
     end = fit.penalized_log_likelihood, fit.status, fit.n_steps, fit.history, fit.log_likelihoods
     return PairFit(whole.pair, whole, *end)
 

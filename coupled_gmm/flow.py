@@ -14,6 +14,7 @@ as in POT's example of a flow.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +27,7 @@ from coupled_gmm.mixture import GaussianMixture, about_one_point, moved_back
 from coupled_gmm.programs import program
 from coupled_gmm.result import Outcome, Status
 from coupled_gmm.star import Free, Plans, Star
-from coupled_gmm.tree import chosen, new, pytree, taken
+from coupled_gmm.tree import chosen, new, number, pytree, taken
 
 _HALVINGS = 12
 _FLOOR = 1e-6  # of the source's mean variance, feature by feature: no covariance is projected to less
@@ -51,6 +52,30 @@ class FlowFit(Outcome):
     path: GaussianMixture
     status: Int[Array, ""]
     history: FlowHistory
+
+    _remedies = MappingProxyType(
+        {
+            Status.STEPS_DONE: "all steps were done",
+            Status.PLAN_NOT_CONVERGED: (
+                "a transport plan missed its marginals, or its optimum, on the way: use float64, or, of entropic plans, raise "
+                "epsilon"
+            ),
+            Status.NOT_FINITE: (
+                "a value was not finite: lower step_size, or check the mixtures for moments that are not, or too large"
+            ),
+        }
+    )
+
+    def _words(self) -> list[str]:
+        value = [f"loss {said}" for said in [number(self.loss)] if said]
+        return [*self.gmm._words(), *value, f"{self.history.loss.shape[-1]} steps", *self._ended()]
+
+    def _facts(self) -> dict[str, str]:
+        return {
+            "loss at the start": number(self.history.loss[..., 0]),
+            "loss at the end": number(self.loss),
+            "steps": str(self.history.loss.shape[-1]),
+        }
 
 
 def flow(

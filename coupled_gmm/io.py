@@ -35,12 +35,12 @@ _MODULES = {
     "FlowHistory": "flow",
     "GaussianMixture": "mixture",
     "GaussianMixturePair": "pair",
-    "GraphFit": "fit",
+    "GraphFit": "fitted",
     "History": "coupled",
     "MixtureFit": "em",
     "MixtureGraph": "graph",
     "MixtureHistory": "em",
-    "PairFit": "fit",
+    "PairFit": "fitted",
     "Plan": "plan",
 }
 

@@ -5,9 +5,9 @@ and weights. Factors are derived when they are needed. A component of weight zer
 value or a gradient, whatever its other parameters are: mixtures of unequal size are padded with such components.
 """
 
-import contextlib
 import dataclasses
 import functools
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -15,9 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from coupled_gmm import checks, chunks, matrices
+from coupled_gmm.conditional import conditionals
+from coupled_gmm.covariances import check_covariances, rounding_errors, which_singular
 from coupled_gmm.density import densities, log_weights
 from coupled_gmm.expansions import two_sum
 from coupled_gmm.programs import program
@@ -25,7 +27,7 @@ from coupled_gmm.tree import Stackable, mapped, new, pytree, single
 
 _MOST_ROUNDING = 0.03  # nats, of a log-density
 # Called outside of jit, a loop is compiled anew at every call.
-_cholesky, _invert_triangular = program()(matrices.cholesky), program()(matrices.invert_triangular)
+_cholesky = program()(matrices.cholesky)
 
 
 @pytree
@@ -81,6 +83,9 @@ class GaussianMixture(Stackable):
     @property
     def batch_shape(self) -> tuple[int, ...]:
         return self.means.shape[:-2]
+
+    def _words(self) -> list[str]:
+        return [*self._stacked(), f"{self.n_components} components of {self.n_features} features", str(self.dtype)]
 
     @property
     def n_components(self) -> int:
@@ -139,9 +144,10 @@ class GaussianMixture(Stackable):
         finer = on_host and x.dtype.itemsize > self.means.dtype.itemsize
         if not finer and self.remainders is None:
             return checks.representable(name, x, self.dtype), self.means
-        centre = self.means[jnp.argmax(self.weights)]
-        means = self.means - centre
-        means = means if self.remainders is None else means + self.remainders
+        kept: Any = self.means, self.weights, self.remainders
+        means, weights, remainders = jax.tree.map(np.asarray, kept) if on_host else kept
+        centre = means[weights.argmax()]
+        means = means - centre if remainders is None else means - centre + remainders
         x = x - np.asarray(centre, x.dtype if finer else self.dtype) if on_host else x.astype(self.dtype) - centre
         return checks.representable(name, x, self.dtype), means
 
@@ -154,6 +160,37 @@ class GaussianMixture(Stackable):
     def log_posterior(self, x: Any) -> Float[Array, "n K"]:
         """Log-probability of each component given the point, (n, K); -inf for components of weight zero."""
         return self._density(x, "posterior")
+
+    @single
+    def predict(self, x: Any) -> Int[Array, " n"]:
+        """The most probable component of each point, (n,); never one of weight zero."""
+        return self._density(x, "label")
+
+    @single
+    def score(self, x: Any) -> Any:
+        """Mean log-density of points (n, d): in float64 where they are known, whatever the mixture's precision."""
+        log_prob = self._density(x, "mixture")
+        return np.asarray(log_prob, np.float64).mean() if checks.known(log_prob) else jnp.mean(log_prob)
+
+    @property
+    def n_parameters(self) -> Any:
+        """Numbers that a fit is free to choose: means, covariances and weights of the components of positive weight."""
+        weights, xp = (np.asarray(self.weights), np) if checks.known(self.weights) else (self.weights, jnp)
+        count, d = xp.sum(weights > 0, axis=-1), self.n_features
+        number = count * (1 + d + d * (d + 1) // 2) - 1
+        return int(number) if xp is np and not self.batch_shape else number
+
+    @single
+    def bic(self, x: Any) -> Any:
+        """Bayesian information criterion at points (n, d); of two mixtures the one with the lower is preferred."""
+        score, n = self.score(x), len(x)
+        return self.n_parameters * math.log(n) - 2 * n * score
+
+    @single
+    def aic(self, x: Any) -> Any:
+        """Akaike's information criterion at points (n, d); of two mixtures the one with the lower is preferred."""
+        score, n = self.score(x), len(x)
+        return 2 * self.n_parameters - 2 * n * score
 
     @single
     @matrices.precise
@@ -184,42 +221,43 @@ class GaussianMixture(Stackable):
     def marginal(self, axes: Sequence[int]) -> "GaussianMixture":
         """The mixture over some of the features, in the order given."""
         index = np.asarray(self._check_axes(axes))
-        remainders = None if self.remainders is None else self.remainders[:, index]
-        covariances = self.covariances[:, index[:, None], index]
-        return GaussianMixture(self.means[:, index], covariances, self.weights, remainders)
+        # Without programs of their own where NumPy can do it.
+        kept = jax.tree.map(np.asarray, self) if chunks.known(self) else self
+        remainders = None if kept.remainders is None else kept.remainders[:, index]
+        covariances = kept.covariances[:, index[:, None], index]
+        return jax.device_put(GaussianMixture(kept.means[:, index], covariances, kept.weights, remainders))
 
     @single
-    @matrices.precise
     def condition(self, axes: Sequence[int], values: Any) -> "GaussianMixture":
-        """The mixture over the other features, given `values` (len(axes),) of the features `axes`.
+        """The mixture over the other features, in their order, given `values` (len(axes),) of the features `axes`.
+
+        Of many values at once, (m, len(axes)), m mixtures stacked on a leading axis.
 
         Raises:
           ValueError: `axes` repeat, are out of range or leave no feature; `values` have another length; a component of
             positive weight is singular in `axes`, so that they have no density.
         """
         checks.held("gmm", self)
-        given = np.asarray(self._check_axes(axes))
-        rest = np.setdiff1d(np.arange(self.n_features), given)
-        if rest.size == 0:
+        given = self._check_axes(axes)
+        if len(given) == self.n_features:
             raise ValueError(f"axes: all {self.n_features} features are given; leave at least one to be conditioned")
-        values = checks.own_array("values", values, len(given))
+        listed = isinstance(values, (list, tuple))
+        many = np.ndim(next(iter(values), 0)) == 1 if listed else np.ndim(values) == 2
+        values = checks.own_array("values", values, *(("m",) if many else ()), len(given))
         checks.finite("values", values)
-        observed = self.marginal(given.tolist())
-        observed.check_densities(f"marginal over axes {given.tolist()}")
-        (point,), centres = observed._seen(values[None], "values")
-        whitening = _invert_triangular(observed.cholesky)
-        cross = self.covariances[:, rest[:, None], given] @ matrices.transpose(whitening)
-        whitened = jnp.einsum("kij,kj->ki", whitening, point - centres)
-        weights = jnp.exp(observed.log_posterior(values[None])[0])
-        means, lost = two_sum(self.means[:, rest], jnp.einsum("kij,kj->ki", cross, whitened))
-        covariances = self.covariances[:, rest[:, None], rest] - cross @ matrices.transpose(cross)
-        remainders = None if self.remainders is None else self.remainders[:, rest] + lost
-        return GaussianMixture(means, covariances, weights, remainders)
+        observed = self.marginal(given)
+        observed.check_densities(f"marginal over axes {given}")
+        observed._warn_of_rounding()
+        points, centres = observed._seen(values if many else values[None], "values")
+        moments = self.means, self.covariances, self.weights, self.remainders
+        found = conditionals(moments, chunks.filled(points), centres, tuple(given))
+        stacked = chunks.first(GaussianMixture(*found), len(points))
+        return stacked if many else jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[1:]), stacked)
 
     def check_densities(self, name: str = "gmm") -> None:
         """Raise ValueError where a component of positive weight is singular, so that the mixture has no density."""
         if checks.known(self):
-            singular = np.flatnonzero((np.asarray(self.weights) > 0) & _singular(np.asarray(self.covariances)))
+            singular = np.flatnonzero((np.asarray(self.weights) > 0) & which_singular(np.asarray(self.covariances)))
             if singular.size:
                 raise ValueError(
                     f"{name}: component {singular[0]} has a singular covariance and no density; "
@@ -229,7 +267,7 @@ class GaussianMixture(Stackable):
     def _warn_of_rounding(self) -> None:
         """Say where covariances, as this precision rounds them, do not tell log-densities to two digits."""
         if checks.known(self):
-            errors = _rounding_errors(np.asarray(self.covariances)) * (np.asarray(self.weights) > 0)
+            errors = rounding_errors(np.asarray(self.covariances)) * (np.asarray(self.weights) > 0)
             if (errors > _MOST_ROUNDING).any():
                 k = int(errors.argmax())
                 warnings.warn(
@@ -331,47 +369,3 @@ def _remainders(given: Any, means: Array, covariances: Array) -> Array | None:
     lost = given - np.asarray(means, given.dtype)
     deviations = np.sqrt(np.diagonal(np.asarray(covariances), axis1=1, axis2=2))
     return jnp.asarray(lost, means.dtype) if (np.abs(lost) > 1e-4 * deviations).any() else None
-
-
-def check_covariances(covariances: np.ndarray, eps: float) -> None:
-    """Each entry in units of its own two features: beside a large one, nothing of a small one would be seen."""
-    largest = np.maximum(np.abs(covariances).max(axis=(1, 2)), np.finfo(np.float64).tiny)
-    variances = np.maximum(np.diagonal(covariances, axis1=1, axis2=2), eps**2 * largest[:, None])
-    variances = np.maximum(variances, np.finfo(np.float64).tiny)
-    scaled = covariances / np.sqrt(variances)[:, :, None] / np.sqrt(variances)[:, None, :]
-    asymmetry = np.abs(scaled - scaled.swapaxes(1, 2)).max(axis=(1, 2))
-    if (asymmetry > max(1e-5, 100 * eps)).any():
-        k = int(asymmetry.argmax())
-        raise ValueError(f"covariances: component {k} is not symmetric; pass (S + S.T) / 2 if the difference is noise")
-    lowest = np.linalg.eigvalsh(scaled)[:, 0]
-    if (lowest < -10 * covariances.shape[-1] * eps).any():
-        k = int(lowest.argmin())
-        raise ValueError(
-            f"covariances: component {k} is indefinite (lowest eigenvalue {lowest[k]:.3g} of its correlations); "
-            "clip its negative eigenvalues at zero"
-        )
-
-
-def _rounding_errors(covariances: np.ndarray) -> np.ndarray:
-    r"""What rounding covariances changes log-densities by: :math:`\frac{u}{2} \sum_{ij} |S^{-1}|_{ij} |S|_{ij}`, u half a unit."""
-    unit = 0.25 * np.finfo(covariances.dtype).eps
-    covariances = covariances.astype(np.float64)
-    deviations = np.sqrt(np.maximum(np.diagonal(covariances, axis1=1, axis2=2), np.finfo(np.float64).tiny))
-    scaled = covariances / deviations[:, :, None] / deviations[:, None]
-    errors = np.zeros(len(scaled))
-    for k, correlations in enumerate(scaled):
-        with contextlib.suppress(np.linalg.LinAlgError):
-            errors[k] = unit * np.abs(np.linalg.inv(correlations) * correlations).sum()
-    return errors
-
-
-def _singular(covariances: np.ndarray) -> np.ndarray:
-    """Which matrices `matrices.cholesky` finds singular; on the host, where a check compiles nothing."""
-    pivots = np.full(covariances.shape[:-1], np.nan)
-    for k, covariance in enumerate(covariances.astype(np.float64)):
-        try:
-            pivots[k] = np.diagonal(np.linalg.cholesky(covariance)) ** 2
-        except np.linalg.LinAlgError:
-            continue
-    floor = 4 * np.finfo(covariances.dtype).eps * np.diagonal(covariances, axis1=1, axis2=2)
-    return ~np.all(pivots > floor, axis=-1)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from coupled_gmm import bures, checks
 from coupled_gmm.mixture import GaussianMixture, about_one_point
 from coupled_gmm.programs import program
-from coupled_gmm.tree import Stackable, mapped, new, pytree, single, static
+from coupled_gmm.tree import Stackable, mapped, new, number, pytree, single, static
 
 if TYPE_CHECKING:
     from ott.geometry import pointcloud
@@ -106,6 +106,13 @@ class GaussianMixturePair(Stackable):
     @property
     def n_features(self) -> int:
         return self.gmm0.n_features
+
+    def _words(self) -> list[str]:
+        one, other = self.gmm0.n_components, self.gmm1.n_components
+        price = ["balanced"] if self.balanced else [f"rho {said}" for said in [number(self.rho)] if said]
+        epsilon = [f"epsilon {said}" for said in [number(self.epsilon)] if said]
+        sizes = f"{one} and {other} components of {self.n_features} features"
+        return [*self._stacked(), sizes, *epsilon, *price, str(self.gmm0.dtype)]
 
     @mapped
     def cost_matrix(self) -> Float[Array, "K0 K1"]:

@@ -1,6 +1,7 @@
 """Transport plans between mixtures, with their certificates and what their cost is made of."""
 
 import dataclasses
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from coupled_gmm.entropic import Potentials
 from coupled_gmm.exact import Vertex
 from coupled_gmm.pair import GaussianMixturePair
 from coupled_gmm.result import Outcome, Status
-from coupled_gmm.tree import Stackable, mapped, pytree
+from coupled_gmm.tree import Stackable, mapped, number, pytree
 
 _NO_DERIVATIVE = (
     "an exact plan's matrix can't be differentiated: it jumps from vertex to vertex; differentiate plan.transport_cost, use "
@@ -51,9 +52,38 @@ class Plan(Stackable, Outcome):
     vertex: Float[Array, "K0 K1"] | None = None  # an exact plan's matrix
     gap: Float[Array, ""] | None = None  # and its duality gap, from potentials more precise than `potentials`
 
+    _remedies = MappingProxyType(
+        {
+            Status.NOT_CONVERGED: (
+                "the iterations ran out before the tolerance was met: allow more steps (max_iterations), or a larger tol"
+            ),
+            Status.PRECISION: (
+                "stopped at what this precision can reach, above the tolerance: in float32, enable float64 "
+                "(jax.config.update('jax_enable_x64', True)); in float64, raise the pair's epsilon, or tol"
+            ),
+            Status.NOT_FINITE: "a value was not finite: check the pair's mixtures, and that epsilon is no tiny part of their costs",
+        }
+    )
+
     @property
     def batch_shape(self) -> tuple[int, ...]:
         return self.cost.shape[:-2]
+
+    def _words(self) -> list[str]:
+        k0, k1 = self.cost.shape[-2:]
+        epsilon = [f"epsilon {said}" for said in [number(self.pair.epsilon)] if said and self.vertex is None]
+        how = ["exact"] if self.vertex is not None else ["balanced" if self.pair.balanced else "unbalanced"]
+        count = [f"{said} iterations" for said in [number(self.n_iterations)] if said]
+        return [*self._stacked(), f"{k0} x {k1}", *how, *epsilon, *count, *self._ended()]
+
+    def _facts(self) -> dict[str, str]:
+        return {
+            "transport cost <P, C>": number(self.transport_cost),
+            "regularised cost": number(self.regularized_cost),
+            "total mass": number(self.total_mass),
+            "marginal error": number(self.marginal_error),
+            "duality gap": number(self.duality_gap),
+        }
 
     def reverse(self) -> "Plan":
         """The plan of the same problem from gmm1 to gmm0."""
@@ -206,26 +236,35 @@ class Plan(Stackable, Outcome):
         """Outflow over mass of gmm0's components, inflow over mass of gmm1's; 1 where a component has no mass to speak of: no more
         than a rounding unit of all of it."""
         matrix, (a, b) = self.matrix, self._masses
-
-        def ratio(flow: Array, mass: Array) -> Array:
-            some = mass > jnp.finfo(mass.dtype).eps * jnp.sum(mass)
-            return jnp.where(some, flow / jnp.where(some, mass, 1), 1)
-
-        return ratio(matrix.sum(1), a), ratio(matrix.sum(0), b)
+        return _ratio(matrix.sum(1), a), _ratio(matrix.sum(0), b)
 
     @mapped
     @matrices.precise
-    def point_reweighting(self, x: Any) -> Float[Array, " n"]:
-        r"""Factor by which the weight of each point changes on its way from gmm0 to gmm1.
+    def mass_change(self) -> Float[Array, " K0"]:
+        r"""Factor by which the mass of what leaves each component of gmm0 changes on its way to gmm1, along the plan.
 
-        Leaving component k a point takes its outflow factor; entering l it is divided by the inflow factor, so that the
-        points that enter carry the mass of l. This is the mean over k given the point, and over l by the rows of the plan;
-        over points of gmm0 its mean is the mass of the components of gmm1 that anything enters.
+        Leaving k it takes that component's outflow factor; entering l it is divided by the inflow factor, so that what enters
+        carries the mass of l. With a and b the masses, so it is the mass of gmm1 that comes from k over that of k,
+
+        .. math:: \frac{1}{a_k} \sum_l b_l \frac{P_{kl}}{\sum_i P_{il}} ,
+
+        w1 / w0 on a diagonal plan: neither factor alone says so. 1 where masses are balanced, and where a component has none to
+        speak of, as in `reweighting`. Weighted by a its sum is the mass of the components of gmm1 that anything enters.
         """
-        outflow, inflow = self.reweighting()
-        forward, _ = self.conditionals()
-        arrival = jnp.where(inflow > 0, 1 / jnp.where(inflow > 0, inflow, 1), 1)
-        return self.pair.gmm0.posterior_mean(x, outflow * (forward @ arrival))
+        a, b = self._masses
+        if self.pair.balanced:
+            return jnp.ones_like(a)
+        _, backward = self.conditionals()
+        return _ratio(backward @ b, a)
+
+    @mapped
+    def point_reweighting(self, x: Any) -> Float[Array, " n"]:
+        """Factor by which the weight of each point changes on its way from gmm0 to gmm1: the mean of `mass_change` over the
+        components given the point.
+
+        Over points of gmm0 its mean is the mass of the components of gmm1 that anything enters.
+        """
+        return self.pair.gmm0.posterior_mean(x, self.mass_change())
 
     @property
     def _masses(self) -> tuple[Float[Array, " K0"], Float[Array, " K1"]]:
@@ -268,6 +307,12 @@ def from_vertex(pair: GaussianMixturePair, cost: Array, vertex: Vertex, tol: Arr
     finite = jnp.all(jnp.isfinite(vertex.f)) & jnp.all(jnp.isfinite(vertex.g)) & jnp.isfinite(vertex.gap)
     status = jnp.where(finite & jnp.isfinite(error), status, Status.NOT_FINITE)
     return Plan(pair, cost, (vertex.f, vertex.g), status, vertex.n_iterations, vertex.matrix, vertex.gap)
+
+
+def _ratio(flow: Array, mass: Array) -> Array:
+    """Flows over masses; 1 where there is no mass to speak of."""
+    some = mass > jnp.finfo(mass.dtype).eps * jnp.sum(mass)
+    return jnp.where(some, flow / jnp.where(some, mass, 1), 1)
 
 
 def _kl(p: Array, q: Array) -> Array:

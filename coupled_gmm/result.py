@@ -1,9 +1,13 @@
 """What every solver returns beside its value: a status whose text names the remedy."""
 
 import enum
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 
 class FitError(RuntimeError):
@@ -28,6 +32,11 @@ class Status(enum.IntEnum):
     def message(self) -> str:
         return _MESSAGES[self]
 
+    @property
+    def words(self) -> str:
+        """Such as "not converged"."""
+        return self.name.lower().replace("_", " ")
+
 
 _MESSAGES = {
     Status.CONVERGED: "converged: the tolerance was met",
@@ -38,7 +47,7 @@ _MESSAGES = {
         "(jax.config.update('jax_enable_x64', True)); in float64, raise epsilon or tol"
     ),
     Status.NOT_FINITE: (
-        "a value was not finite: raise ridge, lower the learning rate or step size, or check the start for singular covariances"
+        "a value was not finite: raise ridge, lower the learning rate, or check the start for singular covariances"
     ),
     Status.PLAN_NOT_CONVERGED: (
         "a transport plan missed its marginals during the fit (history.marginal_error): raise epsilon, or use float64"
@@ -58,13 +67,29 @@ _MESSAGES = {
         "a fitted covariance is singular in this precision, so that the mixture has no density: raise ridge, or use float64"
     ),
 }
+# From the least to the worst; the numbers, which files hold, say nothing of that. After the ends that are none of a failure come
+# those with a result that is usable but not as good as asked for, then those whose result is wrong in part, then those with none.
+SEVERITY = (
+    Status.CONVERGED,
+    Status.STEPS_DONE,
+    Status.NOT_CONVERGED,
+    Status.STALLED,
+    Status.PRECISION,
+    Status.PLAN_NOT_CONVERGED,
+    Status.STARVED,
+    Status.COLLAPSED,
+    Status.SINGULAR,
+    Status.NOT_FINITE,
+)
 FAILURES = frozenset(Status) - {Status.CONVERGED, Status.STEPS_DONE}
+Remedies = Mapping[Status, str]
 
 
 class Outcome:
     """What a status says, shared by every result; the class that inherits has a field ``status``."""
 
     status: jax.Array
+    _remedies = MappingProxyType({})  # messages of this class, where the general ones name what it has not
 
     @property
     def converged(self) -> jax.Array:
@@ -72,22 +97,83 @@ class Outcome:
         return self.status == Status.CONVERGED
 
     @property
+    def status_name(self) -> str:
+        """The status in a word or two; of a batch, how many ended in each way, the worst first."""
+        return status_name(self.status)
+
+    @property
     def message(self) -> str:
-        """The status in words, with the remedy; for a batch, the worst one."""
-        return _message(self.status)
+        """The status in words, with the remedy; for a batch the worst one, and how many ended in each way.
+
+        Of a fit also what became of the plans that it ended with, where their solver stopped short.
+        """
+        said = message(self.status, self._remedies)
+        plans = self._plans()
+        if plans is not None and np.any(np.asarray(plans.status) != Status.CONVERGED):
+            said = f"{said}; and the plan that it ended with: {plans.message}"
+        return said
 
     def raise_if_failed(self) -> None:
         """Raise `FitError` with the remedy unless the work was done (and converged, where that was asked)."""
-        raise_if_failed(self.status)
+        if failed(self.status):
+            raise FitError(self.message)
+
+    def summary(self) -> str:
+        """A few lines for people: sizes, numbers, and how it ended."""
+        name, _, words = repr(self)[:-1].partition("(")
+        facts = {**self._facts(), "status": self.message}
+        return "\n".join([f"{name}: {words}", *(f"  {fact}: {said}" for fact, said in facts.items() if said)])
+
+    def _facts(self) -> dict[str, str]:
+        """Names and numbers that `summary` tells beside the words of `repr`."""
+        return {}
+
+    def _plans(self) -> "Outcome | None":
+        """The plans that a fit ended with."""
+        return None
+
+    def _ended(self) -> list[str]:
+        """The status for `repr`; nothing where it can't be read."""
+        return [] if isinstance(self.status, Tracer) else [self.status_name]
 
 
-def raise_if_failed(status: jax.Array) -> None:
+def failed(status: Any) -> bool:
+    """Whether a status, or one of a batch, is a failure."""
+    return bool(np.isin(np.asarray(status), list(FAILURES)).any())
+
+
+def raise_if_failed(status: Any, remedies: Remedies | None = None) -> None:
     """Raise `FitError` with the remedy where a status, or one of a batch, is a failure."""
-    failed = np.isin(np.asarray(status), list(FAILURES))
-    if failed.any():
-        where = f" (in {failed.sum()} of {failed.size} problems)" if failed.size > 1 else ""
-        raise FitError(_message(status) + where)
+    if failed(status):
+        raise FitError(message(status, remedies or {}))
 
 
-def _message(status: jax.Array) -> str:
-    return Status(int(np.max(np.asarray(status)))).message
+def worst(status: Any) -> Status:
+    """The worst status of a batch, by `SEVERITY`."""
+    return max(_counted(status), key=SEVERITY.index)
+
+
+def status_name(status: Any) -> str:
+    """A status in a word or two; of a batch, how many ended in each way, the worst first."""
+    counts = _counted(status)
+    if np.ndim(status) == 0:
+        return next(iter(counts)).words
+    ends = sorted(counts, key=SEVERITY.index, reverse=True)
+    return ", ".join(f"{counts[end]} {end.words}" for end in ends)
+
+
+def message(status: Any, remedies: Remedies) -> str:
+    """A status with its remedy; of a batch the worst one, and how many ended in each way."""
+    end = worst(status)
+    said = remedies.get(end, end.message)
+    alike = np.size(status) == 1 or end is Status.CONVERGED
+    return said if alike else f"{said} (of {np.size(status)}: {status_name(status)})"
+
+
+def _counted(status: Any) -> dict[Status, int]:
+    if isinstance(status, Tracer):
+        raise TypeError("status: under a transformation it is not known how this ended; read it outside of it")
+    values, counts = np.unique(np.asarray(status), return_counts=True)
+    if not values.size:
+        raise ValueError("status: the batch is empty; nothing was solved")
+    return {Status(int(value)): int(count) for value, count in zip(values, counts, strict=True)}

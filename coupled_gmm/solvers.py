@@ -110,7 +110,7 @@ def mw2_squared(gmm0: GaussianMixture, gmm1: GaussianMixture, *, epsilon: Any = 
     pair = GaussianMixturePair(gmm0, gmm1, 1.0 if epsilon is None else epsilon)
     value, status = _mw2_squared(pair, epsilon is None)
     if checks.known(status):
-        raise_if_failed(status)
+        raise_if_failed(status, Plan._remedies)
     return value
 
 

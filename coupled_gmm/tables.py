@@ -85,6 +85,7 @@ def _masses(fit: PairFit) -> Titled:
     if not pair.balanced:
         outflow, inflow = fit.plan.reweighting()
         columns |= {"outflow / mass in 0": outflow, "inflow / mass in 1": inflow}
+        columns |= {"mass change from 0": fit.plan.mass_change()}
     table = _table("component", *columns)
     for k in range(max(pair.gmm0.n_components, pair.gmm1.n_components)):
         table.add_row(str(k), *(f"{float(values[k]):.4f}" if k < len(values) else "" for values in columns.values()))

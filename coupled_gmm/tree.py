@@ -13,7 +13,10 @@ from typing import Any, Self, TypeVar, cast, dataclass_transform
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
+_LONGEST = 60  # characters that a field may take
 T = TypeVar("T")
 
 
@@ -47,6 +50,11 @@ class Stackable:
     def batch_shape(self) -> tuple[int, ...]:
         """Of the leading axes: () for a single one."""
         raise NotImplementedError
+
+    def _stacked(self) -> list[str]:
+        """How many there are, for `repr`; nothing for a single one."""
+        shape = self.batch_shape
+        return [f"{' x '.join(map(str, shape))} stacked"] if shape else []
 
     def __len__(self) -> int:
         return self._stack("len()")[0]
@@ -103,10 +111,60 @@ def single(method: F) -> F:
     return cast(F, wrapped)
 
 
+def _repr(self: Any) -> str:
+    """What a class says of itself in `_words`; or else each field, arrays by their shapes."""
+    words: Callable[[], list[str]] = getattr(self, "_words", list)
+    try:
+        said = words()
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        said = []  # transformations put tracers, placeholders and None into trees, and arrays may have been given up
+    said = said or [f"{f.name}={shown(getattr(self, f.name, None))}" for f in dataclasses.fields(self)]
+    return f"{type(self).__name__}({', '.join(said)})"
+
+
+def shown(value: Any) -> str:
+    """A value in a few words: a number as such, an array by its type and shape."""
+    if isinstance(value, (list, tuple)):
+        return f"{len(value)} of {type(value[0]).__name__}" if value else "none"
+    if value is None or isinstance(value, (bool, int, float, str)) or dataclasses.is_dataclass(value):
+        said = repr(value)
+        return said if len(said) < _LONGEST else said[:_LONGEST] + "..."
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    if not isinstance(shape, tuple) or dtype is None:
+        return type(value).__name__
+    if shape == () and (said := number(value)):
+        return said
+    return f"{dtype}[{','.join(map(str, shape))}]"
+
+
+def number(value: Any) -> str:
+    """A number to six digits; of several the least and the largest; "" where they can't be read."""
+    given_up = isinstance(value, jax.Array) and not isinstance(value, Tracer) and value.is_deleted()
+    if value is None or given_up or not isinstance(value, (np.ndarray, np.generic, jax.Array, int, float)):
+        return ""
+    if isinstance(value, Tracer):
+        return ""
+    host = np.asarray(value)
+    if host.size == 0 or host.dtype.kind not in "fiub":
+        return ""
+    if host.size == 1:
+        return f"{host.item():.6g}"
+    finite = host[np.isfinite(host)]
+    return f"{finite.min():.6g} to {finite.max():.6g}" if finite.size else "nan"
+
+
+def listed(values: Any) -> str:
+    """Such as "3, 4 and 5"."""
+    *most, last = map(str, values)
+    return f"{', '.join(most)} and {last}" if most else last
+
+
 @dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(static, dataclasses.field))
 def pytree(cls: type[T]) -> type[T]:
     """Make `cls` a frozen dataclass and a pytree whose leaves are its fields, save those marked `static`."""
-    cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
+    cls = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
+    if cls.__repr__ is object.__repr__:
+        cls.__repr__ = _repr  # pyright: ignore[reportAttributeAccessIssue]
     fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
     leaves = tuple(f.name for f in fields if not f.metadata.get("static"))
     statics = tuple(f.name for f in fields if f.metadata.get("static"))

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from coupled_gmm.mixture import check_covariances
+from coupled_gmm.covariances import check_covariances
 from coupled_gmm.result import Status
 
 # Fields that hold objects stacked on one more axis, and its length, in the words of the annotations.

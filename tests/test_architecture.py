@@ -13,9 +13,10 @@ PACKAGE = Path(coupled_gmm.__file__).parent
 # A module imports modules of lower floors only; within one floor nobody imports anybody.
 FLOORS = [
     {"tree", "matrices", "result", "foreign", "host", "expansions", "archive", "arrays", "dialect"},
-    {"checks", "programs"},
+    {"checks", "programs", "covariances"},
     {"chunks"},
     {"density"},
+    {"conditional"},
     {"mixture"},
     {"bures"},
     {"duals", "exact", "ott_cost", "statistics"},
@@ -31,6 +32,7 @@ FLOORS = [
     {"m_step"},
     {"report"},
     {"coupled"},
+    {"fitted"},
     {"em", "fit"},
     {"validity"},
     {"io", "clouds", "interop", "sections"},

@@ -145,7 +145,8 @@ def test_a_start_that_failed_is_status_1_and_writes_nothing(run, monkeypatch, st
     monkeypatch.setattr(cg, "fit_gmm", lambda *a, **k: dataclasses.replace(fit_gmm(*a, **k), status=np.int32(status)))
     result = call("fit", run.folder / "c.toml", "--out", run.folder / "failed")
     assert result.exit_code == 1 and "run folder" not in result.stdout
-    assert result.stderr == f"the fit failed: its start, one mixture for both clouds: {status.message}\n"
+    said = cg.MixtureFit._remedies.get(status, status.message)
+    assert result.stderr == f"the fit failed: its start, one mixture for both clouds: {said}\n"
     assert not list((run.folder / "failed").iterdir())
 
 

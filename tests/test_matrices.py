@@ -222,7 +222,8 @@ class Examples:
 
 # What other libraries, files and the host do.
 ELSEWHERE = {"BuresCost", "from_ott", "from_sklearn", "load", "save", "to_ott", "to_pot", "to_sklearn"}
-INTERNAL = {"geometry", "fitted", "message", "raise_if_failed", "check_densities"}  # or of the host, or of OTT
+# Or of the host, or of OTT.
+INTERNAL = {"check_densities", "fitted", "geometry", "message", "raise_if_failed", "status_name", "summary"}
 
 
 @pytest.fixture(scope="module")

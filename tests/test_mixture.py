@@ -236,6 +236,95 @@ class TestMarginalsAndConditionals:
         assert_finite(conditional)
         jax.tree.map(np.testing.assert_array_equal, gmm.marginal([0, 1, 2]), gmm)
 
+    def test_many_values_at_once(self, precision):
+        """Against the closed form of NumPy, value by value; other numbers of values share the program."""
+        gmm = with_zero_weight(random_mixture(0, K, D, condition=10), 1, covariances=0.0)
+        values = points(2, 37, 2)
+        stacked = gmm.condition([2, 0], values)
+        assert stacked.batch_shape == (37,) and len(gmm.condition([2, 0], values[:2])) == 2
+        present, tolerance = np.asarray(gmm.weights) > 0, 1e4 * precision
+        for i in (0, 36):
+            expected = conditional(*host(gmm), [2, 0], np.asarray(values[i], gmm.dtype))
+            for got, wanted in zip(host(stacked[i]), expected, strict=True):
+                np.testing.assert_allclose(got[present], wanted[present], rtol=tolerance, atol=tolerance)
+        assert_finite(stacked)
+        for alone in (gmm.condition([2, 0], values[5]), gmm.condition([2, 0], values[5:6])[0]):
+            jax.tree.map(np.testing.assert_array_equal, alone, stacked[5])
+
+    def test_many_values_under_transformations(self, x64):
+        gmm, values = random_mixture(0, K, D, condition=10), points(2, 5, 1)
+        stacked = gmm.condition([1], values)
+
+        def close(got):
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14), got, stacked)
+
+        close(jax.jit(lambda gmm, values: gmm.condition([1], values))(gmm, values))
+        close(jax.jit(jax.vmap(lambda value: gmm.condition([1], value)))(values))
+        batched = jax.jit(jax.vmap(lambda values: gmm.condition([1], values)))(values[:, None])
+        close(jax.tree.map(lambda leaf: leaf[:, 0], batched))
+
+    def test_values_of_another_shape(self):
+        gmm = random_mixture(0, K, D)
+        for values, says in ((np.zeros((4, 3)), "axis 1 must have size 2"), (np.zeros((0, 2)), "axis 0 is empty")):
+            with pytest.raises(ValueError, match=f"^values: .*{says}"):
+                gmm.condition([0, 1], values)
+
+
+def conditional(means, covariances, weights, given, value):
+    """The closed form, a component at a time: means, covariances, weights; NaN where the weight is zero."""
+    rest = [axis for axis in range(means.shape[1]) if axis not in given]
+    new = [np.full((len(weights), len(rest)), np.nan), np.full((len(weights), len(rest), len(rest)), np.nan)]
+    evidence = np.zeros(len(weights))
+    for k in np.flatnonzero(weights):
+        inner, cross = covariances[k][np.ix_(given, given)], covariances[k][np.ix_(rest, given)]
+        gain = cross @ np.linalg.inv(inner)
+        new[0][k] = means[k, rest] + gain @ (value - means[k, given])
+        new[1][k] = covariances[k][np.ix_(rest, rest)] - gain @ cross.T
+        evidence[k] = weights[k] * scipy.stats.multivariate_normal(means[k, given], inner).pdf(value)
+    return *new, evidence / evidence.sum()
+
+
+class TestCriteria:
+    """What scikit-learn's mixtures say of points."""
+
+    @pytest.fixture
+    def twin(self, x64):
+        gmm, x = random_mixture(0, K, D, condition=10), points()
+        return gmm, cg.to_sklearn(gmm), x
+
+    def test_scikit_learn(self, twin):
+        gmm, twin, x = twin
+        np.testing.assert_array_equal(gmm.predict(x), twin.predict(x))
+        np.testing.assert_allclose(gmm.score(x), twin.score(x), rtol=1e-12)
+        np.testing.assert_allclose(gmm.bic(x), twin.bic(x), rtol=1e-12)
+        np.testing.assert_allclose(gmm.aic(x), twin.aic(x), rtol=1e-12)
+        assert gmm.n_parameters == twin._n_parameters()
+
+    def test_components_without_weight_do_not_count(self, twin):
+        gmm, twin, x = twin
+        padded = with_zero_weight(gmm, 1, means=x[0])
+        small = cg.GaussianMixture.from_moments(*(np.delete(leaf, 1, axis=0) for leaf in host(padded)))
+        assert padded.n_parameters == small.n_parameters == K - 2 + (K - 1) * (D + D * (D + 1) // 2)
+        assert 1 not in np.asarray(padded.predict(x))
+        np.testing.assert_allclose(padded.bic(x), small.bic(x), rtol=1e-12)
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), gmm, padded)
+        np.testing.assert_array_equal(stacked.n_parameters, [gmm.n_parameters, padded.n_parameters])
+
+    def test_transformations(self, twin):
+        gmm, _, x = twin
+
+        def said(gmm, x):
+            return gmm.predict(x), gmm.score(x), gmm.bic(x), gmm.aic(x), gmm.n_parameters
+
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), jax.jit(said)(gmm, x), said(gmm, x))
+        batched = jax.jit(jax.vmap(said, (0, None)))(jax.tree.map(lambda leaf: leaf[None], gmm), x)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a[0], b, rtol=1e-12), batched, said(gmm, x))
+
+    def test_refused(self, twin):
+        for method in ("predict", "score", "bic", "aic"):
+            with pytest.raises(ValueError, match=r"^x: expected shape \(n, 3\)"):
+                getattr(twin[0], method)(np.zeros(3))
+
 
 class TestDerivatives:
     def test_finite_differences(self, x64):

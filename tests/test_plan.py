@@ -489,6 +489,49 @@ def test_reweighting(x64):
     np.testing.assert_allclose(np.concatenate([*balanced.reweighting(), balanced.point_reweighting(x)]), 1, rtol=1e-8)
 
 
+def test_mass_change(x64):
+    """Out by the outflow factor, in over the inflow factor: in NumPy; w1 / w0 along a diagonal plan, 1 where balanced."""
+    pair = make_pair(4, 3, 4, 0.05, 0.9, absent=True)
+    found = cg.solve_plan(pair, tol=1e-10)
+    _, a, b, _, _, matrix, (rows, columns) = host(found)
+    here, there = a > 0, b > 0
+    inflow = columns[there] / b[there]
+    expected = rows[here] / a[here] * (matrix[np.ix_(here, there)] / rows[here, None] / inflow).sum(1)
+    change = np.asarray(found.mass_change())
+    np.testing.assert_allclose(change[here], expected, rtol=1e-8)
+    assert (change[~here] == 1).all()
+    np.testing.assert_allclose(a @ change, 1, rtol=1e-12)
+    np.testing.assert_allclose(
+        jax.jit(lambda pair: cg.solve_plan(pair, tol=1e-10).mass_change())(pair), change, rtol=1e-9
+    )
+    for method in ("entropic", "exact"):
+        balanced = cg.solve_plan(make_pair(4, 3, 4, 0.05), method=method)
+        np.testing.assert_array_equal(balanced.mass_change(), np.ones(3))
+
+    weights = np.array([0.2, 0.8]), np.array([0.7, 0.3])
+    ends = [cg.GaussianMixture.from_moments([[0.0], [30.0]], np.ones((2, 1, 1)), w) for w in weights]
+    diagonal = cg.GaussianMixturePair(*ends, 0.1, rho=1.0)
+    np.testing.assert_allclose(cg.solve_plan(diagonal, tol=1e-10).mass_change(), weights[1] / weights[0], rtol=1e-8)
+    both = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), diagonal)
+    batched = jax.vmap(lambda pair: cg.solve_plan(pair, tol=1e-10))(both).mass_change()
+    np.testing.assert_allclose(batched, [weights[1] / weights[0]] * 2, rtol=1e-8)
+
+    def first(weight):
+        w = jnp.stack([weight, 1 - weight])
+        moved = dataclasses.replace(ends[1], weights=w)
+        return cg.solve_plan(diagonal.replace(ends[0], moved), tol=1e-10).mass_change()[0]
+
+    np.testing.assert_allclose(jax.grad(first)(jnp.asarray(0.7)), 1 / 0.2, rtol=1e-5)
+
+
+def test_mass_change_where_what_moves_vanishes_in_the_precision():
+    """Of a price so low that the flows underflow their ratios are known all the same."""
+    one, other = (cg.GaussianMixture.from_moments([[m]], [[[1.0]]], [1.0]) for m in (0.0, 100.0))
+    plan = cg.solve_plan(cg.GaussianMixturePair(one, other, 0.1, 0.5))
+    assert plan.total_mass == 0
+    np.testing.assert_allclose(plan.mass_change(), [1.0])
+
+
 def test_only_an_exact_plans_matrix_refuses_to_be_differentiated(x64):
     """It jumps from vertex to vertex: zero would be a wrong derivative. Its cost has one, and entropic plans are smooth."""
     pair = make_pair(4, 3, 4, 0.05)

@@ -38,6 +38,7 @@ def test_a_stacked_plan_reads_as_its_plans(x64, options, method):
         lambda p: p.conditionals(),
         lambda p: p.reweighting(),
         lambda p: p.point_reweighting(x),
+        lambda p: p.mass_change(),
         lambda p: p.reverse().matrix,
     ):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), read(stacked), stack(map(read, plans)))
