@@ -1,6 +1,16 @@
 """Gaussian mixtures, fitted together and transported onto each other."""
 
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+if Path(*sys.argv[:1]).stem in (
+    "-m",
+    "coupled-gmm",
+):  # run as a command, which Ctrl-C may end while the rest is imported
+    from coupled_gmm import interrupts
+
+    interrupts.watch()
 
 from coupled_gmm.barycenter import BarycenterFit, barycenter
 from coupled_gmm.bures import bures_cost_matrix
