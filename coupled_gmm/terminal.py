@@ -65,10 +65,12 @@ def settle() -> None:
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         old = getattr(sys, name)
         encoding = old.encoding if old is not None else "utf-8"
-        buffer = io.BufferedWriter(_Sink(descriptor))
-        line_buffering = descriptor == 2 or buffer.isatty()
-        text = io.TextIOWrapper(buffer, encoding=encoding, errors="backslashreplace", line_buffering=line_buffering)
-        setattr(sys, name, text)
+        setattr(sys, name, _text(descriptor, encoding, line_buffering=descriptor == 2 or os.isatty(descriptor)))
+
+
+def _text(descriptor: int, encoding: str, line_buffering: bool) -> io.TextIOWrapper:
+    buffer = io.BufferedWriter(_Sink(descriptor))
+    return io.TextIOWrapper(buffer, encoding=encoding, errors="backslashreplace", line_buffering=line_buffering)
 
 
 def lost() -> str | None:
