@@ -35,8 +35,10 @@ _FLOW_KEYS = {"source": "source"}
 
 Points = tuple[np.ndarray | Array, np.ndarray | Array]
 Weights = tuple[np.ndarray | None, np.ndarray | None]
-_OURS = {"show_default": False, "readable": False}  # what can't be read we say ourselves, in one line
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="The configuration.", **_OURS)]
+# readable=False: what can't be read we say ourselves, in one line.
+ConfigFile = Annotated[
+    Path, typer.Argument(metavar="CONFIG.toml", help="The configuration.", show_default=False, readable=False)
+]
 Out = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Run folder, in place of output.directory.", readable=False)
 ]
@@ -74,7 +76,7 @@ def flow(path: ConfigFile, out: Out = None) -> None:
 
 @app.command()
 def show(
-    directory: Annotated[Path, typer.Argument(help="A folder that a run wrote.", **_OURS)],
+    directory: Annotated[Path, typer.Argument(help="A folder that a run wrote.", show_default=False, readable=False)],
 ) -> None:
     """Print the tables of a run."""
     with _exit_status("run"), jax.enable_x64(True):  # float64 runs are shown as they were; float32 stays float32
