@@ -18,10 +18,10 @@ COLUMNS = {
     "step": (4, "d", "step"),
     "q0": (10, ".4f", "q0"),
     "q1": (10, ".4f", "q1"),
-    "transport": (11, ".4f", "transport"),
+    "transport": (10, ".4f", "transport"),
     "objective": (11, ".4f", "objective"),
     "penalized_log_likelihood": (15, ".6f", "log-likelihood*"),
-    "marginal_error": (15, ".1e", "marginal error"),
+    "marginal_error": (14, ".1e", "marginal error"),
 }
 
 _ALL_OF = 10  # steps

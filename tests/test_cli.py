@@ -475,7 +475,7 @@ def rows_of(values, width=100):
         for step, value in enumerate(values):
             bar(ROW | {"step": step, "em_steps": len(values), "objective": value, "marginal_error": 1e-5 * step})
     header, *lines = console.file.getvalue().splitlines()
-    assert header == table_header()
+    assert header == table_header() and len(header) <= 80
     return lines
 
 
