@@ -1,15 +1,10 @@
 """Gaussian mixtures, fitted together and transported onto each other."""
 
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if Path(*sys.argv[:1]).stem in (
-    "-m",
-    "coupled-gmm",
-):  # run as a command, which Ctrl-C may end while the rest is imported
-    from coupled_gmm import interrupts
+from coupled_gmm import interrupts
 
+if interrupts.is_command():  # which Ctrl-C may end while the rest is imported
     interrupts.watch()
 
 from coupled_gmm.barycenter import BarycenterFit, barycenter

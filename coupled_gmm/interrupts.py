@@ -7,9 +7,14 @@ then takes the interpreter down under XLA's threads, which may crash. Here a thr
 import contextlib
 import os
 import signal
-import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import socket
 
 _LINES = {signal.SIGINT: "interrupted", signal.SIGTERM: "interrupted by SIGTERM"}
 _DUMB = ("", "dumb", "unknown")  # terminals without escape sequences
@@ -23,11 +28,19 @@ def line(number: int = signal.SIGINT) -> str:
     return _LINES[signal.Signals(number)]
 
 
+def is_command() -> bool:
+    """Whether this process is the command line: ``coupled-gmm`` or ``python -m coupled_gmm.cli``."""
+    # While Python looks for the module to run, and imports packages on its way, the first argument is "-m".
+    return Path(*sys.argv[:1]).stem == "coupled-gmm" or (sys.argv[:1] == ["-m"] and "coupled_gmm.cli" in sys.orig_argv)
+
+
 def watch() -> None:
     """From now on, once is enough, signals end the process; those that whoever started it has it ignore stay ignored."""
     caught = [n for n in _LINES if signal.getsignal(n) not in (signal.SIG_IGN, _leave_it_to_the_thread)]
     if not caught or threading.current_thread() is not threading.main_thread():
         return
+    import socket  # for commands only; it takes as long as the rest of this file
+
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
@@ -53,7 +66,7 @@ def _leave_it_to_the_thread(number: int, frame: object) -> None:
     pass
 
 
-def _wait(reader: socket.socket, writer: socket.socket) -> None:
+def _wait(reader: "socket.socket", writer: "socket.socket") -> None:
     number = reader.recv(1)[0]
     lock.acquire()
     for undo in reversed(_undo):

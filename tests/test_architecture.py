@@ -44,7 +44,6 @@ LATER = {
     "cli",
     "config",
     "folders",
-    "interrupts",
     "mixtures",
     "ott_cost",
     "plot",
@@ -53,8 +52,8 @@ LATER = {
     "runs",
     "sections",
     "tables",
-    "terminal",
 }
+LATER |= {"terminal"}
 
 
 def imported(module: str, lazy: bool) -> set[str]:

@@ -102,7 +102,7 @@ def test_a_run_goes_where_a_link_leads_or_into_the_working_directory(solved, mon
     [
         ("fit.npz/", "there is a folder {out}/fit.npz, where a run writes a file; remove it, or name another folder"),
         ("flow.gif/", "there is a folder {out}/flow.gif, where a run writes a file; remove it, or name another folder"),
-        ("plan.csv", "{out}/plan.csv is no run's, and a run would replace it; name another folder"),
+        ("plan.csv", "{out}/plan.csv is no run's, and a run would replace it; remove it, or name another folder"),
     ],
 )
 def test_what_is_in_the_way_is_refused_before_the_work(solved, there, line):
