@@ -288,6 +288,23 @@ def test_a_run_is_saved_whoever_reads_what_it_prints(tmp_path, shell):
     assert isinstance(runs.read(tmp_path / "out"), cg.BarycenterFit)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "original", "expected"),
+    [
+        (["/bin/coupled-gmm", "fit"], ["python", "/bin/coupled-gmm", "fit"], True),
+        (["-m"], ["python", "-m", "coupled_gmm.cli", "fit"], True),
+        (["-m"], ["python", "-m", "a_package_that_imports_this_one.train"], False),
+        (["-c"], ["python", "-c", "import coupled_gmm"], False),
+        ([], [], False),
+    ],
+)
+def test_only_commands_watch_for_signals(monkeypatch, arguments, original, expected):
+    monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setattr(sys, "orig_argv", original)
+    assert interrupts.is_command() == expected
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_output_that_fails_is_told_from_a_reader_who_has_enough(monkeypatch):
     for descriptor, expected in ((os.open("/dev/full", os.O_WRONLY), "No space left on device"), (os.pipe(), None)):
         if isinstance(descriptor, tuple):
