@@ -2,6 +2,11 @@
 
 from typing import TYPE_CHECKING, Any
 
+from coupled_gmm import interrupts
+
+if interrupts.is_command():  # which Ctrl-C may end while the rest is imported
+    interrupts.watch()
+
 from coupled_gmm.barycenter import BarycenterFit, barycenter
 from coupled_gmm.bures import bures_cost_matrix
 from coupled_gmm.em import MixtureFit, fit_gmm, init_gmm

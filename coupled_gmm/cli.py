@@ -17,15 +17,15 @@ from jaxtyping import Array
 from rich.console import Console
 
 import coupled_gmm as cg
-from coupled_gmm import checks, clouds, config, mixtures, runs, tables
+from coupled_gmm import checks, clouds, config, interrupts, mixtures, runs, tables, terminal
 from coupled_gmm.config import BarycenterConfig, FitConfig, FlowConfig, Job, load_config
 from coupled_gmm.progress import ProgressBar
 from coupled_gmm.result import Status
 from coupled_gmm.sections import ConfigError, at, blame
+from coupled_gmm.terminal import say
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 _USABLE = (Status.CONVERGED, Status.STEPS_DONE, Status.NOT_CONVERGED, Status.PRECISION)  # ends of a start
-_WIDTH = 120  # of tables where standard output is no terminal
 # Arguments whose key has another name, or stands in another section.
 _FIT_KEYS = {"x": "data", "x0": "data.cloud0", "x1": "data.cloud1", "point_weights": "data.weights0"}
 _FIT_KEYS |= {"point_weights0": "data.weights0", "point_weights1": "data.weights1", "ridge": "fit.ridge"}
@@ -45,12 +45,19 @@ class Beside(NamedTuple):
     notes: Sequence[str] = ()
 
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="The configuration.", show_default=False)]
-Out = Annotated[Path | None, typer.Option(metavar="DIR", help="Run folder, in place of output.directory.")]
+# readable=False: what can't be read we say ourselves, in one line.
+ConfigFile = Annotated[
+    Path, typer.Argument(metavar="CONFIG.toml", help="The configuration.", show_default=False, readable=False)
+]
+Out = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Run folder, in place of output.directory.", readable=False)
+]
 
 
 def main() -> None:
     """The entry point ``coupled-gmm``."""
+    interrupts.watch()
+    terminal.settle()
     app()
 
 
@@ -79,13 +86,16 @@ def flow(path: ConfigFile, out: Out = None) -> None:
 
 @app.command()
 def show(
-    directory: Annotated[Path, typer.Argument(help="A folder that a run wrote.", show_default=False)],
+    directory: Annotated[Path, typer.Argument(help="A folder that a run wrote.", show_default=False, readable=False)],
 ) -> None:
     """Print the tables of a run."""
     with _exit_status("run"), jax.enable_x64(True):  # float64 runs are shown as they were; float32 stays float32
         result = runs.read(directory)
-        tables.print_summary(console := _console(), result)
-        _say(console, result.message)
+        tables.print_summary(console := terminal.console(), result)
+        say(console, result.message)
+        if reason := terminal.lost():
+            terminal.say_error(f"standard output can't be written ({reason}); nothing was shown")
+            raise typer.Exit(1)
 
 
 def _run(
@@ -104,7 +114,7 @@ def _run(
       read: what the configuration names: what is fitted to, and the rest.
       solve: from both, the configuration with what was chosen on the way, and the result.
     """
-    console = _console()
+    console = terminal.console()
     with _exit_status(job.command):
         settings = load_config(path, job)
         if out is not None:
@@ -113,29 +123,31 @@ def _run(
         with jax.enable_x64(getattr(settings, job.command).precision == "float64"):
             with console.status("reading"):
                 given, rest = read(path, settings)
-            folder = _make_folder(path, settings)
-            settings, result = solve(path, settings, given, rest, console)
-            with console.status("writing the run folder"):
-                runs.write(folder, settings, result, given)
+            with runs.reserve(path, settings) as place:
+                settings, result = solve(path, settings, given, rest, console)
+                with console.status("writing the run folder"):
+                    place.write(settings, result, given)
             tables.print_summary(console, result)
-        _say(console, f"run folder: {folder}")
+        say(console, f"run folder: {place.folder}")
+        if reason := terminal.lost():
+            terminal.say_error(f"standard output can't be written ({reason}); the run is in {place.folder}")
         result.raise_if_failed()
-        _say(console, result.message)
+        say(console, result.message)
 
 
 def _fit(path: Path, settings: FitConfig, points: Points, beside: Beside, console: Console) -> tuple[FitConfig, Any]:
     weights = beside.weights
     for note in beside.notes:
-        _say(console, note)
+        say(console, note)
     if beside.names is not None:  # kept in the run's configuration, and shown by its pictures
         data = settings.data.model_copy(update={"columns": list(beside.names)})
         settings = settings.model_copy(update={"data": data})
     sizes = " and ".join(f"{len(x):,}" for x in points)
-    _say(console, f"clouds: {sizes} points of {points[0].shape[1]} features, {settings.fit.precision}")
+    say(console, f"clouds: {sizes} points of {points[0].shape[1]} features, {settings.fit.precision}")
     with console.status("fitting the start"), blame(path, "start", config.Start, _FIT_KEYS):
         pooled = _pooled_start(settings, points, weights)
     components = settings.start.n_components
-    _say(console, f"start: one mixture of {components} for both clouds, {int(pooled.n_steps)} EM steps")
+    say(console, f"start: one mixture of {components} for both clouds, {int(pooled.n_steps)} EM steps")
     with blame(path, "fit", config.Fit, _FIT_KEYS):
         pair = _pair(settings.fit, pooled.gmm)
         with ProgressBar(console) as bar:
@@ -163,8 +175,8 @@ def _barycenter(
     console: Console,
 ) -> tuple[BarycenterConfig, cg.BarycenterFit]:
     section = settings.barycenter
-    _say(console, f"mixtures: {_described(gmms)}")
-    _say(console, f"start: {_described(starts) if len(starts) == 1 else f'{len(starts)} mixtures'}")
+    say(console, f"mixtures: {_described(gmms)}")
+    say(console, f"start: {_described(starts) if len(starts) == 1 else f'{len(starts)} mixtures'}")
     same = ("projection", "method", "epsilon", "learn_weights", "max_steps", "tol")
     options = {name: getattr(section, name) for name in same}
     coefficients = [member.coefficient for member in settings.mixtures]
@@ -174,7 +186,7 @@ def _barycenter(
     ):
         result = jax.block_until_ready(cg.barycenter(gmms, starts, coefficients=coefficients, **options))
     if len(starts) > 1:
-        _say(console, f"best of {len(starts)} starts: number {int(result.start)}, counted from 0")
+        say(console, f"best of {len(starts)} starts: number {int(result.start)}, counted from 0")
     return settings, result
 
 
@@ -193,8 +205,8 @@ def _flow(
     console: Console,
 ) -> tuple[FlowConfig, cg.FlowFit]:
     section = settings.flow
-    _say(console, f"source: {_described([source])}")
-    _say(console, f"targets: {_described(targets)}")
+    say(console, f"source: {_described([source])}")
+    say(console, f"targets: {_described(targets)}")
     options = {name: getattr(section, name) for name in ("steps", "step_size", "method", "epsilon")}
     options["coefficients"] = [member.coefficient for member in settings.targets]
     if section.optimizer == "adam":
@@ -257,16 +269,6 @@ def _header(data: config.Data, file: str) -> bool | None:
     return data.header if clouds.ending(file) in clouds.TEXT else None
 
 
-def _make_folder(path: Path, settings: FitConfig | BarycenterConfig | FlowConfig) -> Path:
-    folder = Path(settings.output.directory or "")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        message = f"can't make the folder {folder} ({error.strerror}); name another"
-        raise ConfigError(f"{path}: output.directory: {message}") from error
-    return folder
-
-
 def _pooled_start(settings: FitConfig, points: Points, weights: Weights) -> Any:
     """One mixture fitted to both clouds together, each cloud counting by its number of points.
 
@@ -312,27 +314,20 @@ def _fit_pair(
     )
 
 
-def _console() -> Console:
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=_WIDTH)
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, soft_wrap=True)
-    console.file.flush()
-
-
 @contextlib.contextmanager
 def _exit_status(job: str) -> Iterator[None]:
     """What went wrong as a status and lines on standard error; a traceback only for our own mistakes."""
     try:
         yield
     except ConfigError as error:
-        typer.echo(str(error), err=True)
+        terminal.say_error(str(error))
         raise typer.Exit(2) from error
     except cg.FitError as error:
-        typer.echo(f"the {job} failed: {error}", err=True)
+        terminal.say_error(f"the {job} failed: {error}")
         raise typer.Exit(1) from error
+    except KeyboardInterrupt as error:  # where nobody watches for signals
+        terminal.say_error(interrupts.line())
+        raise typer.Exit(130) from error
 
 
 if __name__ == "__main__":

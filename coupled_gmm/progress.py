@@ -1,5 +1,8 @@
 """A fit's progress: the tutorial's table, row by row, and in a terminal a bar below it with the time left.
 
+A row is shown where it says something: where its numbers, to the digits shown, are not those of the row above, each of the first
+ten steps and then one for every tenth more that were done. The last is always shown; the history holds all.
+
 Rows come from the running program, on a thread of JAX's; rich's console has a lock of its own, so they may. Where
 standard output is no terminal (a file, a pipe) only plain rows are written.
 """
@@ -15,11 +18,13 @@ COLUMNS = {
     "step": (4, "d", "step"),
     "q0": (10, ".4f", "q0"),
     "q1": (10, ".4f", "q1"),
-    "transport": (11, ".4f", "transport"),
+    "transport": (10, ".4f", "transport"),
     "objective": (11, ".4f", "objective"),
     "penalized_log_likelihood": (15, ".6f", "log-likelihood*"),
-    "marginal_error": (15, ".1e", "marginal error"),
+    "marginal_error": (14, ".1e", "marginal error"),
 }
+
+_ALL_OF = 10  # steps
 
 
 def table_header(row: Container[str] = COLUMNS) -> str:
@@ -43,6 +48,9 @@ class ProgressBar:
         self.console = console or Console()
         self._bar: Progress | None = None
         self._started = False
+        self._shown: dict[str, Any] = {}
+        self._waiting: dict[str, Any] | None = None  # the newest row, if it was not shown
+        self._left_out = 0
 
     def __enter__(self) -> "ProgressBar":
         if self.console.is_terminal:
@@ -65,6 +73,11 @@ class ProgressBar:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+        if self._waiting is not None:
+            self._show(self._waiting)
+            self._left_out -= 1
+        if self._left_out:
+            self._write(f"{self._left_out} steps that said little more are left out here; the history has them")
 
     def __call__(self, row: dict[str, Any]) -> None:
         """Show one EM step."""
@@ -76,6 +89,21 @@ class ProgressBar:
         if self._bar is not None:
             text = f"EM step {row['step']}: objective {row['objective']:.4f}"
             self._bar.update(self._task, total=row["em_steps"], completed=row["step"] + 1, description=text)
+        if self._says_more(row):
+            self._show(row)
+        else:
+            self._waiting = row
+            self._left_out += 1
+
+    def _says_more(self, row: dict[str, Any]) -> bool:
+        above = self._shown
+        if not above:
+            return True
+        same = table_row(row | {name: above[name] for name in ("step", "marginal_error")}) == table_row(above)
+        return not same and (row["step"] < _ALL_OF or row["step"] >= 1.1 * above["step"])
+
+    def _show(self, row: dict[str, Any]) -> None:
+        self._shown, self._waiting = row, None
         self._write(table_row(row))
 
     def _write(self, line: str) -> None:

@@ -1,5 +1,7 @@
 """A run folder: what a job leaves on disk."""
 
+import contextlib
+from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -8,33 +10,84 @@ import jax
 import numpy as np
 import polars as pl
 
-from coupled_gmm import io
+from coupled_gmm import folders, io
 from coupled_gmm.barycenter import BarycenterFit
 from coupled_gmm.config import BarycenterConfig, FitConfig, FlowConfig
 from coupled_gmm.fit import PairFit
 from coupled_gmm.flow import FlowFit
 from coupled_gmm.mixture import GaussianMixture
-from coupled_gmm.sections import ConfigError, dump
+from coupled_gmm.sections import ConfigError, at, dump
 
 FIT = "fit.npz"
 Run = PairFit | BarycenterFit | FlowFit
+# All that runs of any job write; the fit comes last, so that where it is the rest is.
+_PICTURES = ("clouds", "plan", "objective", "colors", "barycenter", "flow", "loss")
+NAMES = ("config.toml", "given.npz", "history.csv", "plan.csv", "mixture.csv", "flow.gif")
+NAMES += (*(f"{name}.png" for name in _PICTURES), FIT)
 _COLUMNS = ("q0", "q1", "transport", "objective", "penalized_log_likelihood", "marginal_error")
 _RGB = ("red", "green", "blue")
 
 
-def write(folder: Path, config: FitConfig | BarycenterConfig | FlowConfig, fit: Run, given: Any) -> None:
-    """Everything about a run: fit.npz, history.csv, tables of the plan or mixture, config.toml, pictures if wanted.
+class Place:
+    """Where a run will be left: `reserve` makes one before the work, so that what came out can be written."""
 
-    Args:
-      folder: exists.
-      config: as run.
-      fit: what came out.
-      given: of a coupled fit both clouds, of a barycenter or flow the mixtures that pulled; those are kept as well.
+    def __init__(self, folder: Path, part: Path):
+        self.folder, self._part = folder, part
+
+    def write(self, config: FitConfig | BarycenterConfig | FlowConfig, fit: Run, given: Any) -> None:
+        """Everything about a run, in place of an older one; or, where that fails, nothing.
+
+        fit.npz, history.csv, tables of the plan or mixture, config.toml, pictures if wanted.
+
+        Args:
+          config: as run.
+          fit: what came out.
+          given: of a coupled fit both clouds, of a barycenter or flow the mixtures that pulled; those are kept as well.
+
+        Raises:
+          ConfigError: the disk is full, or the folder was changed meanwhile.
+        """
+        try:
+            _write(self._part, config, fit, given)
+            folders.publish(self._part, self.folder, NAMES)
+        except folders.Taken as error:
+            raise ConfigError(str(error)) from error
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise ConfigError(
+                f"{self.folder}: the run can't be written ({reason}); make room, or name another"
+            ) from error
+
+
+@contextlib.contextmanager
+def reserve(path: Path, config: FitConfig | BarycenterConfig | FlowConfig) -> Iterator[Place]:
+    """A place for a run of the configuration at `path`.
+
+    Raises:
+      ConfigError: the run could not be written there; or its configuration, in UTF-8, could not at all.
     """
+    folder = Path(config.output.directory or "")
+    if odd := [line for line in dump(config).splitlines() if not _is_utf8(line)]:
+        raise ConfigError(f"{path}: {odd[0]!a}: a name that is not UTF-8 can't be written down; rename it")
+    with contextlib.ExitStack() as stack:
+        with at(path, "output.directory"):
+            part = stack.enter_context(folders.reserved(folder, NAMES))
+        yield Place(folder, part)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _write(folder: Path, config: FitConfig | BarycenterConfig | FlowConfig, fit: Run, given: Any) -> None:
     io.save(folder / FIT, fit)
     (folder / "config.toml").write_text(dump(config), encoding="utf-8")
     for name, table in _tables(fit).items():
-        table.write_csv(folder / name)
+        (folder / name).write_text(table.write_csv(), encoding="utf-8")
     if not isinstance(fit, PairFit):
         io.save(folder / "given.npz", given)
     if config.output.pictures and _finite(fit):
@@ -48,7 +101,13 @@ def read(folder: str | PathLike[str]) -> Run:
       ConfigError: the folder holds none.
     """
     path = Path(folder) / FIT
-    if not path.exists():
+    try:
+        there = path.exists()
+    except OSError as error:
+        raise ConfigError(f"{folder}: can't be read ({error.strerror}); give a run folder") from error
+    if not there and folders.unfinished(path.parent):
+        raise ConfigError(f"{folder}: its run is unfinished: under way, or it was stopped; run it again")
+    if not there:
         raise ConfigError(f"{folder}: no run folder (there is no {FIT} in it); give one that `coupled-gmm` wrote")
     try:
         fit = io.load(path)

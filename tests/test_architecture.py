@@ -12,7 +12,7 @@ import coupled_gmm
 PACKAGE = Path(coupled_gmm.__file__).parent
 # A module imports modules of lower floors only; within one floor nobody imports anybody.
 FLOORS = [
-    {"tree", "matrices", "result", "foreign", "host", "expansions", "archive", "arrays", "dialect"},
+    {"tree", "matrices", "result", "foreign", "host", "expansions", "archive", "arrays", "dialect", "interrupts"},
     {"checks", "programs", "covariances"},
     {"chunks"},
     {"density"},
@@ -37,8 +37,8 @@ FLOORS = [
     {"validity"},
     {"io", "clouds", "interop", "sections"},
     {"__init__"},
-    {"config", "plot", "progress"},
-    {"plot_flow"},
+    {"config", "folders", "plot", "progress"},
+    {"plot_flow", "terminal"},
     {"runs", "tables", "mixtures"},
     {"cli"},
 ]
@@ -46,7 +46,20 @@ FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in mod
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 # Needed only where pictures are drawn, commands are run or files are read: not at import.
 HEAVY = ("matplotlib", "rich", "typer", "pydantic", "polars", "sklearn", "scipy", "PIL", "tomli_w", "ott", "ot")
-LATER = {"cli", "config", "mixtures", "ott_cost", "plot", "plot_flow", "progress", "runs", "sections", "tables"}
+LATER = {
+    "cli",
+    "config",
+    "folders",
+    "mixtures",
+    "ott_cost",
+    "plot",
+    "plot_flow",
+    "progress",
+    "runs",
+    "sections",
+    "tables",
+}
+LATER |= {"terminal"}
 
 
 def imported(module: str, lazy: bool) -> set[str]:

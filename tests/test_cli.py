@@ -474,6 +474,52 @@ def test_the_bar_shows_its_row_and_the_time_left_in_a_terminal():
     assert text.count(table_header()) == 1 and table_row(ROW) in text
 
 
+def rows_of(values, width=100):
+    console = Console(file=io.StringIO(), width=width)
+    with ProgressBar(console) as bar:
+        for step, value in enumerate(values):
+            bar(ROW | {"step": step, "em_steps": len(values), "objective": value, "marginal_error": 1e-5 * step})
+    header, *lines = console.file.getvalue().splitlines()
+    assert header == table_header() and len(header) <= 80
+    return lines
+
+
+def test_rows_that_say_nothing_new_are_left_out():
+    """60 rows were printed, 45 of them equal."""
+    lines = rows_of([-7.6 + 0.01 * min(step, 14) for step in range(60)])
+    assert [int(line.split()[0]) for line in lines[:-1]] == [*range(12), 13, 15, 59]
+    assert lines[-1] == "45 steps that said little more are left out here; the history has them"
+    lines = rows_of(np.linspace(-9, -7, 400))  # crawling: no step is like the one before
+    steps = [int(line.split()[0]) for line in lines[:-1]]
+    assert len(steps) < 60 and steps[:10] == [*range(10)] and steps[-1] == 399
+    assert len(rows_of([-7.6])) == 1 and len(rows_of(np.linspace(-9, -7, 10))) == 10
+
+
+@pytest.mark.parametrize(("width", "components"), [(10, 1), (10, 3), (40, 3), (60, 12), (80, 10), (120, 12)])
+@pytest.mark.parametrize("tau", [1.0, 0.9])
+def test_no_number_is_cut_on_a_narrow_console(width, components, tau):
+    """K 10 on 80 columns, K 3 on 40: "0.0…"."""
+    weights = np.full(components, 1 / components)
+    gmm = SimpleNamespace(weights=weights, n_components=components)
+    pair = SimpleNamespace(gmm0=gmm, gmm1=gmm, balanced=tau == 1, epsilon=1e-9, rho=np.array([1.234567, 7654321.0]))
+    matrix = np.random.default_rng(0).dirichlet(np.ones(components**2)).reshape(components, -1)
+    plan = SimpleNamespace(
+        matrix=matrix, total_mass=1.0, transport_cost=12345.678901, regularized_cost=1.0, marginal_error=1e-6
+    )
+    plan.reweighting = lambda: (weights * 1234, weights)
+    fit = SimpleNamespace(pair=pair, plan=plan, penalized_log_likelihood=-123456.789, n_steps=1)
+    console = Console(file=io.StringIO(), width=width)
+    tables.print_summary(console, fit)
+    text = console.file.getvalue()
+    assert "…" not in text and console.width == width
+    shown = text.split()
+    for number in (*matrix.ravel(), *matrix.sum(0), *matrix.sum(1)):
+        assert ("." if number < 5e-5 else f"{number:.4f}") in shown
+    assert {"12345.678901", "-123456.789000"} <= set(shown)
+    if width >= 60:
+        assert max(map(len, text.splitlines())) <= width
+
+
 def test_large_plans_are_listed_by_their_largest_transfers():
     draw = np.random.default_rng(0)
     gmm = cg.GaussianMixture.from_moments(
