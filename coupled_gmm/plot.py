@@ -284,7 +284,7 @@ def _feature_names(names: Sequence[str] | None, d: int) -> list[str]:
         return [f"feature {i}" for i in range(d)]
     if len(names) != d:
         raise ValueError(f"feature_names: expected {d} names, got {len(names)}; give one a feature")
-    return list(names)
+    return [name.replace("$", r"\$") for name in names]  # matplotlib reads what stands between two as mathematics
 
 
 def tidy(ax: Axes) -> None:

@@ -113,6 +113,12 @@ def test_pixels_may_keep_their_own_colours(tmp_path):
     save(figure, tmp_path)
 
 
+def test_names_of_features_are_text_and_no_mathematics(tmp_path):
+    """A run was lost when its pictures were drawn: matplotlib could not parse a column's name."""
+    pair, x0, x1 = pair_and_clouds(2)
+    save(plot.plot_clouds(pair, x0, x1, feature_names=("a$^{b$", "price in $")), tmp_path)
+
+
 def test_colours_are_distinct_and_shared_by_both_panels():
     for n_components in (1, 8, 9, 40):
         colors = plot.component_colors(n_components)

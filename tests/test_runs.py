@@ -344,9 +344,10 @@ def test_runs_that_are_killed_at_random_moments(tmp_path):
     """30 of them: SIGKILL, SIGTERM and Ctrl-C in turn, over a folder that is new or that holds a whole run."""
     (tmp_path / "c.toml").write_text(CONFIG)
     command = [*COMMAND, "fit", str(tmp_path / "c.toml"), "--out"]
-    start = time.monotonic()
-    assert subprocess.run([*command, tmp_path / "first"], capture_output=True).returncode == 0
-    seconds = time.monotonic() - start
+    for _ in range(2):  # the second finds its programs where a cache of them is kept, as those below do
+        start = time.monotonic()
+        assert subprocess.run([*command, tmp_path / "first"], capture_output=True).returncode == 0
+        seconds = time.monotonic() - start
     draw, seen = random.Random(0), []
     for i in range(30):
         number = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)[i % 3]
@@ -361,12 +362,11 @@ def test_runs_that_are_killed_at_random_moments(tmp_path):
         ended = process.returncode == 0  # before the signal came
         said = show(out)
         seen.append((number.name, "old run" if i % 2 else "new folder", process.returncode, err.strip(), said))
+        print(*seen[-1], sep=" | ", flush=True)
         assert ended or process.returncode == (-number if number == signal.SIGKILL else 128 + number), seen[-1]
         assert err == ("" if ended or number == signal.SIGKILL else interrupts.line(number) + "\n"), seen[-1]
         if number != signal.SIGKILL:
             assert not folders.unfinished(out) and (said == "whole" or not out.exists() or not files(out)), seen[-1]
-        if i % 5 == 0:
+        if i % 10 == 0:
             assert subprocess.run([*command, out], capture_output=True).returncode == 0
             assert show(out) == "whole" and files(out) == files(tmp_path / "first")
-    for row in seen:
-        print(*row, sep=" | ")
