@@ -60,6 +60,7 @@ def test_a_repr_is_short(objects):
     assert f"J {float(fit.penalized_log_likelihood):.6g}, 2 steps, steps done" in said["PairFit"]
     assert "3 nodes of 2, 2 and 2 components, 2 features, 2 edges, balanced" in said["MixtureGraph"]
     assert "rho 2" in said["GaussianMixturePair"] and "epsilon 0.5" in said["GaussianMixturePair"]
+    assert f"<P, C> {float(objects['Plan'].transport_cost):.4g}"[:10] in said["Plan"]
     for name in RESULTS:
         assert objects[name].status_name in said[name]
 
@@ -138,6 +139,17 @@ def test_a_fit_tells_of_a_plan_that_stopped_short(objects):
     status = jnp.array([Status.CONVERGED, Status.NOT_CONVERGED])
     plans = changed(jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), graph.plans), status=status)
     assert "(of 2: 1 not converged, 1 converged)" in changed(graph, plans=plans).message
+
+
+def test_a_fit_whose_plan_stopped_short_has_not_converged():
+    """Of an epsilon of which float32 resolves the plan to 5e-4: the fit said "converged", and its plan that it had not."""
+    gmms = [random_mixture(seed, 3, D, condition=10) for seed in (0, 1)]
+    clouds = [np.asarray(gmm.sample(jax.random.key(seed), N)) for seed, gmm in enumerate(gmms)]
+    for epsilon in (1e-3, 1e-2):
+        pair = cg.GaussianMixturePair(*gmms, epsilon)
+        fit = cg.fit_pair(*clouds, pair, transport_weight=0.05, m_steps=10, tol=1e-3)
+        assert bool(fit.converged) == bool(fit.plan.converged) == (epsilon == 1e-2)
+    assert fit.message == Status.CONVERGED.message
 
 
 def test_statuses_under_a_transformation_are_refused_by_name(objects):
