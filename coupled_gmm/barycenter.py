@@ -27,7 +27,7 @@ from coupled_gmm.mixture import GaussianMixture, about_one_point, moved_back, st
 from coupled_gmm.programs import program
 from coupled_gmm.result import Outcome, Status
 from coupled_gmm.star import Free, Plans, Star
-from coupled_gmm.tree import number, pytree, taken
+from coupled_gmm.tree import counted, number, pytree, taken
 
 PROJECTIONS = ("joint", "bures", "euclidean")
 _NO_DERIVATIVE = (
@@ -65,8 +65,7 @@ class BarycenterFit(Outcome):
 
     def _words(self) -> list[str]:
         value = [f"objective {said}" for said in [number(self.objective)] if said]
-        steps = [f"{said} steps" for said in [number(self.n_steps)] if said]
-        return [*self.gmm._words(), *value, *steps, *self._ended()]
+        return [*self.gmm._words(), *value, *counted(self.n_steps, "step"), *self._ended()]
 
     def _facts(self) -> dict[str, str]:
         return {

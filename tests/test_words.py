@@ -211,3 +211,16 @@ def test_a_distance_names_the_plans_remedies():
     with pytest.raises(cg.FitError) as error:
         result.raise_if_failed(jnp.asarray(Status.NOT_FINITE), Plan._remedies)
     assert "ridge" not in str(error.value)
+
+
+def test_a_refused_array_is_not_printed_whole():
+    gmm = random_mixture(0, K, D)
+    for call in (
+        lambda: gmm.marginal(jnp.arange(200.0)),
+        lambda: cg.fit_gmm(np.zeros((9, D)), gmm, tol=-jnp.ones(5000)),
+        lambda: cg.fit_gmm(np.zeros((9, D)), gmm, max_steps=jnp.arange(300)),
+        lambda: cg.solve_plan(cg.GaussianMixturePair(gmm, gmm), method=jnp.arange(100)),
+    ):
+        with pytest.raises((TypeError, ValueError)) as error:
+            call()
+        assert "Array(" not in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 200
