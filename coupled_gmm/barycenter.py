@@ -27,7 +27,7 @@ from coupled_gmm.mixture import GaussianMixture, about_one_point, moved_back, st
 from coupled_gmm.programs import program
 from coupled_gmm.result import Outcome, Status
 from coupled_gmm.star import Free, Plans, Star
-from coupled_gmm.tree import number, pytree, taken
+from coupled_gmm.tree import counted, number, pytree, taken
 
 PROJECTIONS = ("joint", "bures", "euclidean")
 _NO_DERIVATIVE = (
@@ -65,8 +65,7 @@ class BarycenterFit(Outcome):
 
     def _words(self) -> list[str]:
         value = [f"objective {said}" for said in [number(self.objective)] if said]
-        steps = [f"{said} steps" for said in [number(self.n_steps)] if said]
-        return [*self.gmm._words(), *value, *steps, *self._ended()]
+        return [*self.gmm._words(), *value, *counted(self.n_steps, "step"), *self._ended()]
 
     def _facts(self) -> dict[str, str]:
         return {
@@ -167,6 +166,7 @@ class _State(NamedTuple):
     count: Int[Array, ""]  # of evaluations
     converged: Bool[Array, ""]
     solved: Bool[Array, ""]
+    settled: Bool[Array, ""]  # the means of covariances that led here
     learning: Bool[Array, ""]
     done: Bool[Array, ""]
 
@@ -190,6 +190,7 @@ def _barycenter(
     end, value = taken(ends, best), finals[best]
     unmet = jnp.where(tol > 0, Status.NOT_CONVERGED, Status.STEPS_DONE)
     status = jnp.where(end.converged, Status.CONVERGED, unmet)
+    status = jnp.where(end.settled, status, Status.MEAN_NOT_CONVERGED)
     status = jnp.where(end.solved, status, Status.PLAN_NOT_CONVERGED)
     status = jnp.where(jnp.isfinite(value), status, Status.NOT_FINITE)
     return BarycenterFit(end.free.mixture(), value, status, end.count - 1, best, BarycenterHistory(end.values))
@@ -213,7 +214,7 @@ def _descend(fixed: Star, free: Free, tol: Array, max_steps: Array, settings: _S
         settled = still | (change <= rounding)
         converged = still & (state.learning | (not settings.learn_weights))
         done = converged | (count == max_steps) | ~jnp.isfinite(plans.objective)
-        moved = _project(fixed, free, plans, settings.projection)
+        moved, settled = _project(fixed, free, plans, settings.projection)
         return _State(
             free=jax.tree.map(lambda old, new: jnp.where(done, old, new), free, moved),
             memory=plans.memory,
@@ -221,6 +222,7 @@ def _descend(fixed: Star, free: Free, tol: Array, max_steps: Array, settings: _S
             count=count + 1,
             converged=converged,
             solved=state.solved & plans.solved,
+            settled=jnp.where(done, state.settled, settled),
             learning=state.learning | settled | (count + 1 == max_steps),
             done=done,
         )
@@ -230,40 +232,42 @@ def _descend(fixed: Star, free: Free, tol: Array, max_steps: Array, settings: _S
     memory = star.no_memory(fixed, len(free.weights))
     # Learnt at once, the weights of a start far off leave most components empty, and those can't move any more.
     learning = jnp.asarray(len(fixed.weights) == 1)
-    first = _State(free, memory, values, jnp.zeros((), jnp.int32), no, ~no, learning, no)
+    first = _State(free, memory, values, jnp.zeros((), jnp.int32), no, ~no, ~no, learning, no)
     return jax.lax.while_loop(lambda state: ~state.done, step, first)
 
 
-def _project(fixed: Star, free: Free, plans: Plans, projection: str) -> Free:
-    """Each component to the middle of those that it shares mass with; those of weight zero stay."""
+def _project(fixed: Star, free: Free, plans: Plans, projection: str) -> tuple[Free, Bool[Array, ""]]:
+    """Each component to the middle of those that it shares mass with, and whether these have settled; those of weight zero stay."""
     n, b = len(free.weights), len(fixed.weights)
     cells = star.cells(fixed, plans)
     means, factors = fixed.means[cells.problem, cells.target], fixed.factors[cells.problem, cells.target]
+    first_settled = jnp.asarray(True)
     if projection == "joint":
         group, shares = cells.source, star.shares(fixed, cells, n)
     else:
         from_each = cells.problem * n + cells.source
         total = jax.ops.segment_sum(cells.mass, from_each, b * n)
         first = cells.mass / jnp.where(total > 0, total, 1)[from_each]
-        means, factors = _averages(means, factors, from_each, first, b * n, projection == "bures")
+        means, factors, first_settled = _averages(means, factors, from_each, first, b * n, projection == "bures")
         group, shares = jnp.tile(jnp.arange(n), b), jnp.repeat(fixed.coefficients, n)
-    means, factors = _averages(means, factors, group, shares, n, True)
+    means, factors, settled = _averages(means, factors, group, shares, n, True)
     present = free.weights > 0
-    return Free(
+    moved = Free(
         jnp.where(present[:, None], means, free.means),
         jnp.where(present[:, None, None], factors, free.factors),
         free.weights,
     )
+    return moved, settled & first_settled
 
 
 def _averages(
     means: Array, factors: Array, group: Array, shares: Array, n_groups: int, exactly: bool
-) -> tuple[Float[Array, "G d"], Float[Array, "G d d"]]:
-    """Means and factors of each group's Bures barycenter, or of the average covariance."""
+) -> tuple[Float[Array, "G d"], Float[Array, "G d d"], Bool[Array, ""]]:
+    """Means and factors of each group's Bures barycenter, or of the average covariance, and whether these have settled."""
     covariances = jax.ops.segment_sum(shares[:, None, None] * matrices.gram(factors), group, n_groups)
     average = matrices.cholesky(covariances)
-    middle = bures.barycenter(average, factors, group, shares) if exactly else average
-    return jax.ops.segment_sum(shares[:, None] * means, group, n_groups), middle
+    middle, settled = bures.barycenter(average, factors, group, shares) if exactly else (average, jnp.asarray(True))
+    return jax.ops.segment_sum(shares[:, None] * means, group, n_groups), middle, settled
 
 
 def _best_weights(fixed: Star, cost: Float[Array, "B n K"], allowed: Bool[Array, " n"]) -> Float[Array, " n"]:

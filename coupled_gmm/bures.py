@@ -14,7 +14,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from coupled_gmm import checks, matrices
 from coupled_gmm.mixture import GaussianMixture, about_one_point
@@ -212,14 +212,16 @@ def barycenter(
     factors: Float[Array, "n d d"],
     group: Int[Array, " n"],
     shares: Float[Array, " n"],
-) -> Float[Array, "G d d"]:
-    r"""Cholesky factors of the Bures barycenters of G groups of centred Gaussians, all at once.
+) -> tuple[Float[Array, "G d d"], Bool[Array, ""]]:
+    r"""Cholesky factors of the Bures barycenters of G groups of centred Gaussians, all at once, and whether they have settled.
 
     :math:`S \leftarrow T S T`, the fixed point of Alvarez-Esteban, del Barrio, Cuesta-Albertos & Matran (2016), which no step
-    leads away from: until no S moves by more than rounding, each entry in units of its own features. A singular start stays
-    singular: begin with the mean covariance.
+    leads away from: until no S moves by more than rounding, each entry in units of its own features, or for 100 steps. They
+    have settled where the last one moved none by more than the root of rounding: costs are of second order in that. A singular
+    start stays singular: begin with the mean covariance.
     """
-    tol = 10 * jnp.finfo(start.dtype).eps
+    eps = jnp.finfo(start.dtype).eps
+    tol = 10 * eps
 
     def unfinished(carry: tuple[Array, Array, Array]) -> Array:
         return (carry[1] > tol) & (carry[2] < _BARYCENTER_STEPS)
@@ -233,7 +235,8 @@ def barycenter(
         return matrices.cholesky(moved), jnp.max(change), count + 1
 
     first = start, jnp.asarray(jnp.inf, start.dtype), jnp.zeros((), jnp.int32)
-    return jax.lax.while_loop(unfinished, step, first)[0]
+    factor, change, _ = jax.lax.while_loop(unfinished, step, first)
+    return factor, change <= jnp.sqrt(eps)
 
 
 _pairwise_cost = program()(pairwise_cost)  # called outside of jit, its loop is compiled anew at every call

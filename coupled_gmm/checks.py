@@ -18,6 +18,7 @@ from coupled_gmm import foreign
 MOST_STEPS = 1_000_000  # of any loop: each has a row in a history, and some a mixture in a path
 MOST_STARTS = 10_000
 MOST_NUMBERS = 2**31 - 1  # in one array: XLA counts them by 32 bits
+_MOST_SHOWN = 4  # numbers of an array that a message shows
 _LONGEST = 120  # characters of a value in a message
 
 
@@ -34,6 +35,10 @@ _BRIEF.maxlevel = 3
 
 def brief(value: Any) -> str:
     """A value as a message shows it: on one line, without control characters, and short."""
+    if isinstance(value, (jax.Array, np.ndarray)):
+        if not known(value) or value.size > _MOST_SHOWN:
+            return f"an array of shape {value.shape}"
+        value = np.asarray(value).tolist()
     text = _BRIEF.repr(value)
     return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
 
@@ -212,7 +217,9 @@ def scalar(
         legal &= at_least is None or host >= at_least
         legal &= at_most is None or host <= at_most
         if not np.all(legal):
-            raise ValueError(f"{name}: must be {' and '.join(bounds) or 'a number'}, got {value}")
+            wrong = f"{host[~legal][0]:g} and the like in {(~legal).sum()} of {host.size} places"
+            got = brief(value) if host.size <= _MOST_SHOWN else wrong
+            raise ValueError(f"{name}: must be {' and '.join(bounds) or 'a number'}, got {got}")
         _check_range(name, host, number.dtype, above)
     return number
 
@@ -307,5 +314,5 @@ def held(name: str, value: Any) -> None:
 
 def choice(name: str, value: Any, options: tuple[str, ...]) -> str:
     if not isinstance(value, str) or value not in options:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}")
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {brief(value)}")
     return value

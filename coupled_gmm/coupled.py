@@ -167,7 +167,8 @@ def run(problem: MixtureGraph, sight: Sight, controls: Controls, settings: Setti
     end = jax.lax.while_loop(lambda carry: carry.status == _RUNNING, em_step, start)
     nodes = problem.fitted(sight.frame.mixture(end.place.parameters, sight.far))
     row = _row(graph, end.place, None, unit, has_cloud)
-    status = _checked(end.status, problem, nodes, unit * end.place.parameters.factors, has_cloud)
+    status = _with_plans(end.status, end.place.terms.potentials)
+    status = _checked(status, problem, nodes, unit * end.place.parameters.factors, has_cloud)
     terms = m_step.scaled(end.place.terms, unit**2)
     log_likelihoods = jnp.asarray(row.log_likelihoods)
     return Run(nodes, terms, log_likelihoods, row.penalized_log_likelihood, status, end.step, end.history)
@@ -236,6 +237,13 @@ def _status(
     missed = jnp.fmax(jnp.nanmax(carry.history.marginal_error, initial=0), moved.marginal_error) > m_step.MISSED
     status = jnp.where((status != _RUNNING) & missed, Status.PLAN_NOT_CONVERGED, status)
     return jnp.where(jnp.isfinite(value), status, Status.NOT_FINITE)
+
+
+def _with_plans(status: Array, plans: entropic.Potentials) -> Int[Array, ""]:
+    """The status after a look at the plans: a fit has not converged whose plans have not."""
+    short = ~plans.converged
+    unsolved = jnp.where(jnp.any(short & ~plans.stalled), Status.PLAN_NOT_CONVERGED, Status.PRECISION)
+    return jnp.where((status == Status.CONVERGED) & jnp.any(short), unsolved, status)
 
 
 def _checked(

@@ -17,7 +17,7 @@ from coupled_gmm.graph import MixtureGraph
 from coupled_gmm.mixture import GaussianMixture, stack
 from coupled_gmm.programs import program
 from coupled_gmm.result import Outcome, Status
-from coupled_gmm.tree import number, pytree, taken
+from coupled_gmm.tree import counted, number, pytree, taken
 
 N_INIT = 10
 
@@ -153,8 +153,7 @@ class MixtureFit(Outcome):
 
     def _words(self) -> list[str]:
         value = [f"log-likelihood {said}" for said in [number(self.log_likelihood)] if said]
-        steps = [f"{said} steps" for said in [number(self.n_steps)] if said]
-        return [*self.gmm._words(), *value, *steps, *self._ended()]
+        return [*self.gmm._words(), *value, *counted(self.n_steps, "step"), *self._ended()]
 
     def _facts(self) -> dict[str, str]:
         return {

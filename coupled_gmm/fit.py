@@ -299,7 +299,7 @@ def fit_pair(
     checks.instance("pair", pair, GaussianMixturePair)
     run = _check_run(em_steps, m_steps, optimizer, learning_rate, tol, ridge, method, chunk_size, progress)
     if not isinstance(freeze, (tuple, list, set, frozenset)) or any(name not in ("gmm0", "gmm1") for name in freeze):
-        raise ValueError(f"freeze: expected a collection of 'gmm0' and 'gmm1', got {freeze!r}")
+        raise ValueError(f"freeze: expected a collection of 'gmm0' and 'gmm1', got {checks.brief(freeze)}")
     x0, x1 = foreign.same_features(["x0", "x1"], [x0, x1])
     x0, w0 = _check_cloud("x0", x0, "point_weights0", point_weights0, pair.gmm0)
     x1, w1 = _check_cloud("x1", x1, "point_weights1", point_weights1, pair.gmm1)

@@ -14,7 +14,7 @@ from coupled_gmm.mixture import GaussianMixture
 from coupled_gmm.pair import GaussianMixturePair
 from coupled_gmm.plan import Plan
 from coupled_gmm.result import Outcome, Status
-from coupled_gmm.tree import Stackable, listed, number, pytree, single
+from coupled_gmm.tree import Stackable, counted, listed, number, pytree, single
 
 
 def trimmed(padded: Plan, gmm0: GaussianMixture, gmm1: GaussianMixture) -> Plan:
@@ -40,7 +40,7 @@ class GraphFit(Stackable, Outcome):
     def _words(self) -> list[str]:
         sizes = listed(gmm.n_components for gmm in self.gmms)
         sizes = f"{len(self.gmms)} mixtures of {sizes} components, {self.gmms[0].n_features} features"
-        return [*self._stacked(), sizes, f"{self.plans.cost.shape[-3]} edges", *_went(self)]
+        return [*self._stacked(), sizes, *counted(self.plans.cost.shape[-3], "edge"), *_went(self)]
 
     def _facts(self) -> dict[str, str]:
         return _facts(self)
@@ -118,10 +118,14 @@ class PairFit(Stackable, Outcome):
 def _went(fit: GraphFit | PairFit) -> list[str]:
     """J, steps and status, for `repr`."""
     value = [f"J {said}" for said in [number(fit.penalized_log_likelihood)] if said]
-    steps = [f"{said} steps" for said in [number(fit.n_steps)] if said]
     plans = fit._plans()
     short = not isinstance(plans.status, Tracer) and bool(np.any(np.asarray(plans.status) != Status.CONVERGED))
-    return [*value, *steps, *fit._ended(), *([f"its plan: {plans.status_name}"] if short else [])]
+    return [
+        *value,
+        *counted(fit.n_steps, "step"),
+        *fit._ended(),
+        *([f"its plan: {plans.status_name}"] if short else []),
+    ]
 
 
 def _facts(fit: GraphFit | PairFit) -> dict[str, str]:

@@ -27,7 +27,7 @@ from coupled_gmm.mixture import GaussianMixture, about_one_point, moved_back
 from coupled_gmm.programs import program
 from coupled_gmm.result import Outcome, Status
 from coupled_gmm.star import Free, Plans, Star
-from coupled_gmm.tree import chosen, new, number, pytree, taken
+from coupled_gmm.tree import chosen, counted, new, number, pytree, taken
 
 _HALVINGS = 12
 _FLOOR = 1e-6  # of the source's mean variance, feature by feature: no covariance is projected to less
@@ -68,7 +68,7 @@ class FlowFit(Outcome):
 
     def _words(self) -> list[str]:
         value = [f"loss {said}" for said in [number(self.loss)] if said]
-        return [*self.gmm._words(), *value, f"{self.history.loss.shape[-1]} steps", *self._ended()]
+        return [*self.gmm._words(), *value, *counted(self.history.loss.shape[-1], "step"), *self._ended()]
 
     def _facts(self) -> dict[str, str]:
         return {

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from coupled_gmm import checks
 from coupled_gmm.mixture import GaussianMixture, alike, in_one_space, stack
 from coupled_gmm.pair import BALANCED, GaussianMixturePair, price
-from coupled_gmm.tree import listed, pytree, static, taken
+from coupled_gmm.tree import counted, listed, pytree, static, taken
 
 
 @pytree
@@ -125,7 +125,7 @@ class MixtureGraph:
 
     def _words(self) -> list[str]:
         sizes = f"{self.n_nodes} nodes of {listed(self.sizes)} components, {self.nodes.n_features} features"
-        return [sizes, f"{self.sources.shape[-1]} edges", "balanced" if self.balanced else "unbalanced"]
+        return [sizes, *counted(self.sources.shape[-1], "edge"), "balanced" if self.balanced else "unbalanced"]
 
     @property
     def n_nodes(self) -> int:

@@ -279,7 +279,7 @@ class GaussianMixture(Stackable):
     def _check_axes(self, axes: Sequence[int]) -> list[int]:
         index = np.asarray(axes)
         if index.ndim != 1 or (index.size and index.dtype.kind not in "iu"):
-            raise TypeError(f"axes: expected a sequence of integers such as [0, 2], got {axes!r}")
+            raise TypeError(f"axes: expected a sequence of integers such as [0, 2], got {checks.brief(axes)}")
         chosen = index.astype(int).tolist()
         if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= axis < self.n_features for axis in chosen):
             raise ValueError(f"axes: expected distinct features between 0 and {self.n_features - 1}, got {chosen}")

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from coupled_gmm import checks, duals, entropic, matrices
@@ -13,7 +14,7 @@ from coupled_gmm.entropic import Potentials
 from coupled_gmm.exact import Vertex
 from coupled_gmm.pair import GaussianMixturePair
 from coupled_gmm.result import Outcome, Status
-from coupled_gmm.tree import Stackable, mapped, number, pytree
+from coupled_gmm.tree import Stackable, counted, mapped, number, pytree
 
 _NO_DERIVATIVE = (
     "an exact plan's matrix can't be differentiated: it jumps from vertex to vertex; differentiate plan.transport_cost, use "
@@ -73,8 +74,30 @@ class Plan(Stackable, Outcome):
         k0, k1 = self.cost.shape[-2:]
         epsilon = [f"epsilon {said}" for said in [number(self.pair.epsilon)] if said and self.vertex is None]
         how = ["exact"] if self.vertex is not None else ["balanced" if self.pair.balanced else "unbalanced"]
-        count = [f"{said} iterations" for said in [number(self.n_iterations)] if said]
-        return [*self._stacked(), f"{k0} x {k1}", *how, *epsilon, *count, *self._ended()]
+        cost = [f"<P, C> {said}" for said in [number(self._cost_on_host())] if said]
+        return [
+            *self._stacked(),
+            f"{k0} x {k1}",
+            *how,
+            *epsilon,
+            *cost,
+            *counted(self.n_iterations, "iteration"),
+            *self._ended(),
+        ]
+
+    def _cost_on_host(self) -> Any:
+        """<P, C> by NumPy, which compiles nothing; None where it is not known."""
+        read = self.cost, self.vertex, self.potentials, self.pair
+        if not checks.known(read):
+            return None
+        cost, vertex, (f, g), pair = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), read)
+        if vertex is None:
+            a, b = pair.gmm0.weights, pair.gmm1.weights
+            exponents = (f[..., :, None] + g[..., None, :] - cost) / pair.epsilon[..., None, None]
+            with np.errstate(all="ignore"):
+                vertex = a[..., :, None] * b[..., None, :] * np.exp(exponents)
+        with np.errstate(all="ignore"):
+            return np.sum(np.where(vertex > 0, vertex * cost, 0), axis=(-2, -1))
 
     def _facts(self) -> dict[str, str]:
         return {

@@ -27,6 +27,7 @@ class Status(enum.IntEnum):
     STALLED = 7
     STARVED = 8
     SINGULAR = 9
+    MEAN_NOT_CONVERGED = 10
 
     @property
     def message(self) -> str:
@@ -66,6 +67,10 @@ _MESSAGES = {
     Status.SINGULAR: (
         "a fitted covariance is singular in this precision, so that the mixture has no density: raise ridge, or use float64"
     ),
+    Status.MEAN_NOT_CONVERGED: (
+        "a mean of covariances had not settled after 100 steps, since they are so thin, in different directions: add a small "
+        "multiple of the identity to them"
+    ),
 }
 # From the least to the worst; the numbers, which files hold, say nothing of that. After the ends that are none of a failure come
 # those with a result that is usable but not as good as asked for, then those whose result is wrong in part, then those with none.
@@ -75,6 +80,7 @@ SEVERITY = (
     Status.NOT_CONVERGED,
     Status.STALLED,
     Status.PRECISION,
+    Status.MEAN_NOT_CONVERGED,
     Status.PLAN_NOT_CONVERGED,
     Status.STARVED,
     Status.COLLAPSED,

@@ -153,6 +153,12 @@ def number(value: Any) -> str:
     return f"{finite.min():.6g} to {finite.max():.6g}" if finite.size else "nan"
 
 
+def counted(value: Any, noun: str) -> list[str]:
+    """Such as "1 step" or "12 steps", for what can be read."""
+    said = number(value)
+    return [f"{said} {noun}{'' if said == '1' else 's'}"] if said else []
+
+
 def listed(values: Any) -> str:
     """Such as "3, 4 and 5"."""
     *most, last = map(str, values)

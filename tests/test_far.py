@@ -139,9 +139,10 @@ def test_by_feature_not_by_the_largest(x64):
     scale = np.array([1e-2, 1.0, 1e2])
     shares, group = jnp.full(4, 0.25), jnp.zeros(4, jnp.int32)
     found = [
-        bures.barycenter(s * factors[:1], s * factors, group, shares)[0] / s for s in (np.ones((3, 1)), scale[:, None])
+        bures.barycenter(s * factors[:1], s * factors, group, shares)[0][0] / s
+        for s in (np.ones((3, 1)), scale[:, None])
     ]
     second = np.asarray(found[1] @ found[1].T)
     start = np.asarray(scale[:, None] * found[1])
-    again = np.asarray(bures.barycenter(start[None], scale[:, None] * factors, group, shares)[0]) / scale[:, None]
+    again = np.asarray(bures.barycenter(start[None], scale[:, None] * factors, group, shares)[0][0]) / scale[:, None]
     np.testing.assert_allclose(again @ again.T, second, rtol=1e-8, atol=1e-8)

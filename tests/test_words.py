@@ -60,6 +60,7 @@ def test_a_repr_is_short(objects):
     assert f"J {float(fit.penalized_log_likelihood):.6g}, 2 steps, steps done" in said["PairFit"]
     assert "3 nodes of 2, 2 and 2 components, 2 features, 2 edges, balanced" in said["MixtureGraph"]
     assert "rho 2" in said["GaussianMixturePair"] and "epsilon 0.5" in said["GaussianMixturePair"]
+    assert f"<P, C> {float(objects['Plan'].transport_cost):.4g}"[:10] in said["Plan"]
     for name in RESULTS:
         assert objects[name].status_name in said[name]
 
@@ -140,6 +141,28 @@ def test_a_fit_tells_of_a_plan_that_stopped_short(objects):
     assert "(of 2: 1 not converged, 1 converged)" in changed(graph, plans=plans).message
 
 
+def test_a_fit_whose_plan_stopped_short_has_not_converged():
+    """Of an epsilon of which float32 resolves the plan to 5e-4: the fit said "converged", and its plan that it had not."""
+    gmms = [random_mixture(seed, 3, D, condition=10) for seed in (0, 1)]
+    clouds = [np.asarray(gmm.sample(jax.random.key(seed), N)) for seed, gmm in enumerate(gmms)]
+    for epsilon in (1e-3, 1e-2):
+        pair = cg.GaussianMixturePair(*gmms, epsilon)
+        fit = cg.fit_pair(*clouds, pair, transport_weight=0.05, m_steps=10, tol=1e-3)
+        assert bool(fit.converged) == bool(fit.plan.converged) == (epsilon == 1e-2)
+    assert fit.message == Status.CONVERGED.message
+
+
+def test_a_barycenter_whose_means_of_covariances_did_not_settle_says_so(monkeypatch):
+    """Their loop stopped at its last step in silence, and the barycenter "converged"."""
+    gmms = [random_mixture(seed, 2, 3, condition=1e4) for seed in (0, 1, 2)]
+    assert cg.barycenter(gmms, gmms[0]).converged
+    monkeypatch.setattr("coupled_gmm.bures._BARYCENTER_STEPS", 2)
+    jax.clear_caches()
+    short = cg.barycenter(gmms, gmms[0])
+    assert not short.converged and "had not settled" in short.message
+    jax.clear_caches()
+
+
 def test_statuses_under_a_transformation_are_refused_by_name(objects):
     with pytest.raises(TypeError, match=r"^status: under a transformation"):
         jax.eval_shape(lambda plan: plan.message and 0, objects["Plan"])
@@ -148,10 +171,13 @@ def test_statuses_under_a_transformation_are_refused_by_name(objects):
 # Which statuses a class can have, the function that makes it, and arguments that its inputs take.
 CAN_HAVE = {
     "Plan": (cg.solve_plan, {"CONVERGED", "NOT_CONVERGED", "PRECISION", "NOT_FINITE"}),
-    "PairFit": (cg.fit_pair, {status.name for status in Status} - {"STARVED"}),
-    "GraphFit": (cg.fit_graph, {status.name for status in Status}),
-    "MixtureFit": (cg.fit_gmm, {status.name for status in Status} - {"PLAN_NOT_CONVERGED"}),
-    "BarycenterFit": (cg.barycenter, {"CONVERGED", "STEPS_DONE", "NOT_CONVERGED", "PLAN_NOT_CONVERGED", "NOT_FINITE"}),
+    "PairFit": (cg.fit_pair, {status.name for status in Status} - {"STARVED", "MEAN_NOT_CONVERGED"}),
+    "GraphFit": (cg.fit_graph, {status.name for status in Status} - {"MEAN_NOT_CONVERGED"}),
+    "MixtureFit": (cg.fit_gmm, {status.name for status in Status} - {"PLAN_NOT_CONVERGED", "MEAN_NOT_CONVERGED"}),
+    "BarycenterFit": (
+        cg.barycenter,
+        {"CONVERGED", "STEPS_DONE", "NOT_CONVERGED", "MEAN_NOT_CONVERGED", "PLAN_NOT_CONVERGED", "NOT_FINITE"},
+    ),
     "FlowFit": (cg.flow, {"STEPS_DONE", "PLAN_NOT_CONVERGED", "NOT_FINITE"}),
 }
 OF_THE_PAIR = {cg.solve_plan, cg.fit_pair, cg.fit_graph}  # whose inputs have an epsilon
@@ -185,3 +211,16 @@ def test_a_distance_names_the_plans_remedies():
     with pytest.raises(cg.FitError) as error:
         result.raise_if_failed(jnp.asarray(Status.NOT_FINITE), Plan._remedies)
     assert "ridge" not in str(error.value)
+
+
+def test_a_refused_array_is_not_printed_whole():
+    gmm = random_mixture(0, K, D)
+    for call in (
+        lambda: gmm.marginal(jnp.arange(200.0)),
+        lambda: cg.fit_gmm(np.zeros((9, D)), gmm, tol=-jnp.ones(5000)),
+        lambda: cg.fit_gmm(np.zeros((9, D)), gmm, max_steps=jnp.arange(300)),
+        lambda: cg.solve_plan(cg.GaussianMixturePair(gmm, gmm), method=jnp.arange(100)),
+    ):
+        with pytest.raises((TypeError, ValueError)) as error:
+            call()
+        assert "Array(" not in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 200
