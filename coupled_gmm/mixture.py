@@ -143,9 +143,8 @@ class GaussianMixture(Stackable):
         finer = on_host and x.dtype.itemsize > self.means.dtype.itemsize
         if not finer and self.remainders is None:
             return checks.representable(name, x, self.dtype), self.means
-        means, weights, remainders = (
-            jax.tree.map(np.asarray, kept) if on_host else kept for kept in (self.means, self.weights, self.remainders)
-        )
+        kept = jax.tree.map(np.asarray, self) if on_host else self
+        means, weights, remainders = kept.means, kept.weights, kept.remainders
         centre = means[weights.argmax()]
         means = means - centre if remainders is None else means - centre + remainders
         x = x - np.asarray(centre, x.dtype if finer else self.dtype) if on_host else x.astype(self.dtype) - centre
@@ -240,7 +239,7 @@ class GaussianMixture(Stackable):
         if len(given) == self.n_features:
             raise ValueError(f"axes: all {self.n_features} features are given; leave at least one to be conditioned")
         listed = isinstance(values, (list, tuple)) and len(values) > 0
-        many = np.ndim(values[0]) == 1 if listed else np.ndim(values) == 2
+        many = np.ndim(next(iter(values)) if listed else values) == (1 if listed else 2)
         values = checks.own_array("values", values, *(("m",) if many else ()), len(given))
         checks.finite("values", values)
         observed = self.marginal(given)
