@@ -139,7 +139,7 @@ class GaussianMixture(Stackable):
 
         It does where points are given in more digits than the mixture has, and where means have remainders.
         """
-        on_host = chunks.known(x, self.means)
+        on_host = chunks.known(x, self.means, self.weights, self.remainders)
         x = np.asarray(x) if on_host else x
         finer = on_host and x.dtype.itemsize > self.means.dtype.itemsize
         if not finer and self.remainders is None:
@@ -241,8 +241,8 @@ class GaussianMixture(Stackable):
         given = self._check_axes(axes)
         if len(given) == self.n_features:
             raise ValueError(f"axes: all {self.n_features} features are given; leave at least one to be conditioned")
-        listed = isinstance(values, (list, tuple))
-        many = np.ndim(next(iter(values), 0)) == 1 if listed else np.ndim(values) == 2
+        listed = isinstance(values, (list, tuple)) and len(values) > 0
+        many = np.ndim(next(iter(values)) if listed else values) == (1 if listed else 2)
         values = checks.own_array("values", values, *(("m",) if many else ()), len(given))
         checks.finite("values", values)
         observed = self.marginal(given)
