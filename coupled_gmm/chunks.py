@@ -69,7 +69,7 @@ def capacity(count: int, least: int = _MANY) -> int:
     size = 2 ** (count - 1).bit_length()
     if jax.default_backend() != "cpu":
         return size
-    return least if count <= least else max(size, _MANY)
+    return max(size, least if count <= least else min(_MANY, 8 * least))
 
 
 def rows(steps: int) -> int:
@@ -124,7 +124,7 @@ def pack(clouds: Sequence[Any], weights: Sequence[Any], size: int, dtype: Any, f
 
 def _packed_on_host(clouds: Any, weights: Any, counts: list[int], size: int, dtype: Any, frame: Any) -> Chunks:
     d = next(cloud.shape[1] for cloud in clouds if cloud is not None)
-    total = capacity(sum(counts))
+    total = capacity(sum(counts), _MANY if size <= _CPU_LENGTHS[-1] else 1)
     points, shares = zeros((total, d, size), dtype), zeros((total, size), dtype)
     owners, first = np.zeros(total, np.int32), 0
     for owner, (cloud, weight, count) in enumerate(zip(clouds, weights, counts, strict=True)):

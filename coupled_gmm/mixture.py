@@ -198,7 +198,7 @@ class GaussianMixture(Stackable):
         """n independent draws; the key decides them."""
         checks.held("gmm", self)
         key = checks.key("key", key)
-        checks.integer("n", n, 1, checks.MOST_NUMBERS // self.n_features**2)
+        n = checks.integer("n", n, 1, checks.MOST_NUMBERS // self.n_features**2)
         traced = not checks.known(self, key)
         return chunks.first(_sample(self, key, n if traced else chunks.rounded(n)), n)
 
