@@ -12,7 +12,7 @@ import pytest
 import scipy.sparse
 
 import coupled_gmm as cg
-from coupled_gmm import checks, cli, clouds, fit, foreign
+from coupled_gmm import checks, cli, clouds, fit, foreign, terminal
 from coupled_gmm.config import FitConfig, load_config
 from coupled_gmm.sections import ConfigError
 
@@ -100,7 +100,7 @@ def test_names_go_into_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "_pair", lambda *_: type("Pair", (), {"epsilon": 0.1}))
     monkeypatch.setattr(cli, "_fit_pair", lambda *_: None)
     path = tmp_path / "c.toml"
-    settings, _ = cli._fit(path, load_config(path, FitConfig), points, beside, cli._console())
+    settings, _ = cli._fit(path, load_config(path, FitConfig), points, beside, terminal.console())
     assert settings.data.columns == ["x", "y"]
 
 
