@@ -506,7 +506,7 @@ def test_no_number_is_cut_on_a_narrow_console(width, components, tau):
     plan = SimpleNamespace(
         matrix=matrix, total_mass=1.0, transport_cost=12345.678901, regularized_cost=1.0, marginal_error=1e-6
     )
-    plan.reweighting = lambda: (weights * 1234, weights)
+    plan.reweighting, plan.mass_change = lambda: (weights * 1234, weights), lambda: weights * 4321
     fit = SimpleNamespace(pair=pair, plan=plan, penalized_log_likelihood=-123456.789, n_steps=1)
     console = Console(file=io.StringIO(), width=width)
     tables.print_summary(console, fit)

@@ -302,7 +302,7 @@ def test_only_commands_watch_for_signals(monkeypatch, arguments, original, expec
     monkeypatch.setattr(sys, "argv", arguments)
     monkeypatch.setattr(sys, "orig_argv", original)
     assert interrupts.is_command() == expected
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is not interrupts._leave_it_to_the_thread, "to ask is not to watch"
 
 
 def test_output_that_fails_is_told_from_a_reader_who_has_enough(monkeypatch):
