@@ -139,6 +139,11 @@ def on_host(value: Any) -> bool:
     return not isinstance(value, jax.Array) or all(device.platform == "cpu" for device in value.devices())
 
 
+def at_hand(*arrays: Any) -> bool:
+    """Whether arrays are values on the host, so that NumPy may read them without a copy from an accelerator."""
+    return known(*arrays) and all(on_host(leaf) for leaf in jax.tree.leaves(arrays))
+
+
 def where_it_lies(value: Any) -> tuple[Any, Any]:
     """An array and the module to read it with: the host's memory by NumPy, an accelerator's by JAX, without a copy."""
     return (np.asarray(value), np) if on_host(value) else (value, jnp)
@@ -159,7 +164,7 @@ def weights(name: str, value: Any, size: int) -> jax.Array:
 def relative_weights(name: str, value: Any, size: int) -> Any:
     """The same as parts of the largest, so that their own size, 1e37 or 1e-41, costs no precision; on the host by NumPy."""
     w = own_weights(name, value, size)
-    if known(w) and on_host(w):
+    if at_hand(w):
         w = np.asarray(w, np.float64)
         return w / w.max()
     return _in_working_precision(w / w.max())

@@ -88,22 +88,17 @@ def rounded(n: int) -> int:
 
 def filled(x: Any) -> Any:
     """Points (n, d) with the last one repeated up to a rounded number of them; under a transformation as they are."""
-    return np.pad(np.asarray(x), ((0, rounded(len(x)) - len(x)), (0, 0)), mode="edge") if known(x) else x
+    return np.pad(np.asarray(x), ((0, rounded(len(x)) - len(x)), (0, 0)), mode="edge") if checks.at_hand(x) else x
 
 
 def draws(key: Array, n: int, each: int, dtype: Any) -> Array:
     """Numbers in [0, 1) for n points, so many for each."""
-    return first(_uniform(key, (rounded(n) if known(key) else n, each), dtype), n)
+    return first(_uniform(key, (rounded(n) if checks.at_hand(key) else n, each), dtype), n)
 
 
 @program("shape", "dtype")
 def _uniform(key: Array, shape: tuple[int, int], dtype: Any) -> Array:
     return jax.random.uniform(key, shape, dtype)
-
-
-def known(*arrays: Any) -> bool:
-    """Whether arrays are values on the host, so that NumPy may lay them out."""
-    return checks.known(*arrays) and all(checks.on_host(leaf) for leaf in jax.tree.leaves(arrays))
 
 
 def pack(clouds: Sequence[Any], weights: Sequence[Any], size: int, dtype: Any, frame: Any = None) -> Chunks:
@@ -116,7 +111,7 @@ def pack(clouds: Sequence[Any], weights: Sequence[Any], size: int, dtype: Any, f
       frame: None, or what brings the points into other coordinates first: a tree with methods `points` and `points_on_host`.
     """
     counts = [0 if cloud is None else -(-len(cloud) // size) for cloud in clouds]
-    if known(*clouds, *weights):
+    if checks.at_hand(*clouds, *weights):
         return _packed_on_host(clouds, weights, counts, size, dtype, frame)
     count = sum(counts)  # on an accelerator, a small program for each size
     return _packed(clouds, weights, frame, size, capacity(count) if checks.known(clouds, weights) else count, dtype)
@@ -205,7 +200,7 @@ def over_points(program: Callable[..., Array], x: Any, numbers: int, *arguments:
     """A program (points (C, d, B), count, ...) -> (C, B, ...) at points (n, d), of so many numbers each: its values (n, ...)."""
     n, size = len(x), length([len(x)], numbers, shared=checks.known(x))
     count = -(-n // size)
-    if known(x):
+    if checks.at_hand(x):
         points = zeros((capacity(count, _FEW), x.shape[1], size), x.dtype)
         fill(points[:count], np.asarray(x))
     elif checks.known(x):
@@ -213,7 +208,7 @@ def over_points(program: Callable[..., Array], x: Any, numbers: int, *arguments:
     else:
         points = _laid_out(x, size)
     values = program(jax.device_put(points), np.asarray(count, np.int32), *arguments)
-    values: Any = np.asarray(values) if known(values) else values
+    values: Any = np.asarray(values) if checks.at_hand(values) else values
     return first(values.reshape(-1, *values.shape[2:]), n)
 
 
@@ -226,6 +221,6 @@ def _buffer(x: Array, size: int, total: int) -> Array:
 def first(tree: T, *sizes: int) -> T:
     """The first so many of each array, along its first axes: on the host without a program of their own."""
     corner = tuple(map(slice, sizes))
-    if known(*jax.tree.leaves(tree)):
+    if checks.at_hand(*jax.tree.leaves(tree)):
         return jax.device_put(jax.tree.map(lambda array: np.asarray(array)[corner], tree))
     return jax.tree.map(lambda array: array[corner], tree)

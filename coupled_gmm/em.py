@@ -93,7 +93,7 @@ def _representatives(key: Array, view: View) -> View:
     if len(x) <= n:
         return view
     draws = jax.random.uniform(key, (n,))
-    xp = np if chunks.known(x, w, draws) else jnp
+    xp = np if checks.at_hand(x, w, draws) else jnp
     x, draws = xp.asarray(x), xp.asarray(draws)
     # One in each of as many equal parts of the mass.
     places = (xp.arange(n) + draws) / n

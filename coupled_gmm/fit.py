@@ -219,11 +219,10 @@ def fit_graph(
             raise ValueError(f"point_weights[{i}]: node {i} has no cloud to weigh; pass None, or its cloud")
     if all(cloud is None for cloud in clouds):
         raise ValueError("clouds: every one is None; a fit needs at least one cloud")
-    clouds = foreign.same_features([f"clouds[{i}]" for i in range(graph.n_nodes)], clouds)
+    names = [f"clouds[{i}]" for i in range(graph.n_nodes)]
+    clouds = foreign.same_features(names, clouds)
     checked = [
-        (None, None)
-        if cloud is None
-        else _check_cloud(f"clouds[{i}]", cloud, f"point_weights[{i}]", weight, graph.nodes)
+        (None, None) if cloud is None else _check_cloud(names[i], cloud, f"point_weights[{i}]", weight, graph.nodes)
         for i, (cloud, weight) in enumerate(zip(clouds, weights, strict=True))
     ]
     still = np.asarray(graph.frozen) if checks.known(graph.frozen) else np.array([cloud is None for cloud in clouds])
@@ -234,7 +233,6 @@ def fit_graph(
     matched = graph.n_nodes == 2 and graph.n_edges == 1 and all(cloud is not None for cloud in clouds)
     graph = dataclasses.replace(graph, matched=matched)
     solver = _edge_solver(method, graph)
-    names = [f"clouds[{i}]" for i in range(graph.n_nodes)]
     view = frame.seen(names, [c for c, _ in checked], [w for _, w in checked], [graph.nodes], ridge)
     sight = view.in_chunks(max(graph.sizes) * graph.nodes.n_features, run.chunk_size)
     with report.listening(run.progress) as listener:

@@ -205,7 +205,7 @@ def seen(
     far = any(gmm.remainders is not None for gmm in starts)
     given = [(x, w) for x, w in zip(clouds, weights, strict=True) if x is not None]
     some, theirs = [x for x, _ in given], [w for _, w in given]
-    if chunks.known(*some, *theirs):
+    if checks.at_hand(*some, *theirs):
         xp, finer = np, any(np.dtype(x.dtype).itemsize > np.dtype(dtype).itemsize for x in some)
         found = scales([np.asarray(x) for x in some], [None if w is None else np.asarray(w) for w in theirs], np)
         far = far or (finer and bool((np.abs(found.origin) > _FAR * np.sqrt(found.pooled)).any()))

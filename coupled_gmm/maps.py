@@ -67,7 +67,7 @@ def map_points(
     if method == "barycentric":
         return chunks.over_points(_map_barycentric, x, numbers, near, centre)
     draws = chunks.draws(checks.key("key", key), len(x), 2, x.dtype)
-    xp = np if chunks.known(x, draws) else jnp
+    xp = np if checks.at_hand(x, draws) else jnp
     return chunks.over_points(_map_random, xp.concatenate([x, xp.asarray(draws)], axis=1), numbers, near, centre)
 
 
@@ -78,7 +78,7 @@ def _about_one_point(plan: Plan, **clouds: Any) -> tuple[Plan, list[Array], Arra
     moved = []
     for name, cloud in clouds.items():
         x = checks.points(name, cloud, pair.n_features)
-        x = np.asarray(x) if chunks.known(x) else x
+        x = np.asarray(x) if checks.at_hand(x) else x
         if centre is not None:
             x = x - (np.asarray(centre, x.dtype) if checks.known(x, centre) else centre)
         moved.append(checks.representable(name, x, pair.gmm0.dtype))

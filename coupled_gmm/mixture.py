@@ -139,7 +139,7 @@ class GaussianMixture(Stackable):
 
         It does where points are given in more digits than the mixture has, and where means have remainders.
         """
-        on_host = chunks.known(x, self.means, self.weights, self.remainders)
+        on_host = checks.at_hand(x, self.means, self.weights, self.remainders)
         x = np.asarray(x) if on_host else x
         finer = on_host and x.dtype.itemsize > self.means.dtype.itemsize
         if not finer and self.remainders is None:
@@ -222,7 +222,7 @@ class GaussianMixture(Stackable):
         """The mixture over some of the features, in the order given."""
         index = np.asarray(self._check_axes(axes))
         # Without programs of their own where NumPy can do it.
-        kept = jax.tree.map(np.asarray, self) if chunks.known(self) else self
+        kept = jax.tree.map(np.asarray, self) if checks.at_hand(self) else self
         remainders = None if kept.remainders is None else kept.remainders[:, index]
         covariances = kept.covariances[:, index[:, None], index]
         return jax.device_put(GaussianMixture(kept.means[:, index], covariances, kept.weights, remainders))
