@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 import coupled_gmm as cg
-from coupled_gmm import programs
+from coupled_gmm.core import programs
 
 SHOWN = (1, 10, 30, 100, 300, 1000)
 FEWEST, MOST = 300, 30_000

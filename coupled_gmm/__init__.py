@@ -2,29 +2,29 @@
 
 from typing import TYPE_CHECKING, Any
 
-from coupled_gmm import interrupts
+from coupled_gmm.core import interrupts
 
 if interrupts.is_command():  # which Ctrl-C may end while the rest is imported
     interrupts.watch()
 
-from coupled_gmm.barycenter import BarycenterFit, barycenter
-from coupled_gmm.bures import bures_cost_matrix
-from coupled_gmm.em import MixtureFit, fit_gmm, init_gmm
-from coupled_gmm.fit import GraphFit, PairFit, fit_graph, fit_pair, penalized_log_likelihood
-from coupled_gmm.flow import FlowFit, flow
-from coupled_gmm.graph import MixtureGraph
-from coupled_gmm.interop import from_ott, from_sklearn, to_ott, to_pot, to_sklearn
-from coupled_gmm.io import load, save
-from coupled_gmm.maps import interpolate, map_points, plan_density
-from coupled_gmm.mixture import GaussianMixture
-from coupled_gmm.pair import GaussianMixturePair
-from coupled_gmm.plan import CostParts, Plan
-from coupled_gmm.reduction import reduce_gmm
-from coupled_gmm.result import FitError, Status
-from coupled_gmm.solvers import mw2_squared, solve_plan
+from coupled_gmm.barycenters.barycenter import BarycenterFit, barycenter
+from coupled_gmm.barycenters.flow import FlowFit, flow
+from coupled_gmm.barycenters.reduction import reduce_gmm
+from coupled_gmm.core.status import FitError, Status
+from coupled_gmm.data.saving import load, save
+from coupled_gmm.fits.coupled import GraphFit, PairFit, fit_graph, fit_pair, penalized_log_likelihood
+from coupled_gmm.fits.gmm import MixtureFit, fit_gmm, init_gmm
+from coupled_gmm.fits.graph import MixtureGraph
+from coupled_gmm.gaussians.bures import bures_cost_matrix
+from coupled_gmm.gaussians.mixture import GaussianMixture
+from coupled_gmm.interop.convert import from_ott, from_sklearn, to_ott, to_pot, to_sklearn
+from coupled_gmm.transport.maps import interpolate, map_points, plan_density
+from coupled_gmm.transport.pair import GaussianMixturePair
+from coupled_gmm.transport.plan import CostParts, Plan
+from coupled_gmm.transport.solvers import mw2_squared, solve_plan
 
 if TYPE_CHECKING:
-    from coupled_gmm.ott_cost import BuresCost
+    from coupled_gmm.gaussians.ott_cost import BuresCost
 
 __all__ = [
     "BarycenterFit",
@@ -66,7 +66,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "BuresCost":  # OTT takes a second to import, and matplotlib comes with it
-        from coupled_gmm.ott_cost import BuresCost
+        from coupled_gmm.gaussians.ott_cost import BuresCost
 
         return BuresCost
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

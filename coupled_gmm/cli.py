@@ -17,12 +17,14 @@ from jaxtyping import Array
 from rich.console import Console
 
 import coupled_gmm as cg
-from coupled_gmm import checks, clouds, config, interrupts, mixtures, runs, tables, terminal
-from coupled_gmm.config import BarycenterConfig, FitConfig, FlowConfig, Job, load_config
-from coupled_gmm.progress import ProgressBar
-from coupled_gmm.result import Status
-from coupled_gmm.sections import ConfigError, at, blame
-from coupled_gmm.terminal import say
+from coupled_gmm.core import checks, interrupts
+from coupled_gmm.core.progress import ProgressBar
+from coupled_gmm.core.status import Status
+from coupled_gmm.data import clouds
+from coupled_gmm.jobs import config, mixtures, run, tables, terminal
+from coupled_gmm.jobs.config import BarycenterConfig, FitConfig, FlowConfig, Job, load_config
+from coupled_gmm.jobs.sections import ConfigError, at, blame
+from coupled_gmm.jobs.terminal import say
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 _USABLE = (Status.CONVERGED, Status.STEPS_DONE, Status.NOT_CONVERGED, Status.PRECISION)  # ends of a start
@@ -90,7 +92,7 @@ def show(
 ) -> None:
     """Print the tables of a run."""
     with _exit_status("run"), jax.enable_x64(True):  # float64 runs are shown as they were; float32 stays float32
-        result = runs.read(directory)
+        result = run.read(directory)
         tables.print_summary(console := terminal.console(), result)
         say(console, result.message)
         if reason := terminal.lost():
@@ -123,7 +125,7 @@ def _run(
         with jax.enable_x64(getattr(settings, job.command).precision == "float64"):
             with console.status("reading"):
                 given, rest = read(path, settings)
-            with runs.reserve(path, settings) as place:
+            with run.reserve(path, settings) as place:
                 settings, result = solve(path, settings, given, rest, console)
                 with console.status("writing the run folder"):
                     place.write(settings, result, given)

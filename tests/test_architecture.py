@@ -1,112 +1,89 @@
 """What the layout promises: imports run one way, files stay small, and importing the package is quick and quiet."""
 
 import ast
+import graphlib
+import importlib
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
+from problems import ROOT, module_names
 
 import coupled_gmm
 
 PACKAGE = Path(coupled_gmm.__file__).parent
-# A module imports modules of lower floors only; within one floor nobody imports anybody.
-FLOORS = [
-    {"tree", "matrices", "result", "foreign", "host", "expansions", "archive", "arrays", "dialect", "interrupts"},
-    {"checks", "programs", "covariances"},
-    {"chunks"},
-    {"density"},
-    {"conditional"},
-    {"mixture"},
-    {"bures"},
-    {"duals", "exact", "ott_cost", "statistics"},
-    {"entropic"},
-    {"pair", "frame", "starts"},
-    {"masses", "plan"},
-    {"solvers", "maps"},
-    {"star"},
-    {"barycenter", "flow"},
-    {"reduction"},
-    {"graph"},
-    {"coordinates"},
-    {"m_step"},
-    {"report"},
-    {"coupled"},
-    {"fitted"},
-    {"em", "fit"},
-    {"validity"},
-    {"io", "clouds", "interop", "sections"},
-    {"__init__"},
-    {"config", "folders", "plot", "progress"},
-    {"plot_flow", "terminal"},
-    {"runs", "tables", "mixtures"},
-    {"cli"},
-]
-FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
+README = (ROOT / "README.md").read_text()
+RULE = next(line.strip() for line in README.splitlines() if line.startswith("    core < "))
+FLOOR = {folder: floor for floor, folders in enumerate(RULE.split(" < ")) for folder in folders.split(", ")}
+MODULES = [name for name in module_names() if name.count(".") == 2 or name == "coupled_gmm.cli"]
 # Needed only where pictures are drawn, commands are run or files are read: not at import.
 HEAVY = ("matplotlib", "rich", "typer", "pydantic", "polars", "sklearn", "scipy", "PIL", "tomli_w", "ott", "ot")
-LATER = {
-    "cli",
-    "config",
-    "folders",
-    "mixtures",
-    "ott_cost",
-    "plot",
-    "plot_flow",
-    "progress",
-    "runs",
-    "sections",
-    "tables",
-}
-LATER |= {"terminal"}
+LATER = ("coupled_gmm.plot", "coupled_gmm.jobs", "coupled_gmm.cli")
+LATER += ("coupled_gmm.core.progress", "coupled_gmm.gaussians.ott_cost")
 
 
-def imported(module: str, lazy: bool) -> set[str]:
-    """Modules of the package that a module imports, at import or (lazy) inside functions as well."""
-    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
-    nodes = list(ast.walk(tree))
-    if not lazy:
-        inside = {n for f in nodes if isinstance(f, (ast.FunctionDef, ast.Lambda)) for n in ast.walk(f) if n is not f}
-        nodes = [n for n in nodes if n not in inside]
+def folder(module: str) -> str:
+    return module.split(".")[1]
+
+
+def imported(module: str) -> set[str]:
+    """Modules of the package that a module imports, at import or inside functions; the package itself, for its public names."""
+    path = PACKAGE.parent / (module.replace(".", "/") + ".py")
     found = set()
-    for node in nodes:
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            for alias in node.names:
-                top, _, rest = alias.name.partition(".")
-                if top == "coupled_gmm":
-                    found.add(rest or "__init__")
+            found |= {alias.name for alias in node.names if alias.name.startswith("coupled_gmm")}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module}: imports are absolute"
-            if node.module == "coupled_gmm":
-                names = {alias.name for alias in node.names}
-                found |= {name if name in MODULES else "__init__" for name in names}
-            elif node.module and node.module.startswith("coupled_gmm."):
-                found.add(node.module.split(".")[1])
+            if node.module and node.module.startswith("coupled_gmm"):
+                inner = {f"{node.module}.{alias.name}" for alias in node.names}
+                found |= inner & set(MODULES) or {node.module}
     return found
 
 
-def test_every_module_has_a_floor():
-    assert set(MODULES) == set(FLOOR), "add new modules to the table, and to the README's"
-
-
 @pytest.mark.parametrize("module", MODULES)
-def test_imports_run_downward(module):
-    upward = {other for other in imported(module, lazy=False) if FLOOR[other] >= FLOOR[module]}
-    assert not upward, f"{module} imports {upward}"
-    # The listener's own bar is the one thing that a lower module fetches from above, when it is asked for.
-    lazily = imported(module, lazy=True) - imported(module, lazy=False)
-    allowed = {"report": {"progress"}}.get(module, set())
-    assert {other for other in lazily if FLOOR[other] >= FLOOR[module]} <= allowed
+def test_imports_run_one_way(module):
+    for other in imported(module):
+        if other == "coupled_gmm":
+            assert folder(module) in ("jobs", "cli"), f"{module} imports the public names"
+        elif folder(other) != folder(module):
+            assert FLOOR[folder(other)] < FLOOR[folder(module)], f"{module} imports {other}"
 
 
-def test_report_knows_nothing_of_the_package():
-    assert imported("report", lazy=False) == set()
+def test_no_circles():
+    below = {module: imported(module) & set(MODULES) for module in MODULES}
+    tuple(graphlib.TopologicalSorter(below).static_order())  # raises CycleError, which names them
+
+
+def test_readme_names_every_file():
+    """Its table has a row's files under their folder, and no others."""
+    place, named = "", set()
+    for line in README[README.index("| folder | file |") :].splitlines()[2:]:
+        if not line.startswith("|"):
+            break
+        _, first, files, *_ = line.split("|")
+        place = first.strip().strip("`/") or place
+        stems = [file.strip().strip("`").removesuffix(".py") for file in files.split(",")]
+        named |= {f"coupled_gmm.{stem}" if stem == "cli" else f"coupled_gmm.{place}.{stem}" for stem in stems}
+    assert named == set(MODULES)
+
+
+def test_folders_say_what_they_hold():
+    """Each is in the rule; its `__init__` has words and imports nothing; and tests stand in the same folders."""
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert folders | {"cli"} == set(FLOOR)
+    for name in folders:
+        (words,) = ast.parse((PACKAGE / name / "__init__.py").read_text()).body
+        text = ast.unparse(words)
+        assert all(f"`{module.split('.')[2]}`" in text for module in MODULES if folder(module) == name), name
+        assert any((ROOT / "tests" / name).glob("test_*.py"))
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_files_are_small(module):
-    assert len((PACKAGE / f"{module}.py").read_text().splitlines()) <= 400
+    assert len((PACKAGE.parent / (module.replace(".", "/") + ".py")).read_text().splitlines()) <= 400
 
 
 def run(code):
@@ -122,19 +99,19 @@ def test_importing_adds_nothing_but_the_package():
     """
     code = f"""
 import sys
+import types
 import chex, jax, jax.numpy, jaxtyping, optax
 before = {{name.partition(".")[0] for name in sys.modules}}
 import coupled_gmm
 added = {{name.partition(".")[0] for name in sys.modules}} - before - set(sys.stdlib_module_names)
 assert added == {{"coupled_gmm"}}, added
-own = sorted(name.partition(".")[2] for name in sys.modules if name.startswith("coupled_gmm."))
-print(*own)
+print(*(name for name in sys.modules if name.startswith("coupled_gmm.")))
 import importlib.util
 missing = [name for name in {HEAVY!r} if importlib.util.find_spec(name) is None]
 assert not missing, f"no library that could be imported: {{missing}}"
 """
     own = set(run(code).stdout.split())
-    assert own <= set(MODULES) - LATER, own & LATER
+    assert own and not [name for name in own if name.startswith(LATER)]
 
 
 def test_importing_is_quiet():
@@ -156,7 +133,8 @@ def test_modules_of_jobs_do_not_draw():
     """Pictures and OTT are imported where they are asked for: a run without them does not wait for them."""
     run("""
 import sys
-from coupled_gmm import clouds, config, io, mixtures, runs, sections, tables
+import types
+from coupled_gmm.jobs import config, mixtures, run, sections, tables
 heavy = [name for name in ("matplotlib", "ott", "sklearn", "PIL") if name in sys.modules]
 assert not heavy, heavy
 """)
@@ -165,3 +143,11 @@ assert not heavy, heavy
 def test_public_names_exist():
     assert sorted(coupled_gmm.__all__) == coupled_gmm.__all__
     assert all(hasattr(coupled_gmm, name) for name in coupled_gmm.__all__)
+
+
+def test_public_names_are_no_modules():
+    """`coupled_gmm.barycenter` is a function, whatever was imported before."""
+    for module in MODULES:
+        importlib.import_module(module)
+    names = [name for name in coupled_gmm.__all__ if isinstance(getattr(coupled_gmm, name), types.ModuleType)]
+    assert not names

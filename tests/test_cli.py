@@ -4,21 +4,21 @@ import dataclasses
 import io
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
 import pytest
+from problems import ROOT
 from rich.console import Console
 from typer.testing import CliRunner
 
 import coupled_gmm as cg
-from coupled_gmm import tables
 from coupled_gmm.cli import app
-from coupled_gmm.config import FitConfig, load_config
-from coupled_gmm.io import load, save
-from coupled_gmm.progress import ProgressBar, table_header, table_row
+from coupled_gmm.core.progress import ProgressBar, table_header, table_row
+from coupled_gmm.data.saving import load, save
+from coupled_gmm.jobs import tables
+from coupled_gmm.jobs.config import FitConfig, load_config
 
 CONFIG = """
 [data]
@@ -252,7 +252,7 @@ def test_a_missing_configuration_in_a_real_process(tmp_path):
     assert done.stderr == f"{tmp_path}/absent.toml: no such file; check the name and the folder\n"
 
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = ROOT / "configs"
 BARYCENTER = """
 [[mixtures]]
 file = "two.npz"

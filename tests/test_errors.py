@@ -10,7 +10,8 @@ import optax
 import pytest
 
 import coupled_gmm as cg
-from coupled_gmm import em, fit, maps, solvers
+from coupled_gmm.fits import coupled, gmm
+from coupled_gmm.transport import maps, solvers
 
 NAN, INF = np.nan, np.inf
 EYES = np.broadcast_to(np.eye(2), (2, 2, 2))
@@ -18,11 +19,11 @@ MEANS, WEIGHTS = np.array([[0.0, 0.0], [1.0, 1.0]]), np.array([0.25, 0.75])
 X = np.random.RandomState(0).randn(20, 2)
 ONES = np.ones(20)
 PROGRAMS = [
-    (fit, "_fit_pair"),
-    (fit, "_fit_graph"),
-    (fit, "_value"),
-    (em, "_fit"),
-    (em, "_init"),
+    (coupled, "_fit_pair"),
+    (coupled, "_fit_graph"),
+    (coupled, "_value"),
+    (gmm, "_fit"),
+    (gmm, "_init"),
     (solvers, "_solve_plan"),
     (solvers, "_solve_exactly"),
     (solvers, "_mw2_squared"),

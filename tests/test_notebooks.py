@@ -6,10 +6,11 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from problems import ROOT
 
 import coupled_gmm as cg
 
-NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 def outputs(notebook):

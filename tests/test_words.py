@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_mixture
+from problems import random_mixture
 
 import coupled_gmm as cg
-from coupled_gmm import result
-from coupled_gmm.plan import Plan
-from coupled_gmm.result import Status
-from coupled_gmm.tree import new
+from coupled_gmm.core import status
+from coupled_gmm.core.status import Status
+from coupled_gmm.core.tree import new
+from coupled_gmm.transport.plan import Plan
 
 N, K, D = 60, 2, 2
 
@@ -110,18 +110,18 @@ def test_a_summary_is_a_few_lines(objects):
 
 
 def test_severity_ranks_every_status_once():
-    assert sorted(result.SEVERITY) == sorted(Status)
+    assert sorted(status.SEVERITY) == sorted(Status)
     assert [status.value for status in Status] == list(range(len(Status))), "files hold these numbers"
 
 
 def test_a_batch_tells_its_worst_status_and_how_many_of_each():
     batch = jnp.array([Status.NOT_FINITE, Status.SINGULAR, Status.CONVERGED, Status.CONVERGED])
-    assert result.worst(batch) is Status.NOT_FINITE
-    assert result.status_name(batch) == "1 not finite, 1 singular, 2 converged"
+    assert status.worst(batch) is Status.NOT_FINITE
+    assert status.status_name(batch) == "1 not finite, 1 singular, 2 converged"
     with pytest.raises(cg.FitError, match=r"not finite: .*\(of 4: 1 not finite, 1 singular, 2 converged\)"):
-        result.raise_if_failed(batch)
-    result.raise_if_failed(batch[2:])
-    result.raise_if_failed(batch[:0])
+        status.raise_if_failed(batch)
+    status.raise_if_failed(batch[2:])
+    status.raise_if_failed(batch[:0])
 
 
 def changed(tree, **fields):
@@ -156,7 +156,7 @@ def test_a_barycenter_whose_means_of_covariances_did_not_settle_says_so(monkeypa
     """Their loop stopped at its last step in silence, and the barycenter "converged"."""
     gmms = [random_mixture(seed, 2, 3, condition=1e4) for seed in (0, 1, 2)]
     assert cg.barycenter(gmms, gmms[0]).converged
-    monkeypatch.setattr("coupled_gmm.bures._BARYCENTER_STEPS", 2)
+    monkeypatch.setattr("coupled_gmm.gaussians.bures._BARYCENTER_STEPS", 2)
     jax.clear_caches()
     short = cg.barycenter(gmms, gmms[0])
     assert not short.converged and "had not settled" in short.message
@@ -195,8 +195,8 @@ def test_remedies_name_what_there_is(objects, name):
         parameters |= {"epsilon", "rho", "tau"}
     if function is cg.fit_graph:
         parameters.add("transport_weight")  # an edge's weight
-    for status in statuses:
-        text = changed(objects[name], status=jnp.asarray(Status[status])).message
+    for ended in statuses:
+        text = changed(objects[name], status=jnp.asarray(Status[ended])).message
         text = text.replace("init_gmm(key, x, n_components)", "")
         for path in re.findall(r"\b(history(?:\.\w+)+)", text):
             value = objects[name]
@@ -204,12 +204,12 @@ def test_remedies_name_what_there_is(objects, name):
                 value = getattr(value, part)
         for argument in ARGUMENTS:
             if re.search(rf"\b{argument}\b", text):
-                assert argument.replace(" ", "_") in parameters, (status, argument, text)
+                assert argument.replace(" ", "_") in parameters, (ended, argument, text)
 
 
 def test_a_distance_names_the_plans_remedies():
     with pytest.raises(cg.FitError) as error:
-        result.raise_if_failed(jnp.asarray(Status.NOT_FINITE), Plan._remedies)
+        status.raise_if_failed(jnp.asarray(Status.NOT_FINITE), Plan._remedies)
     assert "ridge" not in str(error.value)
 
 

@@ -1,0 +1,226 @@
+"""Points in chunks: how clouds of any size share few programs.
+
+A program of XLA knows the shapes of its arrays, and a new number of points is a new program: seconds to compile, a thousand
+memory maps of the 65,530 that a process may have. Points therefore lie feature by feature in chunks of a few lengths, in a
+buffer whose number of chunks grows by factors; how many are used is a number that the program reads. Nothing is computed
+for the rest.
+
+Under a transformation, where arrays are part of somebody's own program, chunks fit exactly.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from coupled_gmm.core import checks
+from coupled_gmm.core.programs import program
+from coupled_gmm.core.tree import pytree
+
+T = TypeVar("T")
+_CPU_FLOATS, _GPU_FLOATS = 2**21, 2**26  # numbers a chunk may hold: what stays in cache, or fills a GPU
+_CPU_LENGTHS = (256, 1024)
+_GPU_LENGTHS = (2**13, 2**17, 2**20, 2**23)
+_CPU_PRICE, _GPU_PRICE = 200, 2**16  # of one more chunk, in points
+_FEW, _MANY = 8, 64  # chunks of the smallest buffers; of the others, doubled from there
+_LEAST = 16  # points that are drawn at least
+_ALIGNED = 64  # bytes: such memory JAX takes over without a copy
+_BLOCK = 2**16  # points that are copied at a time
+_ROWS = 128  # of the shortest history
+
+
+@pytree
+class Chunks:
+    """Clouds cut into equal chunks, feature by feature, each with the index of its cloud; `count` are in use.
+
+    Points that fill up the last chunk of a cloud have weight zero.
+    """
+
+    points: Float[Array, "C d B"]
+    weights: Float[Array, "C B"]
+    owners: Int[Array, " C"]
+    count: Int[Array, ""]
+
+
+def length(sizes: Sequence[int], numbers: int, chunk_size: int | None = None, shared: bool = True) -> int:
+    """Points in a chunk, for clouds of these sizes and so many numbers a point.
+
+    Shared with other clouds, from a short list: as few points and chunks as may be. Otherwise as few chunks as fit the cache,
+    evenly filled.
+    """
+    on_cpu, largest = jax.default_backend() == "cpu", max(sizes)
+    floats, price = (_CPU_FLOATS, _CPU_PRICE) if on_cpu else (_GPU_FLOATS, _GPU_PRICE)
+    lengths = _CPU_LENGTHS if on_cpu else _GPU_LENGTHS
+    if chunk_size is not None and shared:
+        return min(chunk_size, rounded(largest))
+    if not shared:
+        most = min(max(lengths[0], floats // numbers), lengths[-1]) if chunk_size is None else chunk_size
+        return -(-largest // -(-largest // most))
+    fitting = [each for each in lengths if each * numbers <= floats] or lengths[:1]
+    return min(fitting, key=lambda each: sum(-(-n // each) for n in sizes) * (each + price))
+
+
+def capacity(count: int, least: int = _MANY) -> int:
+    """Chunks that a buffer for so many has: a power of two, and on the host, where what is not used costs nothing, at least 64."""
+    size = 2 ** (count - 1).bit_length()
+    if jax.default_backend() != "cpu":
+        return size
+    return max(size, least if count <= least else min(_MANY, 8 * least))
+
+
+def rows(steps: int) -> int:
+    """Rows of a history for so many steps: from a short list, so that other numbers of steps share the program."""
+    size = _ROWS
+    while size < steps:
+        size *= 4
+    return size
+
+
+def rounded(n: int) -> int:
+    """The next number of the form 4, 5, 6 or 7 times a power of two: what draws are made in, where n is not of it."""
+    power = max(_LEAST, 2 ** (n.bit_length() - 3))
+    return -(-n // power) * power
+
+
+def filled(x: Any) -> Any:
+    """Points (n, d) with the last one repeated up to a rounded number of them; under a transformation as they are."""
+    return np.pad(np.asarray(x), ((0, rounded(len(x)) - len(x)), (0, 0)), mode="edge") if checks.at_hand(x) else x
+
+
+def draws(key: Array, n: int, each: int, dtype: Any) -> Array:
+    """Numbers in [0, 1) for n points, so many for each."""
+    return first(_uniform(key, (rounded(n) if checks.at_hand(key) else n, each), dtype), n)
+
+
+@program("shape", "dtype")
+def _uniform(key: Array, shape: tuple[int, int], dtype: Any) -> Array:
+    return jax.random.uniform(key, shape, dtype)
+
+
+def pack(clouds: Sequence[Any], weights: Sequence[Any], size: int, dtype: Any, frame: Any = None) -> Chunks:
+    """Clouds (n_i, d), or None, in chunks of `size` points.
+
+    Args:
+      weights: (n_i,), or None for equal ones; normalised here, by cloud.
+      size: of a chunk.
+      dtype: of the chunks.
+      frame: None, or what brings the points into other coordinates first: a tree with methods `points` and `points_on_host`.
+    """
+    counts = [0 if cloud is None else -(-len(cloud) // size) for cloud in clouds]
+    if checks.at_hand(*clouds, *weights):
+        return _packed_on_host(clouds, weights, counts, size, dtype, frame)
+    count = sum(counts)  # on an accelerator, a small program for each size
+    return _packed(clouds, weights, frame, size, capacity(count) if checks.known(clouds, weights) else count, dtype)
+
+
+def _packed_on_host(clouds: Any, weights: Any, counts: list[int], size: int, dtype: Any, frame: Any) -> Chunks:
+    d = next(cloud.shape[1] for cloud in clouds if cloud is not None)
+    total = capacity(sum(counts), _MANY if size <= _CPU_LENGTHS[-1] else 1)
+    points, shares = zeros((total, d, size), dtype), zeros((total, size), dtype)
+    owners, first = np.zeros(total, np.int32), 0
+    for owner, (cloud, weight, count) in enumerate(zip(clouds, weights, counts, strict=True)):
+        if cloud is not None:
+            n, last, weight = len(cloud), first + count, None if weight is None else np.asarray(weight, np.float64)
+            fill(points[first:last], np.asarray(cloud), None if frame is None else frame.points_on_host)
+            flat = shares[first:last].reshape(-1)
+            flat[:n] = 1 / n if weight is None else weight / weight.sum()
+            owners[first:last] = owner
+            first = last
+    return Chunks(*jax.device_put((points, shares, owners, np.asarray(first, np.int32))))
+
+
+@program("size", "total", "dtype")
+def _packed(clouds: Any, weights: Any, frame: Any, size: int, total: int, dtype: Any) -> Chunks:
+    points, shares, owners = [], [], []
+    for owner, (cloud, weight) in enumerate(zip(clouds, weights, strict=True)):
+        if cloud is not None:
+            n = len(cloud)
+            weight = jnp.full(n, 1 / n, dtype) if weight is None else weight / jnp.sum(weight)
+            points.append(_laid_out(cloud if frame is None else frame.points(cloud), size).astype(dtype))
+            shares.append(jnp.pad(weight.astype(dtype), (0, -n % size)).reshape(-1, size))
+            owners += [owner] * len(points[-1])
+    count = len(owners)
+    unused = total - count
+    return Chunks(
+        jnp.pad(jnp.concatenate(points), ((0, unused), (0, 0), (0, 0))),
+        jnp.pad(jnp.concatenate(shares), ((0, unused), (0, 0))),
+        jnp.asarray(owners + [0] * unused, jnp.int32),
+        jnp.asarray(count, jnp.int32),
+    )
+
+
+def zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Zeros that cost nothing until they are touched, in memory that JAX takes over as it is."""
+    dtype = np.dtype(dtype)
+    n_bytes = math.prod(shape) * dtype.itemsize
+    raw = np.zeros(n_bytes + _ALIGNED, np.uint8)
+    start = -raw.ctypes.data % _ALIGNED
+    return raw[start : start + n_bytes].view(dtype).reshape(shape)
+
+
+def fill(chunks: np.ndarray, x: np.ndarray, place: Any = None) -> None:
+    """Points (n, d) into chunks (C, d, B) on the host, block by block; what is left of the last one repeats the last point."""
+    count, _, size = chunks.shape
+    step = max(1, _BLOCK // size)
+    for first in range(0, count, step):
+        rows = x[first * size : (first + step) * size]
+        rows = rows if place is None else place(rows)
+        whole = len(rows) // size
+        last = first + whole
+        chunks[first:last] = rows[: whole * size].reshape(whole, size, rows.shape[1]).transpose(0, 2, 1)
+        if last < count and whole < step:
+            rest = rows[whole * size :]
+            chunks[last, :, : len(rest)] = rest.T
+            chunks[last, :, len(rest) :] = rest[-1][:, None]
+
+
+def _laid_out(x: Float[Array, "n d"], size: int) -> Float[Array, "C d B"]:
+    padded = jnp.pad(x, ((0, -len(x) % size), (0, 0)), mode="edge")
+    return jnp.swapaxes(padded.reshape(-1, size, x.shape[1]), 1, 2)
+
+
+def each(
+    function: Callable[[Any], Any], points: Float[Array, "C d B"], count: Int[Array, ""]
+) -> Float[Array, "C B ..."]:
+    """A function of a chunk (d, B), whose values have a leading axis of points, over all chunks in use; 0 for others."""
+    shape = jax.eval_shape(function, points[0])
+
+    def value(_: None, index: Array) -> tuple[None, Array]:
+        nothing = jnp.zeros(shape.shape, shape.dtype)
+        return None, jax.lax.cond(index < count, lambda: function(points[index]), lambda: nothing)
+
+    return jax.lax.scan(value, None, jnp.arange(len(points)))[1]
+
+
+def over_points(program: Callable[..., Array], x: Any, numbers: int, *arguments: Any) -> Array:
+    """A program (points (C, d, B), count, ...) -> (C, B, ...) at points (n, d), of so many numbers each: its values (n, ...)."""
+    n, size = len(x), length([len(x)], numbers, shared=checks.known(x))
+    count = -(-n // size)
+    if checks.at_hand(x):
+        points = zeros((capacity(count, _FEW), x.shape[1], size), x.dtype)
+        fill(points[:count], np.asarray(x))
+    elif checks.known(x):
+        points = _buffer(x, size, capacity(count, _FEW))
+    else:
+        points = _laid_out(x, size)
+    values = program(jax.device_put(points), np.asarray(count, np.int32), *arguments)
+    values: Any = np.asarray(values) if checks.at_hand(values) else values
+    return first(values.reshape(-1, *values.shape[2:]), n)
+
+
+@program("size", "total")
+def _buffer(x: Array, size: int, total: int) -> Array:
+    points = _laid_out(x, size)
+    return jnp.pad(points, ((0, total - len(points)), (0, 0), (0, 0)))
+
+
+def first(tree: T, *sizes: int) -> T:
+    """The first so many of each array, along its first axes: on the host without a program of their own."""
+    corner = tuple(map(slice, sizes))
+    if checks.at_hand(*jax.tree.leaves(tree)):
+        return jax.device_put(jax.tree.map(lambda array: np.asarray(array)[corner], tree))
+    return jax.tree.map(lambda array: array[corner], tree)

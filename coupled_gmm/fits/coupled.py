@@ -1,0 +1,318 @@
+r"""Fits of several mixtures to their clouds: the pair, and any graph.
+
+A fit is a run, not a value: it can't be differentiated; `penalized_log_likelihood`, its objective, can.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from coupled_gmm.core import checks, chunks, foreign, report
+from coupled_gmm.core.programs import program
+from coupled_gmm.core.tree import new, taken
+from coupled_gmm.fits import em, frame
+from coupled_gmm.fits.em import Controls, Settings
+from coupled_gmm.fits.frame import Sight
+from coupled_gmm.fits.graph import MixtureGraph
+from coupled_gmm.fits.results import GraphFit, PairFit, trimmed
+from coupled_gmm.gaussians.mixture import GaussianMixture
+from coupled_gmm.transport import plan, solvers
+from coupled_gmm.transport.pair import GaussianMixturePair
+
+
+class _Run(NamedTuple):
+    """How a fit was asked for, checked."""
+
+    controls: Controls
+    em_steps: int  # the same as in the controls, where Python counts with it
+    optimizer: Any
+    method: str
+    chunk_size: int | None
+    progress: Any
+
+
+def _check_run(
+    em_steps: int,
+    m_steps: int,
+    optimizer: Any,
+    learning_rate: Any,
+    tol: Any,
+    ridge: Any,
+    method: str,
+    chunk_size: int | None,
+    progress: Any,
+) -> _Run:
+    built = isinstance(optimizer, optax.GradientTransformation)
+    if optimizer is not None and not built and not callable(optimizer):
+        raise TypeError(
+            f"optimizer: expected None, an optax factory such as optax.adam, or a built optax transformation, "
+            f"got {type(optimizer).__name__}"
+        )
+    factory = optimizer is not None and not built
+    if factory and learning_rate is None:
+        raise ValueError("learning_rate: an optax factory needs one; pass learning_rate=1e-2, say")
+    if learning_rate is not None:
+        if not factory:
+            raise ValueError("learning_rate: goes with an optax factory only, such as optimizer=optax.adam; drop it")
+        learning_rate = checks.scalar("learning_rate", learning_rate, above=0, batched=True)
+    controls = Controls(
+        checks.scalar("ridge", ridge, at_least=0, batched=True),
+        checks.scalar("tol", tol, at_least=0, batched=True),
+        jnp.asarray(checks.integer("em_steps", em_steps, 1, checks.MOST_STEPS), jnp.int32),
+        jnp.asarray(checks.integer("m_steps", m_steps, 1, checks.MOST_STEPS), jnp.int32),
+        learning_rate,
+    )
+    checks.choice("method", method, solvers.ENTROPIC_METHODS)
+    if chunk_size is not None:
+        checks.integer("chunk_size", chunk_size, 1)
+    return _Run(controls, int(em_steps), optimizer, method, chunk_size, progress)
+
+
+def _check_cloud(name: str, x: Any, weights_name: str, weights: Any, gmm: GaussianMixture) -> tuple[Any, Any]:
+    cloud = checks.points(name, x, gmm.n_features)
+    return cloud, None if weights is None else checks.relative_weights(weights_name, weights, len(cloud))
+
+
+def _settings(run: _Run, solver: solvers.Solver) -> Settings:
+    progress = run.progress is not False and run.progress is not None
+    return Settings(chunks.rows(run.em_steps), solver, run.optimizer, progress)
+
+
+def _edge_solver(method: str, graph: MixtureGraph) -> solvers.Solver:
+    """The solver of all edges at once; OTT's needs one tau, known when it is compiled."""
+    if method == "entropic" or not graph.n_edges:
+        return solvers.solve_entropic
+    with jax.ensure_compile_time_eval():  # of a graph that is known, inside jit as well
+        graph, _ = graph.in_node_order()
+        prices = {"epsilon": graph.epsilon, "rho": graph.rho, "balanced": graph.balanced}
+        edges = new(GaussianMixturePair, gmm0=graph.nodes, gmm1=graph.nodes, **prices)  # of which prices are looked at
+        if not graph.balanced and checks.known(graph.epsilon, graph.rho):
+            tau = np.asarray(edges.tau)
+            if not np.allclose(tau, tau[0], rtol=1e-5, atol=0):
+                each = ", ".join(np.array2string(one, precision=4) for one in tau)
+                raise ValueError(
+                    f"method: 'sinkhorn' needs one tau = rho / (rho + epsilon) for all edges, and these have {each}; "
+                    "use 'entropic', or give all edges the same tau"
+                )
+        return solvers.solver_for(method, taken(edges, 0))
+
+
+@program("settings")
+def _fit_graph(problem: MixtureGraph, sight: Sight, controls: Controls, settings: Settings) -> GraphFit:
+    # The program sees edges in node order, so that no result depends on how they are written; its answers are put back.
+    ordered, order = problem.in_node_order()
+    edges = jnp.stack([problem.sources, problem.targets], axis=1)
+    run = em.run(ordered, sight, controls, settings)
+    back = jnp.argsort(order) if problem.n_edges > 1 else order
+    history = dataclasses.replace(run.history, transport_terms=run.history.transport_terms[:, back])
+    ends = [taken(run.nodes, index) for index in (problem.sources, problem.targets)]
+    pairs = new(
+        GaussianMixturePair,
+        gmm0=ends[0],
+        gmm1=ends[1],
+        epsilon=problem.epsilon,
+        rho=problem.rho,
+        balanced=problem.balanced,
+    )
+    found = taken((run.terms.costs, run.terms.potentials), back)
+    costs, potentials = jax.tree.map(
+        lambda turned, found: jnp.where(jnp.expand_dims(problem.turned, range(1, found.ndim)), turned, found),
+        (found[0].swapaxes(1, 2), found[1].swap()),
+        found,
+    )
+    plans = plan.from_potentials(pairs, costs, potentials)
+    return GraphFit(
+        problem.split(run.nodes), plans, run.value, run.status, run.n_steps, history, run.log_likelihoods, edges
+    )
+
+
+@program("settings")
+def _fit_pair(
+    pair: GaussianMixturePair,
+    transport_weight: Array,
+    frozen: Array,
+    sight: Sight,
+    controls: Controls,
+    settings: Settings,
+) -> PairFit:
+    problem = MixtureGraph.from_pair(pair, transport_weight, frozen)
+    fit = _fit_graph(problem, sight, controls, settings)
+    whole = trimmed(taken(fit.plans, 0), *fit.gmms)
+    end = fit.penalized_log_likelihood, fit.status, fit.n_steps, fit.history, fit.log_likelihoods
+    return PairFit(whole.pair, whole, *end)
+
+
+def penalized_log_likelihood(
+    pair: GaussianMixturePair,
+    x0: Any,
+    x1: Any,
+    *,
+    transport_weight: Any,
+    point_weights0: Any = None,
+    point_weights1: Any = None,
+    ridge: Any = 1e-6,
+    chunk_size: int | None = None,
+) -> Float[Array, ""]:
+    r"""The objective of `fit_pair` at a pair, differentiable once in both mixtures.
+
+    .. math:: J = \overline{\log p_0} + \overline{\log p_1} - \lambda T(p_0, p_1)
+
+    Arguments and errors as in `fit_pair`.
+    """
+    checks.instance("pair", pair, GaussianMixturePair)
+    x0, x1 = foreign.same_features(["x0", "x1"], [x0, x1])
+    x0, w0 = _check_cloud("x0", x0, "point_weights0", point_weights0, pair.gmm0)
+    x1, w1 = _check_cloud("x1", x1, "point_weights1", point_weights1, pair.gmm1)
+    transport_weight = checks.scalar("transport_weight", transport_weight, at_least=0, batched=True)
+    ridge = checks.scalar("ridge", ridge, at_least=0, batched=True)
+    pair.gmm0.check_densities("pair.gmm0")
+    pair.gmm1.check_densities("pair.gmm1")
+    n_components = max(pair.gmm0.n_components, pair.gmm1.n_components)
+    view = frame.seen(["x0", "x1"], [x0, x1], [w0, w1], [pair.gmm0, pair.gmm1], ridge)
+    sight = view.in_chunks(n_components * pair.n_features, chunk_size)
+    return _value(pair, transport_weight, sight, ridge)
+
+
+@program()
+def _value(pair: GaussianMixturePair, transport_weight: Array, sight: Sight, ridge: Array) -> Float[Array, ""]:
+    problem = MixtureGraph.from_pair(pair, transport_weight, np.zeros(2, bool))
+    return em.value(problem, sight, ridge)
+
+
+def fit_graph(
+    clouds: Sequence[Any],
+    graph: MixtureGraph,
+    *,
+    point_weights: Sequence[Any] | None = None,
+    em_steps: int = 30,
+    m_steps: int = 20,
+    optimizer: Any = None,
+    learning_rate: Any = None,
+    tol: Any = 0.0,
+    ridge: Any = 1e-6,
+    method: str = "entropic",
+    chunk_size: int | None = None,
+    progress: Any = False,
+) -> GraphFit:
+    """The coupled fit of `fit_pair` for any graph of mixtures.
+
+    `clouds` has one (n, d) cloud a node, or None where a node explains none; `point_weights` likewise. Everything else is
+    as in `fit_pair`; what is frozen, and the weights of nodes and edges, are the graph's.
+    """
+    checks.instance("graph", graph, MixtureGraph)
+    if graph.sources.ndim != 1:
+        raise ValueError(
+            f"graph: is a batch of {len(graph.sources)} graphs; fit them with jax.vmap, or take one of them"
+        )
+    run = _check_run(em_steps, m_steps, optimizer, learning_rate, tol, ridge, method, chunk_size, progress)
+    clouds = checks.sequence("clouds", clouds)
+    weights = [None] * graph.n_nodes if point_weights is None else checks.sequence("point_weights", point_weights)
+    for name, given in (("clouds", clouds), ("point_weights", weights)):
+        if len(given) != graph.n_nodes:
+            raise ValueError(f"{name}: expected one for each of the {graph.n_nodes} nodes (or None), got {len(given)}")
+    for i, (cloud, weight) in enumerate(zip(clouds, weights, strict=True)):
+        if cloud is None and weight is not None:
+            raise ValueError(f"point_weights[{i}]: node {i} has no cloud to weigh; pass None, or its cloud")
+    if all(cloud is None for cloud in clouds):
+        raise ValueError("clouds: every one is None; a fit needs at least one cloud")
+    names = [f"clouds[{i}]" for i in range(graph.n_nodes)]
+    clouds = foreign.same_features(names, clouds)
+    checked = [
+        (None, None) if cloud is None else _check_cloud(names[i], cloud, f"point_weights[{i}]", weight, graph.nodes)
+        for i, (cloud, weight) in enumerate(zip(clouds, weights, strict=True))
+    ]
+    still = np.asarray(graph.frozen) if checks.known(graph.frozen) else np.array([cloud is None for cloud in clouds])
+    for i, gmm in enumerate(graph.split(graph.nodes)):
+        frozen = bool(still[i])
+        if frozen == (clouds[i] is not None) or (clouds[i] is not None and not frame.raises(ridge)):
+            gmm.check_densities(f"node {i}")
+    matched = graph.n_nodes == 2 and graph.n_edges == 1 and all(cloud is not None for cloud in clouds)
+    graph = dataclasses.replace(graph, matched=matched)
+    solver = _edge_solver(method, graph)
+    view = frame.seen(names, [c for c, _ in checked], [w for _, w in checked], [graph.nodes], ridge)
+    sight = view.in_chunks(max(graph.sizes) * graph.nodes.n_features, run.chunk_size)
+    with report.listening(run.progress) as listener:
+        controls = run.controls._replace(listener=listener)
+        fit = _fit_graph(graph, sight, controls, _settings(run, solver))
+    return dataclasses.replace(fit, history=chunks.first(fit.history, run.em_steps))
+
+
+def fit_pair(
+    x0: Any,
+    x1: Any,
+    pair: GaussianMixturePair,
+    *,
+    transport_weight: Any,
+    point_weights0: Any = None,
+    point_weights1: Any = None,
+    em_steps: int = 30,
+    m_steps: int = 20,
+    optimizer: Any = None,
+    learning_rate: Any = None,
+    tol: Any = 0.0,
+    freeze: Sequence[str] = (),
+    ridge: Any = 1e-6,
+    method: str = "entropic",
+    chunk_size: int | None = None,
+    progress: Any = False,
+) -> PairFit:
+    r"""Fit two mixtures to two clouds while a penalty on the transport cost between them keeps them close.
+
+    .. math:: J = \overline{\log p_0} + \overline{\log p_1} - \lambda T(p_0, p_1)
+
+    with the means over points, and T the regularised cost of `solve_plan` (MW2 squared, or its unbalanced version, plus the
+    entropic term), by EM whose M-step raises the whole objective. With the default optimiser J never falls.
+
+    Args:
+      x0, x1: clouds (n0, d) and (n1, d).
+      pair: where to start, with epsilon and rho.
+      transport_weight: lambda, at least 0, per squared data unit.
+      point_weights0, point_weights1: (n0,), (n1,), at least 0, not all 0; None weighs points equally.
+      em_steps: EM steps, at most.
+      m_steps: evaluations of the M-step's objective and gradient in each, at most.
+      optimizer: None is L-BFGS in natural coordinates; an optax factory (``optax.adam``) takes `learning_rate` as a leaf;
+        a built optax transformation is used as it is. Both run in log-Cholesky coordinates, as OTT's fit does, and do
+        every step.
+      learning_rate: above 0, with a factory only.
+      tol: at least 0; the fit has converged when an EM step raises J by no more. With 0 all steps are done.
+      freeze: any of "gmm0", "gmm1", left as they are.
+      ridge: at least 0, floor of the covariances relative to each feature's variance in its cloud: the component
+        log-densities are lowered by :math:`tr(\Delta S^{-1}) / 2`, so the exact M-step at weight 0 is the second moment plus
+        Delta, and J stays an objective that never falls. 0 turns it off.
+      method: of the plans, as in `solve_plan`.
+      chunk_size: points that are held in memory K d times over, at once; None suits the machine.
+      progress: True draws a bar; a callable gets each row as a dict; either costs one host callback a step. After what a
+        callable raises it gets no more rows, and the fit raises that at its end.
+
+    Returns:
+      A `PairFit` with the fitted pair, its plan, J, the status and the history.
+
+    Raises:
+      TypeError, ValueError: an argument of the wrong kind, shape or range, before anything is compiled.
+    """
+    checks.instance("pair", pair, GaussianMixturePair)
+    run = _check_run(em_steps, m_steps, optimizer, learning_rate, tol, ridge, method, chunk_size, progress)
+    if not isinstance(freeze, (tuple, list, set, frozenset)) or any(name not in ("gmm0", "gmm1") for name in freeze):
+        raise ValueError(f"freeze: expected a collection of 'gmm0' and 'gmm1', got {checks.brief(freeze)}")
+    x0, x1 = foreign.same_features(["x0", "x1"], [x0, x1])
+    x0, w0 = _check_cloud("x0", x0, "point_weights0", point_weights0, pair.gmm0)
+    x1, w1 = _check_cloud("x1", x1, "point_weights1", point_weights1, pair.gmm1)
+    transport_weight = checks.scalar("transport_weight", transport_weight, at_least=0, batched=True)
+    for name, gmm in (("gmm0", pair.gmm0), ("gmm1", pair.gmm1)):
+        if name in freeze or not frame.raises(ridge):
+            gmm.check_densities(f"pair.{name}")
+    n_components = max(pair.gmm0.n_components, pair.gmm1.n_components)
+    solver = solvers.solver_for(method, pair)
+    frozen = np.array(["gmm0" in freeze, "gmm1" in freeze])
+    view = frame.seen(["x0", "x1"], [x0, x1], [w0, w1], [pair.gmm0, pair.gmm1], ridge)
+    sight = view.in_chunks(n_components * pair.n_features, run.chunk_size)
+    with report.listening(run.progress) as listener:
+        controls = run.controls._replace(listener=listener)
+        fit = _fit_pair(pair, transport_weight, frozen, sight, controls, _settings(run, solver))
+    return dataclasses.replace(fit, history=chunks.first(fit.history, run.em_steps))

@@ -1,0 +1,300 @@
+r"""The program of a coupled fit: EM on every cloud, minus the price of transport between the mixtures.
+
+.. math:: J = \sum_i v_i \, \overline{\log p_i} - \sum_{(i, j)} \lambda_{ij} T(p_i, p_j)
+
+One compiled loop over EM steps. Each reduces the clouds to statistics (`statistics`), then raises the expected objective of
+all nodes at once (`m_step`); plans' potentials are carried through. The E-step and the M-step are traced once each: the
+last round of the loop looks at where the fit has come to, and moves nothing.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from coupled_gmm.core import checks, matrices, report
+from coupled_gmm.core.expansions import two_sum
+from coupled_gmm.core.status import Status
+from coupled_gmm.core.tree import chosen, pytree, saved
+from coupled_gmm.fits import frame, m_step, statistics
+from coupled_gmm.fits.frame import Sight
+from coupled_gmm.fits.graph import MixtureGraph
+from coupled_gmm.fits.statistics import Parameters
+from coupled_gmm.gaussians.mixture import GaussianMixture
+from coupled_gmm.transport import entropic, solvers
+
+_FALL = 1e-4  # an ascent that falls by this part of 1 + |J| has met more than rounding
+_ROUNDINGS = 64  # rounding units of 1 + |J| by which J may seem to fall
+_RUNNING = -1
+
+
+@saved
+@pytree
+class History:
+    """A row per EM step, before its M-step; NaN past the last.
+
+    Of a graph, q, log-likelihoods and transport have a column per node and edge. `log_likelihoods` are the densities' own, mean
+    per point; q, objective and `penalized_log_likelihood` contain the ridge's term.
+    """
+
+    q: Float[Array, "steps V"]
+    transport_terms: Float[Array, "steps E"]
+    objective: Float[Array, " steps"]
+    penalized_log_likelihood: Float[Array, " steps"]
+    marginal_error: Float[Array, " steps"]
+    log_likelihoods: Float[Array, "steps V"] | None = None
+
+    @property
+    def q0(self) -> Float[Array, " steps"]:
+        return self.q[..., 0]
+
+    @property
+    def q1(self) -> Float[Array, " steps"]:
+        if self.q.shape[-1] == 1:
+            raise AttributeError("history.q1: the graph has one node, and q0 is its column; read history.q0")
+        return self.q[..., 1]
+
+    @property
+    def transport(self) -> Float[Array, " steps"]:
+        """Regularised transport cost, summed over edges."""
+        return jnp.sum(self.transport_terms, axis=-1)
+
+
+_NO_DERIVATIVE = (
+    "a fit can't be differentiated: it is a run of an optimiser, not a value; differentiate "
+    "coupled_gmm.penalized_log_likelihood at the fitted pair instead"
+)
+
+
+class Controls(NamedTuple):
+    """What a user sweeps: leaves, whose change recompiles nothing."""
+
+    ridge: Float[Array, ""]
+    tol: Float[Array, ""]
+    em_steps: Int[Array, ""]
+    m_steps: Int[Array, ""]
+    learning_rate: Float[Array, ""] | None
+    listener: Any = None  # the number that rows are delivered to
+
+
+class Settings(NamedTuple):
+    """What a fit's program depends on."""
+
+    rows: int  # of the history, at least as many as steps
+    solver: solvers.Solver
+    optimizer: Any
+    progress: bool
+
+
+def _optimiser(optimizer: Any, learning_rate: Array | None) -> m_step.Optimiser:
+    if optimizer is None:
+        return m_step.lbfgs_optimiser()
+    return m_step.optax_optimiser(optimizer if learning_rate is None else optimizer(learning_rate))
+
+
+class _Place(NamedTuple):
+    """Where a fit stands: parameters, and what was seen of J there."""
+
+    parameters: Parameters
+    terms: m_step.Terms
+    log_likelihoods: Float[Array, " V"]  # the densities' own
+    penalized: Float[Array, " V"]  # with the ridge's term
+    rest: Float[Array, " V"]  # what rounding has left of these
+    value: Float[Array, ""]
+    rise: Float[Array, ""]  # by which it was reached
+
+
+class _Carry(NamedTuple):
+    step: Int[Array, ""]
+    parameters: Parameters  # where the next look goes
+    potentials: entropic.Potentials
+    place: _Place  # of the last look
+    left: Float[Array, ""]  # what the last M-step promised and left undone
+    moved: Bool[Array, ""]  # whether it moved at all
+    status: Int[Array, ""]
+    history: History
+
+
+class Run(NamedTuple):
+    """Where a fit ended, in data units: the nodes there, its last look at J and its terms, and how it went."""
+
+    nodes: GaussianMixture
+    terms: m_step.Terms
+    log_likelihoods: Float[Array, " V"]
+    value: Float[Array, ""]
+    status: Int[Array, ""]
+    n_steps: Int[Array, ""]
+    history: History
+
+
+@matrices.precise
+def run(problem: MixtureGraph, sight: Sight, controls: Controls, settings: Settings) -> Run:
+    """The program of every fit; trace it inside ``jit``, with `settings` static."""
+    problem, sight = checks.value_only((problem, sight), _NO_DERIVATIVE)
+    dtype = problem.nodes.dtype
+    controls = jax.tree.map(lambda c: c.astype(dtype) if jnp.issubdtype(c, jnp.floating) else c, controls)
+    floors, unit, has_cloud = sight.floors(controls.ridge), sight.frame.unit, sight.has_cloud
+    graph = _in_frame(problem, unit)
+    optimiser = _optimiser(settings.optimizer, controls.learning_rate)
+
+    def em_step(carry: _Carry) -> _Carry:
+        found = statistics.e_step(carry.parameters, sight.chunks, floors, carry.place.penalized)
+        # The last round only looks at where the fit has come to.
+        budget = jnp.where(carry.step < controls.em_steps, controls.m_steps, 1)
+        moved = m_step.m_step(found, floors, graph, carry.potentials, settings.solver, optimiser, unit, budget)
+        place, gain = _arrived(carry.place, found, moved, graph)
+        fell = (carry.step > 0) & (settings.optimizer is None) & (gain < -_rounding(carry.place, place))
+        status = _status(carry, place.value, gain, fell, moved, controls)
+        running = status == _RUNNING
+        row = _row(graph, place, moved, unit, has_cloud)
+        history = jax.tree.map(lambda h, r: h.at[carry.step].set(jnp.where(running, r, jnp.nan)), carry.history, row)
+        if settings.progress:
+            report.emit(
+                controls.listener,
+                {"running": running, "em_steps": controls.em_steps, "step": carry.step, **_columns(row)},
+            )
+        return _Carry(
+            carry.step + running,
+            moved.parameters,
+            moved.potentials,
+            chosen(fell, carry.place, place),  # J never falls: a step on which it did is taken back
+            moved.left,
+            moved.moved,
+            status,
+            history,
+        )
+
+    start = _start(problem, graph, sight, floors, settings.rows)
+    end = jax.lax.while_loop(lambda carry: carry.status == _RUNNING, em_step, start)
+    nodes = problem.fitted(sight.frame.mixture(end.place.parameters, sight.far))
+    row = _row(graph, end.place, None, unit, has_cloud)
+    status = _with_plans(end.status, end.place.terms.potentials)
+    status = _checked(status, problem, nodes, unit * end.place.parameters.factors, has_cloud)
+    terms = m_step.scaled(end.place.terms, unit**2)
+    log_likelihoods = jnp.asarray(row.log_likelihoods)
+    return Run(nodes, terms, log_likelihoods, row.penalized_log_likelihood, status, end.step, end.history)
+
+
+def _in_frame(problem: MixtureGraph, unit: Array) -> MixtureGraph:
+    """The graph with its prices in the frame's unit: costs are squared lengths there too."""
+    square = unit**2
+    return dataclasses.replace(
+        problem,
+        edge_weights=problem.edge_weights * square,
+        epsilon=problem.epsilon / square,
+        rho=problem.rho / square,
+    )
+
+
+def _start(problem: MixtureGraph, graph: MixtureGraph, sight: Sight, floors: Array, rows: int) -> _Carry:
+    parameters = sight.frame.parameters(problem.nodes, jnp.where(problem.frozen[:, None], 0, floors))
+    parameters = frame.apart(parameters, sight.has_cloud & ~graph.frozen)
+    terms, zeros = m_step.no_terms(graph), jnp.zeros(graph.n_nodes, parameters.means.dtype)
+    zero = jnp.zeros((), zeros.dtype)
+    place = _Place(parameters, terms, zeros, zeros, zeros, zero - jnp.inf, zero)
+    row = History(zeros, terms.transport, zero, zero, zero, zeros)
+    history = jax.tree.map(lambda leaf: jnp.full((rows, *leaf.shape), jnp.nan, leaf.dtype), row)
+    yes = jnp.asarray(True)
+    return _Carry(
+        jnp.asarray(0), parameters, terms.potentials, place, zero + jnp.inf, yes, jnp.asarray(_RUNNING), history
+    )
+
+
+def _arrived(
+    before: _Place, found: statistics.Statistics, moved: m_step.MStep, graph: MixtureGraph
+) -> tuple[_Place, Array]:
+    """The place that was looked at, and what J has gained on the way to it, to less than a rounding unit of J."""
+    penalized, rest = two_sum(before.penalized, found.penalized)
+    log_likelihoods, terms = before.penalized + found.log_likelihood, moved.initial
+    value = graph.node_weights @ penalized - graph.edge_weights @ terms.transport
+    gain = graph.node_weights @ (found.penalized - before.rest)
+    gain = gain - graph.edge_weights @ (terms.transport - before.terms.transport)
+    rise = graph.node_weights @ jnp.abs(found.penalized)
+    return _Place(found.base, terms, log_likelihoods, penalized, rest, value, rise), gain
+
+
+def _rounding(before: _Place, place: _Place) -> Array:
+    """By what J may seem to fall: rounding of its own size, and of the step by which it came where it was before."""
+    return _ROUNDINGS * jnp.finfo(place.value.dtype).eps * (1 + jnp.abs(place.value) + before.rise)
+
+
+def _status(
+    carry: _Carry, value: Array, gain: Array, fell: Array, moved: m_step.MStep, controls: Controls
+) -> Int[Array, ""]:
+    """Whether and why a fit ends here.
+
+    It has converged where a step gained no more than the tolerance, and neither the M-step on the way here had left more
+    undone nor the one from here promises more.
+    """
+    tol = controls.tol
+    asked, still = tol > 0, (carry.step > 0) & (gain <= tol)
+    met = asked & still & ~fell & (carry.left <= tol) & (moved.ahead <= tol)
+    out_of_steps = jnp.where(asked, Status.NOT_CONVERGED, Status.STEPS_DONE)
+    status = jnp.where(met, Status.CONVERGED, jnp.where(carry.step >= controls.em_steps, out_of_steps, _RUNNING))
+    status = jnp.where(asked & still & ~met & ~carry.moved, Status.STALLED, status)
+    status = jnp.where(fell, jnp.where(asked, Status.PRECISION, Status.STEPS_DONE), status)
+    collapsed = fell & (gain < -_FALL * (1 + jnp.abs(value)))
+    status = jnp.where(collapsed, Status.COLLAPSED, status)
+    missed = jnp.fmax(jnp.nanmax(carry.history.marginal_error, initial=0), moved.marginal_error) > m_step.MISSED
+    status = jnp.where((status != _RUNNING) & missed, Status.PLAN_NOT_CONVERGED, status)
+    return jnp.where(jnp.isfinite(value), status, Status.NOT_FINITE)
+
+
+def _with_plans(status: Array, plans: entropic.Potentials) -> Int[Array, ""]:
+    """The status after a look at the plans: a fit has not converged whose plans have not."""
+    short = ~plans.converged
+    unsolved = jnp.where(jnp.any(short & ~plans.stalled), Status.PLAN_NOT_CONVERGED, Status.PRECISION)
+    return jnp.where((status == Status.CONVERGED) & jnp.any(short), unsolved, status)
+
+
+def _checked(
+    status: Array, problem: MixtureGraph, nodes: GaussianMixture, factors: Array, has_cloud: Array
+) -> Int[Array, ""]:
+    """The status after a look at the mixtures: a component that was starved, or has no density in this precision."""
+    converged, fitted = status == Status.CONVERGED, has_cloud & ~problem.frozen
+    done = converged | (status == Status.STEPS_DONE)
+    if not problem.n_edges:
+        starved = jnp.any((nodes.weights == 0) & (problem.nodes.weights > 0), axis=-1)
+        status = jnp.where(converged & jnp.any(starved & fitted), Status.STARVED, status)
+    # The pivots that `matrices.cholesky` will meet, and what it takes for zero, with room for rounding.
+    pivots = jnp.diagonal(factors, axis1=-2, axis2=-1) ** 2
+    least = 8 * jnp.finfo(pivots.dtype).eps * jnp.sum(factors**2, axis=-1) + jnp.finfo(pivots.dtype).tiny
+    singular = jnp.any(jnp.any(pivots <= least, axis=-1) & (nodes.weights > 0), axis=-1)
+    return jnp.where(done & jnp.any(singular & fitted), Status.SINGULAR, status)
+
+
+def _columns(row: History) -> dict[str, Array]:
+    names = ["transport", "objective", "penalized_log_likelihood", "marginal_error"]
+    return {f"q{i}": q for i, q in enumerate(row.q)} | {name: getattr(row, name) for name in names}
+
+
+def _row(graph: MixtureGraph, place: _Place, moved: m_step.MStep | None, unit: Array, has_cloud: Array) -> History:
+    """What was seen at a place, in data units, where a density per volume is less by the unit to the power d."""
+    n_features = place.parameters.means.shape[-1]
+    volume = jnp.where(has_cloud, n_features * jnp.log(unit), 0)
+    terms = place.terms
+    objective = m_step.objective(terms, graph)
+    return History(
+        terms.q - volume,
+        terms.transport * unit**2,
+        objective - graph.node_weights @ volume,
+        place.value - graph.node_weights @ volume,
+        jnp.zeros_like(objective) if moved is None else moved.marginal_error,
+        place.log_likelihoods - volume,
+    )
+
+
+@matrices.precise
+def value(problem: MixtureGraph, sight: Sight, ridge: Array) -> Float[Array, ""]:
+    """J at the graph's own nodes, differentiable once in them."""
+    sight = jax.lax.stop_gradient(sight)
+    floors, unit = jax.lax.stop_gradient(sight.floors(ridge)), sight.frame.unit
+    graph = _in_frame(problem, unit)
+    parameters = sight.frame.parameters(problem.nodes, jnp.zeros_like(floors))
+    found = statistics.e_step(parameters, sight.chunks, floors)
+    start = m_step.no_terms(graph).potentials
+    transport, _, _ = m_step.transport_terms(parameters, graph, start, solvers.solve_entropic)
+    volume = jnp.where(sight.has_cloud, problem.nodes.n_features * jnp.log(unit), 0)
+    return problem.node_weights @ (found.penalized - volume) - graph.edge_weights @ transport

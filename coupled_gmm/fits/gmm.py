@@ -1,0 +1,261 @@
+"""One mixture for one cloud: where to start, and the plain EM fit."""
+
+import dataclasses
+from collections.abc import Sequence
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from coupled_gmm.core import checks, chunks
+from coupled_gmm.core.programs import program
+from coupled_gmm.core.status import Outcome, Status
+from coupled_gmm.core.tree import counted, number, pytree, saved, taken
+from coupled_gmm.fits import em, frame, starts
+from coupled_gmm.fits.em import Controls, Settings
+from coupled_gmm.fits.frame import Sight, View
+from coupled_gmm.fits.graph import MixtureGraph
+from coupled_gmm.gaussians.mixture import GaussianMixture, stack
+from coupled_gmm.transport import solvers
+
+N_INIT = 10
+
+
+def init_gmm(
+    key: PRNGKeyArray,
+    x: Any,
+    n_components: int,
+    *,
+    point_weights: Any = None,
+    n_init: int = N_INIT,
+    ridge: Any = 1e-6,
+) -> GaussianMixture:
+    """A mixture to start a fit from: k-means, then the moments of the points closest to each centre; the best of several.
+
+    Centres are drawn by k-means++ (Arthur & Vassilvitskii 2007), distances being measured in standard deviations of each
+    feature, and moved by some of Lloyd's steps: four times `n_init` draws. The likelier half of them after three steps of EM goes
+    on for three more, the likelier half of these for six, and so on (successive halving); the last is returned, as it is then.
+    Clouds of more than 50,000 points are represented by that many, drawn by their weights.
+
+    Args:
+      key: decides the draws.
+      x: cloud (n, d).
+      n_components: K, at most the number of distinct points of positive weight.
+      point_weights: (n,), at least 0, not all 0; None weighs points equally.
+      n_init: starts, of which the best is kept; each is the best of four draws.
+      ridge: added to the covariances, relative to each feature's variance, as in `fit_gmm`.
+
+    Raises:
+      TypeError, ValueError: an argument of the wrong kind, shape or range.
+    """
+    key = checks.key("key", key)
+    n_components = checks.integer("n_components", n_components, 1)
+    n_init = checks.integer("n_init", n_init, 1, checks.MOST_STARTS)
+    ridge = checks.scalar("ridge", ridge, at_least=0)
+    view = _view(x, point_weights, None, ridge)
+    _check_distinct(view, n_components)
+    return taken(_draws(key, view, ridge, n_components, n_init, 1), 0)
+
+
+def _view(x: Any, point_weights: Any, gmm: GaussianMixture | None, ridge: Array) -> View:
+    """The cloud in its frame, in the precision of a mixture or the default one."""
+    x = checks.points("x", x, None if gmm is None else gmm.n_features)
+    w = None if point_weights is None else checks.relative_weights("point_weights", point_weights, len(x))
+    return frame.seen(["x"], [x], [w], [] if gmm is None else [gmm], ridge)
+
+
+def _check_distinct(view: View, n_components: int) -> None:
+    """Refuse more components than distinct points; a small sample usually settles it."""
+    (x,), (w,) = view.clouds, view.weights
+    if not checks.known(x, w):
+        return
+    x = np.asarray(x) if w is None else np.asarray(x)[np.asarray(w) > 0]
+    for n in (16 * n_components, len(x)):
+        n_distinct = len(np.unique(x[:n], axis=0))
+        if n_distinct >= n_components:
+            return
+    raise ValueError(
+        f"n_components: {n_components} components need as many distinct points of positive weight, x has {n_distinct}; "
+        "lower n_components"
+    )
+
+
+def _draws(key: Array, view: View, ridge: Array, n_components: int, n_init: int, n: int) -> GaussianMixture:
+    """The n best of n_init starts, stacked."""
+    sight = _representatives(jax.random.fold_in(key, 0), view).in_chunks(n_components * len(view.pooled))
+    return _init(key, sight, ridge, n_components, n_init, n)
+
+
+def _representatives(key: Array, view: View) -> View:
+    """The points that starts are drawn from: all, or so many of them, drawn by their weights."""
+    (x,), (w,), n = view.clouds, view.weights, starts.MOST_POINTS
+    if len(x) <= n:
+        return view
+    draws = jax.random.uniform(key, (n,))
+    xp = np if checks.at_hand(x, w, draws) else jnp
+    x, draws = xp.asarray(x), xp.asarray(draws)
+    # One in each of as many equal parts of the mass.
+    places = (xp.arange(n) + draws) / n
+    if w is None:
+        index = (places * len(x)).astype(int)
+    else:
+        upto = xp.cumsum(xp.asarray(w))
+        index = xp.searchsorted(upto, places * upto[-1], side="right")
+    return view._replace(clouds=[x[xp.minimum(index, len(x) - 1)]], weights=[None])
+
+
+@program("n_components", "n_init", "n")
+def _init(key: Array, sight: Sight, ridge: Array, n_components: int, n_init: int, n: int) -> GaussianMixture:
+    floor, pooled = sight.floors(ridge)[0], sight.pooled
+    deviations = jnp.where(pooled > 0, jnp.sqrt(pooled), 1)
+    found = starts.draws(key, sight.chunks, deviations, floor, n_components, starts.DRAWS * n_init)
+    return sight.frame.mixture(starts.race(found, sight.chunks, floor, n), sight.far)
+
+
+@saved
+@pytree
+class MixtureHistory:
+    """A row per EM step, before it; NaN past the last. Mean per point, without the ridge's term and with it."""
+
+    log_likelihood: Float[Array, " max_steps"]
+    penalized_log_likelihood: Float[Array, " max_steps"] | None = None
+
+
+@saved
+@pytree
+class MixtureFit(Outcome):
+    """A fitted mixture and how the fit went.
+
+    `log_likelihood` is the density's own at the end, mean per point; `penalized_log_likelihood` has the ridge's term in, and is
+    what the fit raised. Of several starts, the one that ended best, and which it was.
+    """
+
+    gmm: GaussianMixture
+    log_likelihood: Float[Array, ""]
+    status: Int[Array, ""]
+    n_steps: Int[Array, ""]
+    history: MixtureHistory
+    penalized_log_likelihood: Float[Array, ""] | None = None
+    start: Int[Array, ""] | None = None
+
+    _remedies = MappingProxyType(
+        {
+            Status.PRECISION: (
+                "stopped at what this precision can reach, above the tolerance: in float32, enable float64 "
+                "(jax.config.update('jax_enable_x64', True)); in float64, raise tol"
+            ),
+            Status.NOT_FINITE: "a value was not finite: raise ridge, or check the start for singular covariances",
+            Status.STALLED: (
+                "stalled: no step raised the likelihood, though the next promises more than the tolerance: go on in float64, or "
+                "raise tol"
+            ),
+        }
+    )
+
+    def _words(self) -> list[str]:
+        value = [f"log-likelihood {said}" for said in [number(self.log_likelihood)] if said]
+        return [*self.gmm._words(), *value, *counted(self.n_steps, "step"), *self._ended()]
+
+    def _facts(self) -> dict[str, str]:
+        return {
+            "log-likelihood, mean per point": number(self.log_likelihood),
+            "with the ridge's term": number(self.penalized_log_likelihood),
+            "EM steps": number(self.n_steps),
+            "best start, from 0": number(self.start),
+        }
+
+
+def fit_gmm(
+    x: Any,
+    init: GaussianMixture | Sequence[GaussianMixture] | int,
+    *,
+    key: PRNGKeyArray | None = None,
+    n_init: int | None = None,
+    point_weights: Any = None,
+    max_steps: int = 100,
+    tol: Any = 1e-5,
+    ridge: Any = 1e-6,
+) -> MixtureFit:
+    """Fit one mixture to one cloud by EM: the coupled fit of a graph of one node.
+
+    Args:
+      x: cloud (n, d). Given in more digits than the mixture has, it is centred in its own precision first.
+      init: where to start, as from `init_gmm`; or several mixtures of one size, all fitted to the end, of which the best is
+        kept; or a number of components, which takes a key.
+      key: of a number of components, decides the starts.
+      n_init: of a number of components, how many starts are fitted; None is 10.
+      point_weights: (n,), at least 0, not all 0; None weighs points equally.
+      max_steps: EM steps, at most.
+      tol: at least 0; converged when a step raises the mean log-likelihood by no more, and the next promises no more. Gains are
+        known to less than a rounding unit of the log-likelihood. 0 does all steps.
+      ridge: floor of the covariances relative to each feature's variance, as in `fit_pair`. A start is floored as the fit is.
+
+    Raises:
+      TypeError, ValueError: an argument of the wrong kind, shape or range.
+    """
+    ridge = checks.scalar("ridge", ridge, at_least=0, batched=True)
+    tol = checks.scalar("tol", tol, at_least=0, batched=True)
+    max_steps = checks.integer("max_steps", max_steps, 1, checks.MOST_STEPS)
+    if isinstance(init, (int, np.integer)) and not isinstance(init, bool):
+        inits, view = _starts(x, int(init), key, n_init, point_weights, ridge)
+    else:
+        inits = _given(init, key, n_init, ridge)
+        view = _view(x, point_weights, inits, ridge)
+    sight = view.in_chunks(inits.n_components * inits.n_features)
+    settings = Settings(chunks.rows(max_steps), solvers.solve_entropic, None, False)
+    steps = jnp.asarray(max_steps, jnp.int32), jnp.asarray(1, jnp.int32)
+    fit = _fit(inits, sight, Controls(ridge, tol, *steps, None), settings)
+    return dataclasses.replace(fit, history=chunks.first(fit.history, max_steps))
+
+
+def _given(init: Any, key: Any, n_init: Any, ridge: Array) -> GaussianMixture:
+    """The mixtures to start from, stacked."""
+    if key is not None or n_init is not None:
+        raise ValueError("key, n_init: go with a number of components as init; drop them, or pass init=3, say")
+    alone = not isinstance(init, (tuple, list))
+    gmms = [init] if alone else checks.sequence("init", init)
+    if not gmms:
+        raise ValueError("init: the list is empty; give at least one start")
+    for i, gmm in enumerate(gmms):
+        name = "init" if alone else f"init[{i}]"
+        checks.instance(name, gmm, GaussianMixture)
+        if (gmm.n_components, gmm.n_features) != (gmms[0].n_components, gmms[0].n_features):
+            raise ValueError(f"{name}: differs from init[0] in its number of components or features; give them alike")
+        if not frame.raises(ridge):
+            gmm.check_densities(name)
+    return stack(gmms)
+
+
+def _starts(
+    x: Any, n_components: int, key: Any, n_init: Any, point_weights: Any, ridge: Array
+) -> tuple[GaussianMixture, View]:
+    """As many starts as asked for, stacked, and the cloud as programs take it."""
+    if key is None:
+        raise ValueError("key: a number of components is started at random; pass a key such as jax.random.key(0)")
+    n_components = checks.integer("init", n_components, 1)
+    n_init = N_INIT if n_init is None else checks.integer("n_init", n_init, 1, checks.MOST_STARTS)
+    view = _view(x, point_weights, None, ridge)
+    _check_distinct(view, n_components)
+    return _draws(checks.key("key", key), view, ridge, n_components, n_init, n_init), view
+
+
+@program("settings")
+def _fit(inits: GaussianMixture, sight: Sight, controls: Controls, settings: Settings) -> MixtureFit:
+    def one(init: GaussianMixture) -> MixtureFit:
+        problem = MixtureGraph.single(init)
+        run = em.run(problem, sight, controls, settings)
+        (gmm,) = problem.split(run.nodes)
+        log_likelihoods = run.history.log_likelihoods
+        assert log_likelihoods is not None
+        history = MixtureHistory(log_likelihoods[:, 0], run.history.penalized_log_likelihood)
+        return MixtureFit(gmm, run.log_likelihoods[0], run.status, run.n_steps, history, run.value)
+
+    if len(inits.weights) == 1:
+        return dataclasses.replace(one(taken(inits, 0)), start=jnp.zeros((), jnp.int32))
+    ends = jax.lax.map(one, inits)
+    values = jnp.where(jnp.isfinite(ends.penalized_log_likelihood), ends.penalized_log_likelihood, -jnp.inf)
+    best = jnp.argmax(values)
+    return dataclasses.replace(taken(ends, best), start=best)

@@ -1,0 +1,215 @@
+"""A graph of mixtures: nodes are mixtures, some with a cloud to explain; edges keep two of them close."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from coupled_gmm.core import checks
+from coupled_gmm.core.tree import counted, listed, pytree, saved, static, taken
+from coupled_gmm.gaussians.mixture import GaussianMixture, alike, in_one_space, stack
+from coupled_gmm.transport.pair import BALANCED, GaussianMixturePair, price
+
+
+@saved
+@pytree
+class MixtureGraph:
+    r"""Mixtures and the price of their differences.
+
+    .. math:: J = \sum_i v_i \, \overline{\log p_i} - \sum_{(i, j)} \lambda_{ij} T(p_i, p_j)
+
+    Mixtures of unequal size are stacked with components of weight zero. Everything that a user sweeps is a leaf; sizes and
+    whether transport is balanced are structure. Which of its two nodes an edge names first says how its plan is read, and
+    changes nothing else.
+    """
+
+    nodes: GaussianMixture  # stacked on a leading axis V
+    sources: Int[Array, " E"]
+    targets: Int[Array, " E"]
+    edge_weights: Float[Array, " E"]
+    epsilon: Float[Array, " E"]
+    rho: Float[Array, "E *sides"]  # (E,), or (E, 2): of changes at the source and at the target
+    node_weights: Float[Array, " V"]
+    frozen: Bool[Array, " V"]
+    sizes: tuple[int, ...] = static()
+    balanced: bool = static()
+    matched: bool = static(default=False)  # one edge between two nodes that both have clouds
+
+    @classmethod
+    def from_mixtures(
+        cls,
+        gmms: Sequence[GaussianMixture],
+        edges: Sequence[tuple[int, int]],
+        *,
+        edge_weights: Any = 1.0,
+        epsilon: Any = None,
+        tau: Any = BALANCED,
+        rho: Any = None,
+        node_weights: Any = None,
+        frozen: Sequence[int] = (),
+    ) -> "MixtureGraph":
+        r"""A graph from mixtures and pairs of their indices.
+
+        Args:
+          gmms: V mixtures over the same features.
+          edges: E pairs (i, j) of distinct nodes, each pair of nodes at most once; a fit's plan of it goes from i to j.
+          edge_weights: lambda, at least 0, one or (E,).
+          epsilon: above 0, one or (E,), squared data units; None takes 1e-2 of each edge's mean starting cost.
+          tau: in (0, 1], 1 is balanced: :math:`\rho = \epsilon \tau / (1 - \tau)`. So with epsilon None every edge gets
+            a rho of its own; give `rho` where a change of mass shall cost the same on all. One number; one an edge, (E,);
+            or two an edge, (E, 2): of changes at i and at j, where (1, 2) is a pair for all edges. (2,) is one an edge.
+          rho: in place of tau: above 0, squared data units, infinite is balanced; shapes as of tau.
+          node_weights: v, at least 0, (V,); None is 1 each.
+          frozen: nodes that a fit leaves as they are.
+
+        Raises:
+          TypeError, ValueError: an argument of the wrong kind, shape or range; tau and rho both given.
+        """
+        gmms = in_one_space("gmms", gmms, "a graph needs at least one mixture")
+        n_nodes = len(gmms)
+        edges = _check_edges(edges, n_nodes)
+        frozen = checks.sequence("frozen", frozen)
+        for node in frozen:
+            if not _is_node(node, n_nodes):
+                raise ValueError(f"frozen: there is no node {node!r}; use indices from 0 to {n_nodes - 1}")
+        ends = [(gmms[min(edge)], gmms[max(edge)]) for edge in edges]  # in one order, for roundings of epsilon
+        if epsilon is None:
+            pairs = [GaussianMixturePair(*end) for end in ends]
+            epsilon = jnp.stack([pair.epsilon for pair in pairs]) if pairs else jnp.ones(0)
+        epsilon = _spread("epsilon", checks.scalar("epsilon", epsilon, above=0, batched=True), len(edges))
+        rho, balanced = _prices(tau, rho, epsilon)
+        edge_weights = checks.scalar("edge_weights", edge_weights, at_least=0, batched=True)
+        v = jnp.ones(n_nodes) if node_weights is None else checks.weights("node_weights", node_weights, n_nodes)
+        nodes = stack(gmms)
+        return cls(
+            nodes,
+            jnp.asarray([i for i, _ in edges], jnp.int32),
+            jnp.asarray([j for _, j in edges], jnp.int32),
+            _spread("edge_weights", edge_weights, len(edges)).astype(nodes.dtype),
+            epsilon.astype(nodes.dtype),
+            rho.astype(nodes.dtype),
+            v.astype(nodes.dtype),
+            jnp.asarray([node in frozen for node in range(n_nodes)]),
+            tuple(gmm.n_components for gmm in gmms),
+            balanced,
+        )
+
+    @classmethod
+    def from_pair(cls, pair: GaussianMixturePair, transport_weight: Array, frozen: Any) -> "MixtureGraph":
+        """The graph of two nodes and one edge."""
+        one = functools.partial(jnp.reshape, shape=(1,))
+        return cls(
+            stack([pair.gmm0, pair.gmm1]),
+            jnp.zeros(1, jnp.int32),
+            jnp.ones(1, jnp.int32),
+            one(transport_weight).astype(pair.epsilon.dtype),
+            one(pair.epsilon),
+            pair.rho[None],
+            jnp.ones(2, pair.epsilon.dtype),
+            jnp.asarray(frozen),
+            (pair.gmm0.n_components, pair.gmm1.n_components),
+            pair.balanced,
+            True,
+        )
+
+    @classmethod
+    def single(cls, gmm: GaussianMixture) -> "MixtureGraph":
+        """The graph of one node and no edge."""
+        none, index = jnp.zeros(0, gmm.dtype), jnp.zeros(0, jnp.int32)
+        one, no = jnp.ones(1, gmm.dtype), jnp.zeros(1, bool)
+        return cls(stack([gmm]), index, index, none, none, none, one, no, (gmm.n_components,), True)
+
+    def _words(self) -> list[str]:
+        sizes = f"{self.n_nodes} nodes of {listed(self.sizes)} components, {self.nodes.n_features} features"
+        return [sizes, *counted(self.sources.shape[-1], "edge"), "balanced" if self.balanced else "unbalanced"]
+
+    @property
+    def n_nodes(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def n_edges(self) -> int:
+        return self.sources.shape[0]
+
+    @property
+    def turned(self) -> Bool[Array, " E"]:
+        """Edges that are written from the later of their nodes to the earlier."""
+        return self.sources > self.targets
+
+    def in_node_order(self) -> tuple["MixtureGraph", Int[Array, " E"]]:
+        """The same graph with its edges in the order of their nodes, each from the earlier to the later; and that order."""
+        sources, targets = jnp.minimum(self.sources, self.targets), jnp.maximum(self.sources, self.targets)
+        order = jnp.argsort(sources * self.n_nodes + targets) if self.n_edges > 1 else jnp.arange(self.n_edges)
+        rho = self.rho if self.rho.ndim == 1 else jnp.where(self.turned[:, None], self.rho[:, ::-1], self.rho)
+        edges = {"sources": sources, "targets": targets, "rho": rho}
+        edges |= {"edge_weights": self.edge_weights, "epsilon": self.epsilon}
+        return dataclasses.replace(self, **taken(edges, order)), order
+
+    def fitted(self, fitted: GaussianMixture) -> GaussianMixture:
+        """The nodes after a fit; frozen nodes and absent components come back untouched."""
+        nodes, fitted = alike([self.nodes, fitted])
+        kept = self.frozen[:, None] | (self.nodes.weights == 0)
+
+        def keep(old: Array, new: Array) -> Array:
+            return jnp.where(jnp.expand_dims(kept, range(2, old.ndim)), old, new)
+
+        return jax.tree.map(keep, nodes, fitted)
+
+    def split(self, nodes: GaussianMixture) -> list[GaussianMixture]:
+        """Stacked nodes as mixtures of their own sizes."""
+        return [unpadded(taken(nodes, i), size) for i, size in enumerate(self.sizes)]
+
+
+def _is_node(node: Any, n_nodes: int) -> bool:
+    return isinstance(node, (int, np.integer)) and not isinstance(node, bool) and bool(0 <= node < n_nodes)
+
+
+def _check_edges(edges: Any, n_nodes: int) -> list[tuple[int, int]]:
+    pairs: list[tuple[int, int]] = []
+    for edge in checks.sequence("edges", edges):
+        pair = tuple(edge) if isinstance(edge, (tuple, list, np.ndarray)) else ()
+        if len(pair) != 2 or not all(_is_node(node, n_nodes) for node in pair) or pair[0] == pair[1]:
+            raise ValueError(
+                f"edges: {edge!r} does not join two of the {n_nodes} nodes; use indices from 0, two an edge"
+            )
+        i, j = map(int, pair)
+        if (i, j) in pairs or (j, i) in pairs:
+            raise ValueError(
+                f"edges: {edge!r} joins two nodes that are joined already; keep one edge, with the sum of the weights"
+            )
+        pairs.append((i, j))
+    return pairs
+
+
+def _spread(name: str, value: Array, size: int, two: bool = False) -> Array:
+    """One number for each edge, or two where two are allowed."""
+    pairs = ((1, 2), (size, 2)) if two else ()
+    if value.shape not in ((), (size,), *pairs):
+        choices = f"one number or one for each of the {size} edges" + (
+            f", or two: (1, 2) or ({size}, 2)" if two else ""
+        )
+        raise ValueError(f"{name}: expected {choices}, got shape {value.shape}")
+    return jnp.broadcast_to(value, (size, 2) if value.ndim == 2 else (size,))
+
+
+def _prices(tau: Any, rho: Any, epsilon: Float[Array, " E"]) -> tuple[Float[Array, "E *sides"], bool]:
+    """rho of every edge, or of both its sides, and whether all of them are known to be infinite."""
+    if rho is None:
+        balanced = checks.known(tau) and bool(np.all(np.asarray(tau) == 1))
+        tau = _spread("tau", checks.scalar("tau", tau, above=0, at_most=1, batched=True), len(epsilon), two=True)
+        epsilon = jnp.expand_dims(epsilon, range(1, tau.ndim))
+        return price(tau, epsilon), balanced
+    if tau is not BALANCED:
+        raise ValueError("rho: is given beside tau, and either sets the other; keep one of them")
+    balanced = checks.known(rho) and bool(np.all(np.isinf(np.asarray(rho))))
+    rho = checks.scalar("rho", rho, above=0, infinite=True, batched=True)
+    return _spread("rho", rho, len(epsilon), two=True), balanced
+
+
+def unpadded(gmm: GaussianMixture, size: int) -> GaussianMixture:
+    return jax.tree.map(lambda leaf: leaf[:size], gmm)

@@ -1,0 +1,144 @@
+"""What fits of several mixtures return: the mixtures, their plans, and how the fit went."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Float, Int
+
+from coupled_gmm.core import checks
+from coupled_gmm.core.status import Outcome, Status
+from coupled_gmm.core.tree import Stackable, counted, listed, number, pytree, saved, single
+from coupled_gmm.fits.em import History
+from coupled_gmm.gaussians.mixture import GaussianMixture
+from coupled_gmm.transport.pair import GaussianMixturePair
+from coupled_gmm.transport.plan import Plan
+
+
+def trimmed(padded: Plan, gmm0: GaussianMixture, gmm1: GaussianMixture) -> Plan:
+    """A plan between padded mixtures as one between the mixtures themselves."""
+    k0, k1, (f, g) = gmm0.n_components, gmm1.n_components, padded.potentials
+    pair = padded.pair.replace(gmm0, gmm1)
+    return dataclasses.replace(padded, pair=pair, cost=padded.cost[:k0, :k1], potentials=(f[:k0], g[:k1]))
+
+
+@saved
+@pytree
+class GraphFit(Stackable, Outcome):
+    """A fitted graph: its mixtures, its plans edge by edge, and how it went. Of a batch of fits, `fit[i]` is one."""
+
+    gmms: list[GaussianMixture]
+    plans: Plan  # of the padded mixtures, stacked on a leading axis E
+    penalized_log_likelihood: Float[Array, ""]
+    status: Int[Array, ""]
+    n_steps: Int[Array, ""]
+    history: History
+    log_likelihoods: Float[Array, " V"] | None = None  # of each cloud, mean per point, without ridge
+    edges: Int[Array, "E 2"] | None = None  # as given; files of before have none
+
+    def _words(self) -> list[str]:
+        sizes = listed(gmm.n_components for gmm in self.gmms)
+        sizes = f"{len(self.gmms)} mixtures of {sizes} components, {self.gmms[0].n_features} features"
+        return [*self._stacked(), sizes, *counted(self.plans.cost.shape[-3], "edge"), *_went(self)]
+
+    def _facts(self) -> dict[str, str]:
+        return _facts(self)
+
+    def _plans(self) -> Plan:
+        return self.plans
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        return jnp.shape(self.status)
+
+    @single
+    def plan(self, edge: Any) -> Plan:
+        """The plan of one edge, between the mixtures in `gmms` without padding.
+
+        Args:
+          edge: its index, from 0; or its nodes (i, j), whichever of them it was written from: mass goes from i to j.
+
+        Raises:
+          TypeError, ValueError: there is no such edge, or the fit is a batch, or traced.
+        """
+        index, reverse = self._edge(edge)
+        i, j = np.asarray(self.edges)[index].tolist()
+        plan = trimmed(self.plans[index], self.gmms[i], self.gmms[j])
+        return plan.reverse() if reverse else plan
+
+    def _edge(self, edge: Any) -> tuple[int, bool]:
+        """The index of an edge, and whether it was asked for against its direction."""
+        if self.edges is None:
+            raise ValueError("edge: the fit was saved before fits kept their edges; read plans[i], or fit again")
+        if not checks.known(self.edges):
+            raise ValueError(
+                "edge: under a transformation sizes of plans are not known; read plans[i], or ask outside of it"
+            )
+        written = [tuple(nodes) for nodes in np.asarray(self.edges).tolist()]
+        if isinstance(edge, (tuple, list)) and len(edge) == 2:
+            for reverse, nodes in ((False, tuple(edge)), (True, tuple(edge[::-1]))):
+                if nodes in written:
+                    return written.index(nodes), reverse
+            raise ValueError(f"edge: no edge joins nodes {edge[0]} and {edge[1]}; the edges are {written}")
+        index = checks.integer("edge", edge, 0)
+        if index >= len(written):
+            raise ValueError(f"edge: there is no edge {index}; the edges from 0 are {written}")
+        return index, False
+
+
+@saved
+@pytree
+class PairFit(Stackable, Outcome):
+    """A fitted pair with its plan, and how the fit went. Of a batch of fits, `fit[i]` is one."""
+
+    pair: GaussianMixturePair
+    plan: Plan
+    penalized_log_likelihood: Float[Array, ""]
+    status: Int[Array, ""]
+    n_steps: Int[Array, ""]
+    history: History
+    log_likelihoods: Float[Array, "2"] | None = None  # of each cloud, mean per point, without ridge
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        return jnp.shape(self.status)
+
+    def _words(self) -> list[str]:
+        one, other = self.pair.gmm0, self.pair.gmm1
+        sizes = f"{one.n_components} and {other.n_components} components of {one.n_features} features"
+        return [*self._stacked(), sizes, *_went(self)]
+
+    def _facts(self) -> dict[str, str]:
+        return _facts(self)
+
+    def _plans(self) -> Plan:
+        return self.plan
+
+
+def _went(fit: GraphFit | PairFit) -> list[str]:
+    """J, steps and status, for `repr`."""
+    value = [f"J {said}" for said in [number(fit.penalized_log_likelihood)] if said]
+    plans = fit._plans()
+    short = not isinstance(plans.status, Tracer) and bool(np.any(np.asarray(plans.status) != Status.CONVERGED))
+    return [
+        *value,
+        *counted(fit.n_steps, "step"),
+        *fit._ended(),
+        *([f"its plan: {plans.status_name}"] if short else []),
+    ]
+
+
+def _facts(fit: GraphFit | PairFit) -> dict[str, str]:
+    """What `summary` tells of a fit."""
+    plans, each = fit._plans(), fit.log_likelihoods
+    likelihoods = "" if each is None else ", ".join(number(each[..., i]) for i in range(each.shape[-1]))
+    return {
+        "J": number(fit.penalized_log_likelihood),
+        "log-likelihoods, mean per point": likelihoods,
+        "transport cost": number(plans.regularized_cost) if plans.status.size else "",
+        "marginal error": number(plans.marginal_error) if plans.status.size else "",
+        "EM steps": number(fit.n_steps),
+        "plan": plans.status_name if plans.status.size else "",
+    }

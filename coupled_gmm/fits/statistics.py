@@ -1,0 +1,220 @@
+r"""From clouds to sufficient statistics, and the likelihood as a function of them.
+
+Points enter a fit here and nowhere else. With r the probability of a component given a point, a cloud is reduced to each
+component's mass, mean and centred second moment; the expected log-likelihood of any other parameters is a closed form of
+these, so an M-step costs the same for ten points and ten million.
+
+Points lie feature by feature in chunks (d, B), and one scan runs over the chunks of all clouds. Each chunk costs two matrix
+products: whitening by all components at once, :math:`y_k = W_k x - W_k m_k`, and the moments :math:`\sum r y_k x^T`. What is
+kept of them is whitened on both sides, :math:`\sum r y_k y_k^T`: each component is seen from its present self, where it is
+nearly a standard Gaussian. So a direction in which it is a thousand times thinner than in another is as precise as that
+one, and no number depends on the features' units.
+
+Sums of log-densities are taken about a reference, the last value: what an EM step gains is then known to far less than
+a rounding unit of the value itself.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float
+
+from coupled_gmm.core import matrices
+from coupled_gmm.core.chunks import Chunks
+from coupled_gmm.core.tree import pytree, taken
+from coupled_gmm.gaussians.density import LOG_2PI
+
+_FEW_FEATURES = 64
+
+
+class Parameters(NamedTuple):
+    """Mixtures as a fit carries them: lower triangular factors, and log-weights of which -inf is legal."""
+
+    means: Float[Array, "*V K d"]
+    factors: Float[Array, "*V K d d"]
+    log_weights: Float[Array, "*V K"]
+
+
+@pytree
+class Statistics:
+    """What a cloud says of each component, as seen from the present parameters, the `base`.
+
+    Masses sum to 1 in a cloud; shift and scatter are the points' mean and centred second moment in the whitened coordinates
+    of the base. Log-likelihoods are those above the reference: `log_likelihood` of the density itself, `penalized` with
+    the ridge's term.
+    """
+
+    base: Parameters
+    whitening: Float[Array, "*V K d d"]  # the inverses of its factors
+    masses: Float[Array, "*V K"]
+    shift: Float[Array, "*V K d"]
+    scatter: Float[Array, "*V K d d"]
+    penalized: Float[Array, "*V"]
+    log_likelihood: Float[Array, "*V"]
+
+    @property
+    def means(self) -> Float[Array, "*V K d"]:
+        return self.base.means + jnp.einsum("...kij,...kj->...ki", self.base.factors, self.shift)
+
+    @property
+    def scatters(self) -> Float[Array, "*V K d d"]:
+        """Centred second moments in the coordinates of the points."""
+        return self.base.factors @ self.scatter @ matrices.transpose(self.base.factors)
+
+
+class _Sums(NamedTuple):
+    """Additive over points: chunks, files, devices and hosts add theirs, as long as the parameters are the same."""
+
+    penalized: Float[Array, "*V"]
+    log_likelihood: Float[Array, "*V"]
+    masses: Float[Array, "*V K"]
+    whitened: Float[Array, "*V K d"]
+    cross: Float[Array, "*V K d d"]
+
+
+class _Component(NamedTuple):
+    """What the E-step needs of each component."""
+
+    whitening: Float[Array, "*V K d d"]
+    offsets: Float[Array, "*V K d"]  # W m
+    constants: Float[Array, "*V K"]  # what of the log-density does not depend on the point, with log-weight and ridge
+    penalties: Float[Array, "*V K"]  # the ridge's part of that
+
+
+def e_step(
+    parameters: Parameters,
+    chunks: Chunks,
+    floors: Float[Array, "V d"],
+    reference: Float[Array, " V"] | None = None,
+) -> Statistics:
+    """Statistics of every node's cloud under its mixture (V nodes stacked); zero for nodes that own no chunk.
+
+    `floors` is the variance that ridge adds to each feature: component log-densities are lowered by tr(floor S^-1) / 2.
+    Log-likelihoods are returned above `reference`, None being zero.
+    """
+    components = _components(parameters, floors)
+    n_nodes, *_ = components.constants.shape
+    reference = jnp.zeros(n_nodes, floors.dtype) if reference is None else reference
+    zero = components.constants[0, 0]
+    offsets, whitening = components.offsets[0], components.whitening[0]
+    flat, unravel = ravel_pytree(_Sums(zero, zero, components.constants[0], offsets, whitening))
+
+    def accumulate(totals, lost, index):
+        owner = chunks.owners[index]
+        chunk = chunks.points[index], chunks.weights[index], taken(components, owner), reference[owner]
+        sums, _ = ravel_pytree(_chunk_sums(*chunk))
+        # Kahan's sum: thousands of chunks in float32 would lose what the M-step must gain.
+        before, sums = totals[owner], sums - lost[owner]
+        after = before + sums
+        return totals.at[owner].set(after), lost.at[owner].set((after - before) - sums)
+
+    def in_use(carry, index):
+        return jax.lax.cond(index < chunks.count, accumulate, lambda *same: same[:2], *carry, index), None
+
+    zeros = jnp.zeros((n_nodes, flat.size), flat.dtype)
+    (totals, _), _ = jax.lax.scan(jax.checkpoint(in_use), (zeros, zeros), jnp.arange(len(chunks.owners)))
+    return _centred(jax.vmap(unravel)(totals), parameters, components.whitening)
+
+
+def _components(parameters: Parameters, floors: Array) -> _Component:
+    d = parameters.means.shape[-1]
+    whitening = matrices.invert_triangular(parameters.factors)
+    offsets = jnp.einsum("vkij,vkj->vki", whitening, parameters.means)
+    penalties = 0.5 * jnp.einsum("vkij,vj->vk", whitening**2, floors)
+    constants = parameters.log_weights - matrices.log_diagonal_sum(parameters.factors) - penalties - 0.5 * d * LOG_2PI
+    absent = jnp.isneginf(parameters.log_weights)
+    return _Component(whitening, offsets, jnp.where(absent, -jnp.inf, constants), jnp.where(absent, 0, penalties))
+
+
+def _chunk_sums(points: Array, weights: Array, components: _Component, reference: Array) -> _Sums:
+    whitening, offsets, constants, penalties = components
+    k, d, length = *offsets.shape, points.shape[1]
+    whitened = (whitening.reshape(k * d, d) @ points).reshape(k, d, length) - offsets[:, :, None]
+    log_joint = constants[:, None] - 0.5 * jnp.sum(whitened**2, axis=1)
+    peak = jax.lax.stop_gradient(jnp.max(log_joint, axis=0))
+    joint = jnp.exp(log_joint - peak)
+    total = jnp.sum(joint, axis=0)
+    responsibility = joint * (weights / total)
+    weighted = responsibility[:, None] * whitened
+    above = peak - reference
+    return _Sums(
+        jnp.sum(weights * (above + jnp.log(total))),
+        jnp.sum(weights * (above + _unpenalized(penalties, log_joint, joint, d))),
+        jnp.sum(responsibility, axis=1),
+        jnp.sum(weighted, axis=2),
+        (weighted.reshape(k * d, length) @ points.T).reshape(k, d, d),
+    )
+
+
+def _unpenalized(penalties: Array, log_joint: Array, joint: Array, n_features: int) -> Float[Array, " B"]:
+    """The logarithm, above the peak, of the sum of joint densities with the ridge's term taken back."""
+    highest = jnp.max(penalties)
+    if n_features <= _FEW_FEATURES:
+        return highest + jnp.log(jnp.exp(penalties - highest) @ joint)
+    # A penalty is half the number of features at a floor: beyond, its exponential leaves a float's range.
+    return jax.nn.logsumexp(log_joint + penalties[:, None], axis=0) - jax.lax.stop_gradient(jnp.max(log_joint, axis=0))
+
+
+def _centred(sums: _Sums, base: Parameters, whitening: Array) -> Statistics:
+    """Moments about the new means from sums about the present ones; none where a component has no mass to speak of."""
+    empty = _negligible(sums.masses)
+    mass = jnp.where(empty, 1, sums.masses)
+    shift = jnp.where(empty[..., None], 0, sums.whitened / mass[..., None])
+    cross = sums.cross - sums.whitened[..., None] * base.means[..., None, :]
+    second = cross @ matrices.transpose(whitening) / mass[..., None, None]
+    second = 0.5 * (second + matrices.transpose(second)) - shift[..., :, None] * shift[..., None, :]
+    second = jnp.where(empty[..., None, None], jnp.eye(shift.shape[-1], dtype=shift.dtype), second)
+    return Statistics(base, whitening, sums.masses, shift, second, sums.penalized, sums.log_likelihood)
+
+
+def _negligible(masses: Array) -> Array:
+    """Masses that are rounding of the whole: their mean and shape say nothing."""
+    return masses <= jnp.finfo(masses.dtype).eps
+
+
+def expected_log_likelihood(
+    parameters: Parameters, statistics: Statistics, floor: Float[Array, " d"]
+) -> Float[Array, ""]:
+    r"""The M-step's Q of one node: the mean log-likelihood of points and components under the E-step's probabilities.
+
+    .. math:: \sum_k n_k (\log w_k - \frac12 \log |2 \pi S_k| - \frac12 tr(S_k^{-1} (A_k + \Delta + \delta_k \delta_k^T))),
+       \quad \delta_k = \bar x_k - m_k
+
+    with masses n, centred second moments A and Delta the floor.
+    """
+    base = statistics.base
+    whitening = matrices.invert_triangular(parameters.factors)
+    change = whitening @ base.factors  # from whitened by the base to whitened by the parameters
+    shift = jnp.einsum("kij,kj->ki", change, statistics.shift)
+    shift = shift + jnp.einsum("kij,kj->ki", whitening, base.means - parameters.means)
+    trace = jnp.sum((change @ statistics.scatter) * change, axis=(-2, -1)) + jnp.sum(whitening**2 @ floor, axis=-1)
+    log_norm = matrices.log_diagonal_sum(parameters.factors) + 0.5 * shift.shape[-1] * LOG_2PI
+    present = statistics.masses > 0
+    terms = jnp.where(present, parameters.log_weights, 0) - log_norm - 0.5 * (trace + jnp.sum(shift**2, axis=-1))
+    return jnp.sum(jnp.where(present, statistics.masses * terms, 0))
+
+
+def maximiser(statistics: Statistics, floors: Float[Array, "V d"]) -> tuple[Parameters, Float[Array, " V"]]:
+    """The M-step without transport, and what Q gains by it.
+
+    Mean, second moment plus floor, mass. A component without mass to speak of keeps its mean and shape. The gain is a sum of
+    terms none of which is negative: it is right however small it is, and the log-likelihood rises by no less.
+    """
+    base, shift, empty = statistics.base, statistics.shift, _negligible(statistics.masses)
+    whitening = statistics.whitening
+    floor = (whitening * floors[..., None, None, :]) @ matrices.transpose(whitening)
+    rounding = 16 * jnp.finfo(shift.dtype).eps * shift**2  # what the shift leaves of the scatter's last digits
+    identity = jnp.eye(shift.shape[-1], dtype=shift.dtype)
+    second = statistics.scatter + floor + rounding[..., None] * identity
+    stretch = matrices.cholesky(jnp.where(empty[..., None, None], identity, second))
+    masses = jnp.where(statistics.masses > 0, statistics.masses, 0)
+    share = masses / jnp.sum(masses, axis=-1, keepdims=True)
+    log_weights = jnp.where(masses > 0, jnp.log(jnp.where(masses > 0, share, 1)), -jnp.inf)
+    excess = jnp.diagonal(stretch, axis1=-2, axis2=-1) ** 2 - 1
+    gain = jnp.sum(excess - jnp.log1p(excess), axis=-1) + jnp.sum(jnp.tril(stretch, -1) ** 2, axis=(-2, -1))
+    gain = 0.5 * statistics.masses * jnp.where(empty, 0, gain + jnp.sum(shift**2, axis=-1))
+    moved = jnp.where(masses > 0, log_weights - base.log_weights, 0)
+    gain = gain + share * moved - share + jnp.exp(base.log_weights)
+    return Parameters(statistics.means, base.factors @ stretch, log_weights), jnp.sum(gain, axis=-1)

@@ -1,0 +1,1 @@
+"""Mixtures of other libraries: scikit-learn's, OTT's, POT's (`convert`)."""

@@ -1,0 +1,399 @@
+r"""Exact balanced transport between small discrete measures: the simplex method, inside XLA.
+
+The linear programme, for a cost C and masses a, b of the same sum:
+
+.. math:: \min_{P \ge 0} \langle P, C \rangle, \qquad P 1 = a, \quad P^T 1 = b .
+
+A vertex of it is a spanning tree of K0 + K1 - 1 cells. The inverse of the tree's incidence matrix holds nothing but 0, 1 and -1
+(the matrix is totally unimodular), so it is kept dense, a pivot is one rank-one update, and no pivot ever rounds. Masses are
+counted in whole units, so flows, ties and their resolution are exact too: ties fall to a second set of
+masses, infinitely small ones under which no vertex is degenerate (Orden 1956), and so the method cannot cycle.
+See Ahuja, Magnanti & Orlin, "Network flows", 1993.
+
+The optimum is as well conditioned as its costs, whose roundings are relative, entry by entry. Potentials are not: those of a
+component far away are as large as its costs, and cancel in the reduced costs of its neighbours. So they are `expansions` of three
+floats, and the gap between the plan and its dual is a sum of products that cannot cancel,
+:math:`\sum P_{ij} (C_{ij} - f_i - g_j)`.
+
+An iteration is a few array operations on (K0 + K1)^2 numbers, the same for every problem of a batch. For more than some tens of
+components POT's network simplex, on the host, is quicker: `solve_on_host`.
+"""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from coupled_gmm.core import expansions
+from coupled_gmm.core.expansions import Expansion
+from coupled_gmm.core.host import on_host
+from coupled_gmm.core.tree import pytree, static
+
+_SLACK = 16  # reduced costs above minus so many cubed rounding units of their potentials count as zero
+_GAP = 64  # a duality gap of so many rounding units of the cost is none
+_NOISE = 8  # a flow of no more rounding units of all mass on one side of it is none
+_REFINEMENTS = 6  # of an optimum found on the host
+
+
+@pytree
+class Basis:
+    """The cells of a vertex, and the inverse of their incidence matrix with the last column's equation left out."""
+
+    rows: Int[Array, " n"]
+    columns: Int[Array, " n"]
+    inverse: Float[Array, "n K0+K1"]
+
+
+@pytree
+class Vertex:
+    """An optimal plan with its dual potentials: f + g <= C everywhere, with equality where mass flows.
+
+    Of the potentials that differ by a constant, the ones that round least: half of the mass has them below zero, half above.
+    """
+
+    matrix: Float[Array, "K0 K1"]
+    f: Float[Array, " K0"]
+    g: Float[Array, " K1"]
+    n_iterations: Int[Array, ""]
+    done: Bool[Array, ""]  # the steps did not run out
+    optimal: Bool[Array, ""]  # done, and shown to be optimal by the gap
+    gap: Float[Array, ""]  # a bound on how far <P, C> is from optimal, for the masses that P has
+
+
+class _Flow(NamedTuple):
+    """Mass in whole units, large ones and small ones of which the large are multiples, and of the infinitely small masses."""
+
+    large: Float[Array, " n"]
+    small: Float[Array, " n"]
+    tie: Float[Array, " n"]
+
+
+class _State(NamedTuple):
+    basis: Basis
+    potentials: Expansion
+    flow: _Flow
+    iteration: Int[Array, ""]
+    done: Bool[Array, ""]
+
+
+def solve(
+    cost: Float[Array, "K0 K1"],
+    a: Float[Array, " K0"],
+    b: Float[Array, " K1"],
+    max_iterations: int,
+    start: Basis | None = None,
+) -> tuple[Vertex, Basis]:
+    """An optimal vertex, from that of a nearby problem where `start` is one of this problem's, else from a corner."""
+    k0 = len(a)
+    present = (a > 0)[:, None] & (b > 0)
+    price = jnp.where(present, cost, 0)  # cells without mass may be in the tree, and must not lend it their size
+    units = _Units.of(a, b)
+    basis = _corner(units)
+    if start is not None:
+        legal = _legal(units.flow(start.inverse))
+        basis = jax.tree.map(lambda given, corner: jnp.where(legal, given, corner), start, basis)
+
+    def unfinished(state: _State) -> Bool[Array, ""]:
+        return ~state.done & (state.iteration < max_iterations)
+
+    def pivot(state: _State) -> _State:
+        f, g = _sides(state.potentials, k0)
+        reduced = expansions.reduced(price, *_crossed(f, g))
+        # A NaN is never below: a cost that is not finite ends the loop, and shows in the certificate.
+        reduced = jnp.where(present & (reduced < -_resolved(f[0], g[0])), reduced, 0)
+        row, column = _least(reduced)
+        improves = reduced[row, column] < 0
+        inverse = state.basis.inverse
+        change = inverse[:, row] + inverse[:, k0 + column]  # what a unit through the cell takes from each basic one
+        leaving = _first(change > 0, state.flow)
+        is_leaving = jnp.arange(len(change)) == leaving
+        change = jnp.where(improves, jnp.where(is_leaving, 0, change), 0)
+        # What hangs on the leaving cell shifts by the entering one's reduced cost, up or down.
+        shift = jnp.where(improves, inverse[leaving], 0)
+        by = _of_cell(price, f, g, row, column)
+        potentials = expansions.added(state.potentials, expansions.scaled(by, shift))
+
+        def updated(values: Array) -> Array:
+            return values - change * values[leaving]
+
+        def entered(old: Array, new: Array) -> Array:
+            return jnp.where(is_leaving & improves, new.astype(old.dtype), old)
+
+        inverse = inverse - change[:, None] * inverse[leaving]
+        basis = Basis(entered(state.basis.rows, row), entered(state.basis.columns, column), inverse)
+        flow = units.normal(_Flow(*map(updated, state.flow)))
+        return _State(basis, potentials, flow, state.iteration + improves, ~improves)
+
+    zero = jnp.zeros((), jnp.int32)
+    first = _State(basis, _potentials(basis, price), units.flow(basis.inverse), zero, jnp.asarray(False))
+    end = jax.lax.while_loop(unfinished, pivot, first)
+    matrix = jnp.zeros_like(cost).at[end.basis.rows, end.basis.columns].set(units.mass(end.basis, end.flow))
+    f, g = _sides(end.potentials, k0)
+    return _certified(cost, a, b, matrix, f, g, end.iteration, end.done), end.basis
+
+
+def _certified(
+    cost: Array, a: Array, b: Array, matrix: Array, f: Expansion, g: Expansion, n_iterations: Array, done: Array
+) -> Vertex:
+    """A vertex with its duality gap; optimal where that is within rounding of the cost."""
+    present = (a > 0)[:, None] & (b > 0)
+    price = jnp.where(present, cost, 0)
+    gap, known = _gap(price, a, b, matrix, f, g, float(jnp.finfo(cost.dtype).eps))
+    gap = jnp.where(jnp.all(jnp.isfinite(price)), gap, jnp.nan)
+    rounded_f, rounded_g = _centred(a, b, f, g)
+    # Those of absent components are as large as the others' allow.
+    free_f = jnp.min(jnp.where(b > 0, cost - rounded_g, jnp.inf), axis=1)
+    free_g = jnp.min(jnp.where(jnp.expand_dims(a > 0, 1), cost - rounded_f[:, None], jnp.inf), axis=0)
+    rounded_f, rounded_g = jnp.where(a > 0, rounded_f, free_f), jnp.where(b > 0, rounded_g, free_g)
+    return Vertex(matrix, rounded_f, rounded_g, n_iterations, done, done & (gap <= known), gap)
+
+
+def _gap(price: Any, a: Any, b: Any, matrix: Any, f: Expansion, g: Expansion, eps: float) -> tuple[Any, Any]:
+    """A bound on what a plan of the same masses could save, and what of it is no more than rounding; of either library."""
+    reduced = expansions.reduced(price, *_crossed(f, g)) * ((a > 0)[:, None] & (b > 0))
+    resolved = _SLACK * eps**3 * (a @ abs(f[0]) + b @ abs(g[0]))
+    # Where the dual is infeasible, the best plan may gain as much on all of a row's mass.
+    gap = (matrix * reduced.clip(min=0)).sum() + a @ (-reduced).clip(min=0).max(axis=1) + resolved
+    return gap, _GAP * (eps * (matrix * abs(price)).sum() + resolved)
+
+
+def solve_on_host(
+    cost: Float[Array, "K0 K1"], a: Float[Array, " K0"], b: Float[Array, " K1"], max_iterations: int
+) -> Vertex:
+    """The same from POT's network simplex, in float64, through a callback."""
+    (k0, k1), dtype = cost.shape, cost.dtype
+
+    def network_simplex(cost: np.ndarray, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, ...]:
+        usable = np.isfinite(cost)
+        price = np.where(usable & (a > 0)[:, None] & (b > 0), cost, 0)
+        eps = float(jnp.finfo(dtype).eps)
+        matrix, f, g, done = _refined_on_host(price, a / a.sum(), b / b.sum(), max_iterations, eps)
+        return matrix * a.sum(), *_split(f, dtype), *_split(g, dtype), np.asarray(done and usable.all())
+
+    shapes = (cost.shape, *3 * [(k0,)], *3 * [(k1,)], ())
+    matrix, f0, f1, f2, g0, g1, g2, done = on_host(network_simplex, shapes, cost, a, b)
+    # In the precision of the problem: a callback's numbers pass in it.
+    return _certified(cost, a, b, matrix, (f0, f1, f2), (g0, g1, g2), jnp.zeros((), jnp.int32), done > 0)
+
+
+def _refined_on_host(price: np.ndarray, a: np.ndarray, b: np.ndarray, max_iterations: int, eps: float) -> tuple:
+    """A plan with potentials whose gap is within rounding of its cost.
+
+    POT's tolerances are relative to the largest cost. Where that is too much, the reduced costs become the costs, and those that
+    no better plan can pay are cut down to a size at which POT sees the rest (Gleixner, Steffy & Wolter 2016).
+    """
+    import ot  # only needed here
+
+    present = (a > 0)[:, None] & (b > 0)
+    f, g = (tuple(np.zeros(k) for _ in range(3)) for k in price.shape)
+    rest = price
+    scale = np.abs(price).max() or 1.0
+    least, best = np.inf, None
+    for _ in range(_REFINEMENTS):
+        matrix, log = ot.emd(a, b, rest / scale, max_iterations, log=True)
+        matrix = _without_noise(matrix, _NOISE * eps)
+        f = expansions.added(f, (scale * log["u"], 0, 0))
+        g = expansions.added(g, (scale * log["v"], 0, 0))
+        done = log["result_code"] == 1  # ot.lp's code of an optimal solution
+        gap, known = _gap(price, a, b, matrix, f, g, float(np.finfo(float).eps))
+        if gap < least or best is None:
+            least, best = gap, (matrix, f, g, done)
+        if not done or not gap > max(known, eps * np.sum(matrix * np.abs(price))):
+            break
+        rest = expansions.reduced(price, *_crossed(f, g)) * present
+        worst = max(-rest.min(), rest[matrix > 0].max())
+        scale = 4 * sum(price.shape) * worst  # no cycle of cells can save as much
+        rest = np.minimum(rest, scale)
+    assert best is not None
+    return best
+
+
+def _without_noise(matrix: np.ndarray, noise: float) -> np.ndarray:
+    """Without flows that are rounding of the masses that they join: see `_Units.mass`."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    k0, k1 = matrix.shape
+    small = (matrix > 0) & (matrix <= noise * matrix.sum())
+    rows, columns = np.nonzero((matrix > 0) & ~small)
+    links = coo_array((np.ones(len(rows)), (rows, k0 + columns)), shape=(k0 + k1, k0 + k1))
+    n, block = connected_components(links, directed=False)
+    mass = np.zeros(n)
+    np.add.at(mass, block, np.r_[matrix.sum(1), matrix.sum(0)])
+    rows, columns = np.nonzero(small)
+    least = np.minimum(mass[block[rows]], mass[block[k0 + columns]])
+    cleaned = matrix.copy()
+    cleaned[rows, columns] = np.where(matrix[rows, columns] <= noise * least, 0, matrix[rows, columns])
+    return cleaned
+
+
+def _split(x: Expansion, dtype: Any) -> list[np.ndarray]:
+    """An expansion's parts in another precision."""
+    high = np.asarray(x[0], dtype).astype(float)
+    middle, low = expansions.two_sum((x[0] - high) + x[1], x[2])
+    rounded = np.asarray(middle, dtype).astype(float)
+    return [high, rounded, (middle - rounded) + low]
+
+
+@pytree
+class _Units:
+    """Masses of both sides in whole units, and what is left of them.
+
+    The large unit is the smallest that all mass can be counted in; a small one is as many times less as sums of it stay exact.
+    """
+
+    masses: Float[Array, " K0+K1"]
+    counts: _Flow
+    rest: Float[Array, " K0+K1"]
+    unit: Float[Array, ""]
+    n_small: Float[Array, ""]
+    k0: int = static()
+
+    @classmethod
+    def of(cls, a: Float[Array, " K0"], b: Float[Array, " K1"]) -> "_Units":
+        (k0, k1), dtype, digits = (len(a), len(b)), a.dtype, jnp.finfo(a.dtype).nmant
+        masses = jnp.concatenate([a, b])
+        of_a = jnp.arange(k0 + k1) < k0
+        unit = jnp.ldexp(jnp.ones((), dtype), jnp.frexp(jnp.sum(a))[1] - digits)
+        n_small = jnp.asarray(2.0 ** (digits - 1 - math.ceil(math.log2(k0 + k1))), dtype)
+        large = jnp.floor(masses / unit)
+        rest = masses - unit * large
+        small = jnp.round(rest / unit * n_small)
+        rest = rest - unit / n_small * small
+        # Masses of no part of the rows balance a part of the columns, unless both are empty or all.
+        tie = jnp.concatenate([jnp.full(k0, k1, dtype), jnp.ones(k1 - 1, dtype), jnp.full(1, k0 * k1 - k1 + 1, dtype)])
+        self = cls(masses, _Flow(large, small, tie), rest, unit, n_small, k0)
+        # Both sides get one sum: by what is relative rounding of each mass, and a few small units.
+        for share in (jnp.where(of_a, 0, masses) / jnp.sum(b), jnp.zeros_like(masses).at[k0 + jnp.argmax(b)].set(1)):
+            self = self._shifted(share)
+        return self
+
+    def _shifted(self, share: Float[Array, " K0+K1"]) -> "_Units":
+        side = jnp.where(jnp.arange(len(share)) < self.k0, 1, -1)
+        excess = self.n_small * jnp.sum(side * self.counts.large) + jnp.sum(side * self.counts.small)
+        given = jnp.round(share * excess)
+        large = jnp.floor(given / self.n_small)
+        small = given - self.n_small * large
+        counts = _Flow(self.counts.large + large, self.counts.small + small, self.counts.tie)
+        return dataclasses.replace(self, counts=self.normal(counts))
+
+    def flow(self, inverse: Float[Array, "n K0+K1"]) -> _Flow:
+        return self.normal(_Flow(*(_product(inverse, count) for count in self.counts)))
+
+    def normal(self, flow: _Flow) -> _Flow:
+        """The same with fewer small units than a large one has, and no less than none."""
+        carry = jnp.floor(flow.small / self.n_small)
+        return _Flow(flow.large + carry, flow.small - self.n_small * carry, flow.tie)
+
+    def mass(self, basis: Basis, flow: _Flow) -> Float[Array, " n"]:
+        """Of basic cells: with what masses are more than whole units, without what is rounding of all mass on one side."""
+        mass = self.unit * (flow.large + flow.small / self.n_small) + _product(basis.inverse, self.rest)
+        side = _product(jnp.abs(basis.inverse), self.masses)
+        side = jnp.minimum(side, jnp.sum(self.masses) - side)
+        return jnp.where(mass > _NOISE * jnp.finfo(mass.dtype).eps * side, mass, 0)
+
+
+def _corner(units: _Units) -> Basis:
+    """The north-west corner rule: rows and columns laid along one line, a cell for each piece between two ends.
+
+    The flow of a piece is the sum of masses up to its end less that up to its beginning, hence the inverse.
+    """
+    n, k0 = len(units.masses), units.k0
+    below = jnp.tril(jnp.ones((n, n), units.masses.dtype))
+    same_side = (jnp.arange(n) < k0)[:, None] == (jnp.arange(n) < k0)
+    sums = (below * same_side)[:-1]  # of masses up to each end; that of the last column is that of the last row
+    ends = units.flow(sums)
+    order = jnp.lexsort((ends.tie, ends.small, ends.large))
+    sums = sums[order]
+    of_row = order < k0
+    before = jnp.cumsum(of_row, dtype=jnp.int32) - of_row
+    inverse = sums - jnp.concatenate([jnp.zeros_like(sums[:1]), sums[:-1]])
+    return Basis(before, jnp.arange(n - 1, dtype=jnp.int32) - before, inverse)
+
+
+def _product(inverse: Array, masses: Array) -> Array:
+    """A sum of products, not a dot: accelerators round the factors of those."""
+    return jnp.sum(inverse * masses, axis=1)
+
+
+def _legal(flow: _Flow) -> Bool[Array, ""]:
+    some = (flow.large > 0) | (flow.small > 0)
+    return jnp.all((flow.large >= 0) & (some | (flow.tie > 0)))
+
+
+def _first(candidates: Array, flow: _Flow) -> Int[Array, ""]:
+    """The candidate that runs empty first, by a reduction of its own: one kernel, where three minima are nine."""
+
+    def least(one: tuple, other: tuple) -> tuple:
+        (large0, small0, tie0, _), (large1, small1, tie1, _) = one, other
+        by_small = (small0 < small1) | ((small0 == small1) & (tie0 < tie1))
+        first = (large0 < large1) | ((large0 == large1) & by_small)
+        return tuple(jnp.where(first, x, y) for x, y in zip(one, other, strict=True))
+
+    large = jnp.where(candidates, flow.large, jnp.inf)
+    index = jnp.arange(len(large), dtype=jnp.int32)
+    infinite = jnp.asarray(jnp.inf, large.dtype)
+    start = infinite, infinite, infinite, jnp.zeros((), jnp.int32)
+    return jax.lax.reduce((large, flow.small, flow.tie, index), start, least, (0,))[3]
+
+
+def _least(values: Float[Array, "K0 K1"]) -> tuple[Int[Array, ""], Int[Array, ""]]:
+    """Row and column of the least value: XLA's argmin of a matrix is slower on CPU than all that makes the matrix."""
+    values = jax.lax.optimization_barrier(values)
+    column = jnp.argmin(jnp.min(values, axis=0))
+    return jnp.argmin(values[:, column]), column
+
+
+def _potentials(basis: Basis, price: Array) -> Expansion:
+    """Those at which the reduced costs of the basic cells vanish: what one sum leaves of these, the next one adds."""
+    prices, k0 = price[basis.rows, basis.columns], len(price)
+
+    def improved(_, both: Expansion) -> Expansion:
+        f, g = _sides(both, k0)
+        missed = expansions.reduced(prices, _taken(f, basis.rows), _taken(g, basis.columns))
+        change = jnp.sum(missed[:, None] * basis.inverse, axis=0)
+        return expansions.added(both, (change, jnp.zeros_like(change), jnp.zeros_like(change)))
+
+    start = expansions.zeros(sum(price.shape), price.dtype)
+    return jax.lax.fori_loop(0, len(start), improved, start)
+
+
+def _sides(both: Expansion, k0: int) -> tuple[Expansion, Expansion]:
+    return tuple(part[:k0] for part in both), tuple(part[k0:] for part in both)
+
+
+def _taken(x: Expansion, index: Any) -> Expansion:
+    return x[0][index], x[1][index], x[2][index]
+
+
+def _crossed(f: Expansion, g: Expansion) -> tuple[Expansion, Expansion]:
+    """Along rows, and along columns."""
+    return (f[0][:, None], f[1][:, None], f[2][:, None]), g
+
+
+def _of_cell(price: Array, f: Expansion, g: Expansion, row: Array, column: Array) -> Expansion:
+    """A cell's reduced cost, all parts of it."""
+    zero = jnp.zeros((), price.dtype)
+    taken = expansions.added(_taken(f, row), _taken(g, column))
+    return expansions.added((price[row, column], zero, zero), expansions.scaled(taken, -1))
+
+
+def _resolved(f: Float[Array, " K0"], g: Float[Array, " K1"]) -> Float[Array, "K0 K1"]:
+    """What reduced costs are known to."""
+    unit = _SLACK * float(jnp.finfo(f.dtype).eps) ** 3
+    return unit * jnp.abs(f)[:, None] + unit * jnp.abs(g)
+
+
+def _centred(a: Array, b: Array, f: Expansion, g: Expansion) -> tuple[Array, Array]:
+    """Rounded potentials, from the constant at which the rounding counts least: a median."""
+    values = jnp.concatenate([f[0], -g[0]])
+    masses = jnp.concatenate([a, b])
+    distance = jnp.sum(masses * jnp.abs(values[:, None] - values), axis=1)
+    median = jnp.argmin(jnp.where(masses > 0, distance, jnp.inf))
+    centre = tuple(jnp.concatenate([one, -other])[median] for one, other in zip(f, g, strict=True))
+    f, g = expansions.added(f, expansions.scaled(centre, -1)), expansions.added(g, centre)
+    return expansions.rounded(f), expansions.rounded(g)

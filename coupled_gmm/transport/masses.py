@@ -1,0 +1,147 @@
+r"""Masses and plan solved for together: the part of a balanced pair's M-step that is not smooth.
+
+Given costs and the masses n, m that the clouds ask for, maximise over masses a, b
+
+.. math:: \sum_k n_k \log a_k / c_0 + \sum_l m_l \log b_l / c_1 - T(a, b)
+
+T has kinks in the masses: where they agree, or nearly, no gradient says how far they should part. As a saddle point in
+masses and potentials the problem is smooth, and its equations are those of `entropic` with masses that answer to their
+potentials, :math:`a = n / (1 + c_0 (F - s))`, s being such that they sum to 1. With the masses put in, it is a convex
+function of the potentials that is minimised: it tells good steps from bad, where the residual alone may go round in circles.
+
+The entropy of the plan is taken against the present masses :math:`a_0 b_0^T`, from which the answer starts. That makes the problem
+concave, and its value a lower bound that is exact at the start: T differs by
+:math:`\epsilon (KL(a | a_0) + KL(b | b_0))`, never negative. So the true objective rises. The plan that comes out is
+optimal for the new masses as well, with potentials :math:`f = F - \epsilon \log (a / a_0)`.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from coupled_gmm.core.tree import pytree
+from coupled_gmm.transport import duals, entropic
+from coupled_gmm.transport.entropic import Look, Potentials
+
+_LEVEL_STEPS = 4  # of Newton's method for s, from the last one: the merit must be that of masses that sum to 1
+
+
+@pytree
+class Response:
+    """What masses answer with: the targets n (summing to 1), the rates c, and whether a side is free to answer."""
+
+    targets: tuple[Float[Array, " K0"], Float[Array, " K1"]]
+    rates: tuple[Float[Array, ""], Float[Array, ""]]
+    free: tuple[Bool[Array, ""], Bool[Array, ""]]
+
+
+class _Side:
+    """One side's masses as a function of its potentials."""
+
+    def __init__(self, response: Response, side: int, given: Float[Array, " K"]):
+        self.target, self.rate, self.free = response.targets[side], response.rates[side], response.free[side]
+        self.given = given
+        self.present = jnp.where(self.free, self.target > 0, jnp.exp(given) > 0)
+
+    def answer(self, potential: Array, level: Array, steps: int) -> tuple[Array, Array, Array]:
+        """Log-masses, the slopes of their answer, and the improved level at which they sum to 1.
+
+        The level is the least denominator 1 + c (F - s). Newton's method on the reciprocal of the sum, which is concave
+        and nearly linear in it, closes in from below.
+        """
+        has = self.target > 0
+        # Subtracted first: fused with the product, the least height would be rounded away from 0, and below it.
+        lowest = jnp.min(jnp.where(has, potential, jnp.inf))
+        height = jnp.where(has, self.rate * (potential - lowest), 0)
+        least = jnp.max(jnp.where(has & (height == 0), self.target, 0))
+
+        def newton(_, level):
+            share = jnp.where(has, self.target / (level + height), 0)
+            total = jnp.sum(share)
+            slope = jnp.sum(share / total / ((level + height) * total))  # no square of a tiny target's reciprocal
+            return jnp.clip(level + (1 - 1 / total) / slope, least, 1)
+
+        # The last level may be that of another component's least height, with quite another target.
+        level = jnp.clip(level, least, 1)
+        level = jax.lax.fori_loop(0, steps, newton, level, unroll=steps == _LEVEL_STEPS)
+        depth = level + height
+        log_mass = jnp.where(has, jnp.log(jnp.where(has, self.target, 1) / depth), -jnp.inf)
+        return jnp.where(self.free, log_mass, self.given), jnp.where(self.free, self.rate / depth, 0), level
+
+    def worth(self, potential: Array, log_mass: Array) -> Float[Array, " 2*K"]:
+        r"""The terms of :math:`n \log a / c - \langle F, a \rangle`, which the answer a maximises: convex in F."""
+        has = self.free & (self.target > 0)
+        gain = jnp.where(has, self.target * jnp.where(has, log_mass, 0), 0) / self.rate
+        return jnp.concatenate([gain, -jnp.where(self.present, jnp.exp(log_mass) * potential, 0)])
+
+
+def _answer_matrix(mass: Float[Array, " K"], slope: Float[Array, " K"]) -> Float[Array, "K K"]:
+    """How log-masses fall as potentials rise: slope (I - 1 pi^T), since they go on summing to 1."""
+    pi = mass * slope
+    total = jnp.sum(pi)
+    return jnp.diag(slope) - slope[:, None] * (pi / jnp.where(total > 0, total, 1))
+
+
+def solve(
+    cost: Float[Array, "K0 K1"],
+    log_a: Float[Array, " K0"],
+    log_b: Float[Array, " K1"],
+    epsilon: Float[Array, ""],
+    init: tuple[Float[Array, " K0"], Float[Array, " K1"]],
+    tol: Float[Array, ""],
+    max_iterations: int,
+    response: Response,
+) -> Potentials:
+    """Potentials and masses; `log_a` and `log_b` are the present masses, which stay where a side is not free."""
+    one, other = _Side(response, 0, log_a), _Side(response, 1, log_b)
+    k0 = len(log_a)
+    # A component that no cloud asks for gives up what it has.
+    log_a, log_b = (jnp.where(side.present, side.given, -jnp.inf) for side in (one, other))
+
+    # The unknowns are F and -G: in these the Newton matrix has no positive entry off its diagonal.
+    def look(x: Array, eps: Array, levels: tuple[Array, Array]) -> Look:
+        f, g = x[:k0], -x[k0:]
+        wanted_a, slope_a, level_a = one.answer(f, levels[0], _LEVEL_STEPS)
+        wanted_b, slope_b, level_b = other.answer(g, levels[1], _LEVEL_STEPS)
+        log_plan = duals.log_plan(cost, log_a, log_b, f, g, eps)
+        log_rows, log_columns = jax.nn.logsumexp(log_plan, axis=1), jax.nn.logsumexp(log_plan, axis=0)
+        u = jnp.exp(log_plan - jnp.where(one.present, log_rows, 0)[:, None])
+        v = jnp.exp(log_plan - jnp.where(other.present, log_columns, 0)).T
+        a, b = jnp.exp(wanted_a), jnp.exp(wanted_b)
+        residual_a = jnp.where(one.present, wanted_a - log_rows, 0)
+        residual_b = jnp.where(other.present, wanted_b - log_columns, 0)
+        error = jnp.sum(jnp.abs(jnp.exp(log_rows) - a)) + jnp.sum(jnp.abs(jnp.exp(log_columns) - b))
+        error = error + jnp.abs(jnp.sum(a) - 1) + jnp.abs(jnp.sum(b) - 1)
+        matrix = jnp.eye(len(x), dtype=x.dtype) + jnp.block(
+            [[eps * _answer_matrix(a, slope_a), -u], [-v, eps * _answer_matrix(b, slope_b)]]
+        )
+        merit = jnp.concatenate([one.worth(f, wanted_a), other.worth(g, wanted_b), eps * jnp.exp(log_rows)])
+        merit = jnp.sum(merit), jnp.sum(jnp.abs(merit))
+        rounding = entropic.rounding(jnp.exp(log_plan), cost, f, eps)
+        return Look(jnp.concatenate([residual_a, -residual_b]), error, matrix, rounding, (level_a, level_b), merit)
+
+    unit = jnp.ones((), cost.dtype)
+    present = jnp.concatenate([one.present & jnp.isfinite(log_a), other.present & jnp.isfinite(log_b)])
+    centre = jnp.concatenate([jnp.exp(log_a), jnp.zeros_like(log_b)])
+    start = jnp.concatenate([init[0], -init[1]])
+    scale = jnp.max(jnp.where(present[:k0, None] & present[k0:], jnp.abs(cost), 0))
+    # At an epsilon above 1 / c masses answer to a step in F by orders of magnitude.
+    hottest = jnp.minimum(scale, 1 / jnp.maximum(jnp.max(jnp.stack(response.rates)), jnp.finfo(cost.dtype).tiny))
+    end = entropic.anneal(
+        look, start, (unit, unit), present, centre, scale, epsilon, 0.5 * tol, max_iterations, hottest
+    )
+    f, g = end.x[:k0], -end.x[k0:]
+    (new_a, _, _), (new_b, _, _) = one.answer(f, end.memory[0], 8), other.answer(g, end.memory[1], 8)
+    infinite = jnp.asarray(jnp.inf, cost.dtype)
+    # Centred by the new masses, and g once more from f: they are rounded no more than they need be.
+    f = jnp.where(one.present, f - epsilon * _difference(new_a, log_a), 0)
+    shift = jnp.exp(new_a) @ f
+    f = jnp.where(one.present, f - shift, 0)
+    near = g - epsilon * _difference(new_b, log_b) + shift
+    g = jnp.where(other.present, entropic.transform(cost.T, new_a, f, epsilon, jnp.zeros_like(epsilon), near), 0)
+    return entropic.certified(cost, new_a, new_b, f, g, epsilon, infinite, tol, end, True)
+
+
+def _difference(new: Array, old: Array) -> Array:
+    both = jnp.isfinite(new) & jnp.isfinite(old)
+    return jnp.where(both, jnp.where(both, new, 0) - jnp.where(both, old, 0), 0)

@@ -1,0 +1,171 @@
+"""Two mixtures and the transport problem between them."""
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from coupled_gmm.core import checks
+from coupled_gmm.core.programs import program
+from coupled_gmm.core.tree import Stackable, mapped, new, number, pytree, saved, single, static
+from coupled_gmm.gaussians import bures
+from coupled_gmm.gaussians.mixture import GaussianMixture, about_one_point
+
+if TYPE_CHECKING:
+    from ott.geometry import pointcloud
+
+
+BALANCED = float("1")  # an object of its own, to tell a tau that was given
+
+
+@saved
+@pytree
+class GaussianMixturePair(Stackable):
+    r"""Two mixtures, the entropic weight epsilon, and the price rho of changing masses (infinite: balanced transport).
+
+    rho is one number, or two: the price on gmm0's side and on gmm1's (one may be infinite: that side's masses are kept). epsilon
+    and rho are leaves, so sweeping them recompiles nothing; whether transport is balanced is part of the structure.
+    """
+
+    gmm0: GaussianMixture
+    gmm1: GaussianMixture
+    epsilon: Float[Array, ""]
+    rho: Float[Array, "*two"]
+    balanced: bool = static(init=False)  # follows from rho, in `dataclasses.replace` too
+
+    def __init__(
+        self,
+        gmm0: GaussianMixture,
+        gmm1: GaussianMixture,
+        epsilon: Any = None,
+        tau: Any = BALANCED,
+        *,
+        rho: Any = None,
+    ):
+        r"""A pair with :math:`\rho = \epsilon \tau / (1 - \tau)`; tau = 1 is balanced transport.
+
+        Args:
+          gmm0, gmm1: mixtures over the same features; their numbers of components may differ.
+          epsilon: above 0, squared data units; None takes 1e-2 of the mean cost between components.
+          tau: in (0, 1], one number, or two: gmm0's side and gmm1's (OTT's and moscot's tau_a, tau_b). A traced tau is taken as
+            unbalanced.
+          rho: instead of tau, the price itself: above 0, squared data units, infinite is balanced; one number or two.
+
+        Raises:
+          TypeError, ValueError: not mixtures, features that disagree, numbers out of range or of another shape, tau and rho.
+        """
+        if rho is not None and tau is not BALANCED:
+            raise ValueError("rho: given beside tau, and both say what it costs to change masses; keep one of them")
+        if rho is None:
+            given, value = tau, checks.one_or_two("tau", tau, above=0, at_most=1)
+        else:
+            given, value = rho, checks.one_or_two("rho", rho, above=0, infinite=True)
+        balanced = checks.known(given) and bool(np.all(np.asarray(given) == (1 if rho is None else np.inf)))
+        epsilon = _check(gmm0, gmm1, epsilon)
+        if rho is None:
+            value = price(value, epsilon)
+        dtype = jnp.result_type(gmm0.dtype, gmm1.dtype)
+        fields = {"gmm0": gmm0, "gmm1": gmm1, "epsilon": epsilon.astype(dtype), "rho": value.astype(dtype)}
+        for name, value in {**fields, "balanced": balanced}.items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def from_rho(
+        cls, gmm0: GaussianMixture, gmm1: GaussianMixture, epsilon: Any = None, rho: Any = jnp.inf
+    ) -> "GaussianMixturePair":
+        """A pair from rho itself: `GaussianMixturePair` with its argument `rho`. A traced rho is unbalanced."""
+        if rho is None:
+            raise TypeError("rho: expected a real number, got None; leave it out for balanced transport")
+        return cls(gmm0, gmm1, epsilon, rho=rho)
+
+    @property
+    def rho0(self) -> Float[Array, ""]:
+        """The price of changing masses on gmm0's side."""
+        return self._prices[0]
+
+    @property
+    def rho1(self) -> Float[Array, ""]:
+        """The price of changing masses on gmm1's side."""
+        return self._prices[1]
+
+    @property
+    def _prices(self) -> tuple[Array, Array]:
+        two = jnp.ndim(self.rho) > jnp.ndim(self.epsilon)
+        return (self.rho[..., 0], self.rho[..., 1]) if two else (self.rho, self.rho)
+
+    @property
+    def tau(self) -> Float[Array, "*two"]:
+        r""":math:`\rho / (\rho + \epsilon)`: 1 when balanced; two where rho is two."""
+        two = jnp.ndim(self.rho) > jnp.ndim(self.epsilon)
+        return 1 / (1 + (self.epsilon[..., None] if two else self.epsilon) / self.rho)
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        return self.epsilon.shape
+
+    @property
+    def n_features(self) -> int:
+        return self.gmm0.n_features
+
+    def _words(self) -> list[str]:
+        one, other = self.gmm0.n_components, self.gmm1.n_components
+        price = ["balanced"] if self.balanced else [f"rho {said}" for said in [number(self.rho)] if said]
+        epsilon = [f"epsilon {said}" for said in [number(self.epsilon)] if said]
+        sizes = f"{one} and {other} components of {self.n_features} features"
+        return [*self._stacked(), sizes, *epsilon, *price, str(self.gmm0.dtype)]
+
+    @mapped
+    def cost_matrix(self) -> Float[Array, "K0 K1"]:
+        """Squared Bures-Wasserstein distances between components, squared data units."""
+        return bures.bures_cost_matrix(self.gmm0, self.gmm1)
+
+    @single
+    def geometry(self) -> "pointcloud.PointCloud":
+        """The same costs as an OTT point cloud of packed Gaussians under `BuresCost`, for OTT's solvers."""
+        from ott.geometry import pointcloud  # slow to import, and only needed here
+
+        from coupled_gmm.gaussians.ott_cost import BuresCost
+
+        cost, (gmms, _) = BuresCost(self.n_features), about_one_point(self.gmm0, self.gmm1)
+        return pointcloud.PointCloud(*map(bures.pack, gmms), cost_fn=cost, epsilon=self.epsilon)
+
+    def replace(self, gmm0: GaussianMixture, gmm1: GaussianMixture) -> "GaussianMixturePair":
+        """The same problem between two other mixtures."""
+        return new(
+            GaussianMixturePair, gmm0=gmm0, gmm1=gmm1, epsilon=self.epsilon, rho=self.rho, balanced=self.balanced
+        )
+
+    def reverse(self) -> "GaussianMixturePair":
+        """The same problem from gmm1 to gmm0."""
+        two = jnp.ndim(self.rho) > jnp.ndim(self.epsilon)
+        rho = jnp.flip(self.rho, axis=-1) if two else self.rho
+        return new(
+            GaussianMixturePair, gmm0=self.gmm1, gmm1=self.gmm0, epsilon=self.epsilon, rho=rho, balanced=self.balanced
+        )
+
+
+def price(tau: Array, epsilon: Array) -> Array:
+    r""":math:`\rho = \epsilon \tau / (1 - \tau)`; infinite where tau is 1."""
+    return jnp.where(tau < 1, epsilon * tau / jnp.where(tau < 1, 1 - tau, 1), jnp.inf)
+
+
+def _check(gmm0: GaussianMixture, gmm1: GaussianMixture, epsilon: Any) -> jax.Array:
+    checks.instance("gmm0", gmm0, GaussianMixture)
+    checks.instance("gmm1", gmm1, GaussianMixture)
+    bures.same_features(gmm0, gmm1)
+    if epsilon is None:
+        return _default_epsilon(gmm0, gmm1)
+    return checks.scalar("epsilon", epsilon, above=0)
+
+
+@program()
+def _default_epsilon(gmm0: GaussianMixture, gmm1: GaussianMixture) -> jax.Array:
+    (gmm0, gmm1), _ = about_one_point(gmm0, gmm1)
+    cost = bures.pairwise_cost(gmm0.means, gmm0.cholesky, gmm1.means, gmm1.cholesky)
+    mean = gmm0.weights @ cost @ gmm1.weights
+    # Two equal one-component mixtures cost nothing; their spread then sets the scale.
+    spread = jnp.trace(gmm0.covariance() + gmm1.covariance())
+    scale = jnp.where(mean > 1e-6 * spread, mean, jnp.where(spread > 0, spread, 1))
+    return 1e-2 * scale

@@ -1,0 +1,376 @@
+"""Transport plans between mixtures, with their certificates and what their cost is made of."""
+
+import dataclasses
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from coupled_gmm.core import checks, matrices
+from coupled_gmm.core.status import Outcome, Status
+from coupled_gmm.core.tree import Stackable, counted, mapped, number, pytree, saved
+from coupled_gmm.transport import duals, entropic
+from coupled_gmm.transport.entropic import Potentials
+from coupled_gmm.transport.exact import Vertex
+from coupled_gmm.transport.pair import GaussianMixturePair
+
+_NO_DERIVATIVE = (
+    "an exact plan's matrix can't be differentiated: it jumps from vertex to vertex; differentiate plan.transport_cost, use "
+    "an entropic plan, or jax.lax.stop_gradient(plan)"
+)
+
+
+@saved
+@pytree
+class CostParts:
+    """What a plan's regularised cost is the sum of, in squared data units."""
+
+    transport: Float[Array, ""]  # <P, C>
+    entropy: Float[Array, ""]  # epsilon KL(P | a b^T)
+    outflow: Float[Array, ""]  # rho0 KL(P 1 | a), the price of reweighting what leaves gmm0's components
+    inflow: Float[Array, ""]  # rho1 KL(P^T 1 | b), of what enters gmm1's
+
+    @property
+    def total(self) -> Float[Array, ""]:
+        return self.transport + self.entropy + self.outflow + self.inflow
+
+
+@saved
+@pytree
+class Plan(Stackable, Outcome):
+    r"""A solved transport problem, raw: never rounded to its marginals.
+
+    Entropic plans are :math:`P = a b^T \exp((f + g - C) / \epsilon)`, and everything read off them is differentiable in both
+    mixtures, epsilon and rho. Exact ones are a vertex of the linear programme; their costs are differentiable. Of plans stacked on
+    leading axes (a graph's edges, a batch) `plan[i]` is one; all that is read off them comes stacked too.
+    """
+
+    pair: GaussianMixturePair
+    cost: Float[Array, "K0 K1"]
+    potentials: tuple[Float[Array, " K0"], Float[Array, " K1"]]
+    status: Int[Array, ""]
+    n_iterations: Int[Array, ""]
+    vertex: Float[Array, "K0 K1"] | None = None  # an exact plan's matrix
+    gap: Float[Array, ""] | None = None  # and its duality gap, from potentials more precise than `potentials`
+
+    _remedies = MappingProxyType(
+        {
+            Status.NOT_CONVERGED: (
+                "the iterations ran out before the tolerance was met: allow more steps (max_iterations), or a larger tol"
+            ),
+            Status.PRECISION: (
+                "stopped at what this precision can reach, above the tolerance: in float32, enable float64 "
+                "(jax.config.update('jax_enable_x64', True)); in float64, raise the pair's epsilon, or tol"
+            ),
+            Status.NOT_FINITE: "a value was not finite: check the pair's mixtures, and that epsilon is no tiny part of their costs",
+        }
+    )
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        return self.cost.shape[:-2]
+
+    def _words(self) -> list[str]:
+        k0, k1 = self.cost.shape[-2:]
+        epsilon = [f"epsilon {said}" for said in [number(self.pair.epsilon)] if said and self.vertex is None]
+        how = ["exact"] if self.vertex is not None else ["balanced" if self.pair.balanced else "unbalanced"]
+        cost = [f"<P, C> {said}" for said in [number(self._cost_on_host())] if said]
+        return [
+            *self._stacked(),
+            f"{k0} x {k1}",
+            *how,
+            *epsilon,
+            *cost,
+            *counted(self.n_iterations, "iteration"),
+            *self._ended(),
+        ]
+
+    def _cost_on_host(self) -> Any:
+        """<P, C> by NumPy, which compiles nothing; None where it is not known."""
+        read = self.cost, self.vertex, self.potentials, self.pair
+        if not checks.known(read):
+            return None
+        cost, vertex, (f, g), pair = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), read)
+        if vertex is None:
+            a, b = pair.gmm0.weights, pair.gmm1.weights
+            exponents = (f[..., :, None] + g[..., None, :] - cost) / pair.epsilon[..., None, None]
+            with np.errstate(all="ignore"):
+                vertex = a[..., :, None] * b[..., None, :] * np.exp(exponents)
+        with np.errstate(all="ignore"):
+            return np.sum(np.where(vertex > 0, vertex * cost, 0), axis=(-2, -1))
+
+    def _facts(self) -> dict[str, str]:
+        return {
+            "transport cost <P, C>": number(self.transport_cost),
+            "regularised cost": number(self.regularized_cost),
+            "total mass": number(self.total_mass),
+            "marginal error": number(self.marginal_error),
+            "duality gap": number(self.duality_gap),
+        }
+
+    def reverse(self) -> "Plan":
+        """The plan of the same problem from gmm1 to gmm0."""
+        vertex = None if self.vertex is None else matrices.transpose(self.vertex)
+        return dataclasses.replace(
+            self,
+            pair=self.pair.reverse(),
+            cost=matrices.transpose(self.cost),
+            potentials=self.potentials[::-1],
+            vertex=vertex,
+        )
+
+    @property
+    @mapped
+    @matrices.precise
+    def matrix(self) -> Float[Array, "K0 K1"]:
+        """Mass from each component of gmm0 to each of gmm1."""
+        if self.vertex is not None:
+            # With what it depends on: a vertex alone carries no derivative that could be refused.
+            return checks.value_only((self.vertex, self.cost, *self._masses), _NO_DERIVATIVE)[0]
+        return duals.plan_matrix(self.cost, *self._masses, *self.potentials, self.pair.epsilon)
+
+    @property
+    @mapped
+    @matrices.precise
+    def normalized_matrix(self) -> Float[Array, "K0 K1"]:
+        """The plan divided by its total mass, however little that is."""
+        if self.vertex is not None:
+            return self.matrix / jnp.sum(self.matrix)
+        pair = self.pair
+        log_weights = pair.gmm0.log_weights, pair.gmm1.log_weights
+        return jax.nn.softmax(duals.log_plan(self.cost, *log_weights, *self.potentials, pair.epsilon), axis=(0, 1))
+
+    @mapped
+    @matrices.precise
+    def conditionals(self) -> tuple[Float[Array, "K0 K1"], Float[Array, "K0 K1"]]:
+        """The plan's rows over their own sums, and its columns over theirs: where mass goes, and where it comes from.
+
+        Zero where an exact plan moves nothing; of an entropic one each row and column has a limit, however little it moves.
+        """
+        if self.vertex is not None:
+            matrix = self.matrix
+            rows, columns = matrix.sum(1, keepdims=True), matrix.sum(0)
+            return matrix / jnp.where(rows > 0, rows, 1), matrix / jnp.where(columns > 0, columns, 1)
+        (f, g), pair = self.potentials, self.pair
+        log_kernel = (f[:, None] + g - self.cost) / pair.epsilon
+        forward = jax.nn.softmax(log_kernel + pair.gmm1.log_weights, axis=1)
+        return forward, jax.nn.softmax(log_kernel + pair.gmm0.log_weights[:, None], axis=0)
+
+    @property
+    @mapped
+    def total_mass(self) -> Float[Array, ""]:
+        """F: 1 when balanced, at most 1 otherwise."""
+        return jnp.sum(self.matrix)
+
+    @property
+    @mapped
+    @matrices.precise
+    def transport_cost(self) -> Float[Array, ""]:
+        """<P, C>, squared data units."""
+        if self.vertex is None:
+            return jnp.sum(self.matrix * self.cost)
+        # The envelope theorem: mass costs what the potentials say.
+        (f, g), (a, b) = jax.lax.stop_gradient(self.potentials), self._masses
+        change = f @ (a - jax.lax.stop_gradient(a)) + g @ (b - jax.lax.stop_gradient(b))
+        return jnp.sum(jax.lax.stop_gradient(self.vertex) * self.cost) + change
+
+    @property
+    @mapped
+    @matrices.precise
+    def regularized_cost(self) -> Float[Array, ""]:
+        r""":math:`\langle P, C \rangle + \epsilon KL(P | a b^T) + \rho_0 KL(P 1 | a) + \rho_1 KL(P^T 1 | b)`, the primal
+        objective.
+
+        Of an exact plan, <P, C>: what it minimises.
+        """
+        if self.vertex is not None:
+            return self.transport_cost
+        # The dual's derivatives do without those of the potentials.
+        fixed = jax.lax.stop_gradient(self)
+        return self._dual() + fixed._parts(fixed.matrix).total - fixed._dual()
+
+    @property
+    @mapped
+    @matrices.precise
+    def cost_parts(self) -> CostParts:
+        """The terms of `regularized_cost`."""
+        return self._parts(self.matrix)
+
+    @property
+    @mapped
+    @matrices.precise
+    def normalized_cost(self) -> Float[Array, ""]:
+        r"""The objective at the normalised plan P / F.
+
+        :math:`cost(P) = F \, cost(P / F) + (\epsilon + \rho_0 + \rho_1)(F \log F - F + 1)`: all that F does to it.
+        """
+        return self._parts(self.normalized_matrix).total
+
+    @property
+    @mapped
+    @matrices.precise
+    def mass_penalty(self) -> Float[Array, ""]:
+        r""":math:`(\epsilon + \rho_0 + \rho_1)(F \log F - F + 1)`: the price of a total mass F, zero at 1; a lower bound of the
+        cost. Zero where one side's masses are kept: F is then 1."""
+        if self.pair.balanced:
+            return jnp.zeros_like(self.pair.epsilon)
+        mass, bound = self.total_mass, self.cost_bound
+        kept = jnp.isinf(bound)
+        return jnp.where(kept, 0, jnp.where(kept, 1, bound) * _kl(mass, jnp.ones_like(mass)))
+
+    @property
+    @mapped
+    def cost_bound(self) -> Float[Array, ""]:
+        r""":math:`\epsilon + \rho_0 + \rho_1`, the cost of moving nothing: no optimal plan costs more. Infinite where a side's
+        masses are kept."""
+        return self.pair.epsilon + self.pair.rho0 + self.pair.rho1
+
+    @property
+    @mapped
+    @matrices.precise
+    def marginal_error(self) -> Float[Array, ""]:
+        r"""L1 distance of the raw plan's marginals from a and b, or from :math:`a e^{-f/\rho_0}` and :math:`b e^{-g/\rho_1}`."""
+        if self.vertex is not None:
+            return _distance(self.vertex, *self._masses)
+        pair = self.pair
+        log_weights = pair.gmm0.log_weights, pair.gmm1.log_weights
+        return entropic.marginal_error(self.cost, *log_weights, *self.potentials, pair.epsilon, pair.rho, pair.balanced)
+
+    @property
+    @mapped
+    @matrices.precise
+    def duality_gap(self) -> Float[Array, ""]:
+        """Primal minus dual objective, at least 0 up to rounding: a bound on how far `regularized_cost` is from optimal.
+
+        Masses that are kept count as such: of a plan rounded to its marginals (Altschuler, Weed & Rigollet 2017). The optimum lies
+        between that legal plan's cost and the dual's; the raw plan's own may lie outside. Of an exact plan, a sum of mass times
+        reduced cost, which does not cancel: a bound for the masses that the plan has.
+        """
+        if self.gap is not None:
+            return jax.lax.stop_gradient(self.gap)
+        fixed = jax.lax.stop_gradient(self)
+        raw, dual = fixed._parts(fixed.matrix).total, fixed._dual()
+        legal = fixed._parts(_legal(fixed.matrix, *fixed._masses, fixed.pair)).total
+        return jnp.maximum(legal, raw) - jnp.minimum(dual, raw)
+
+    @mapped
+    @matrices.precise
+    def reweighting(self) -> tuple[Float[Array, " K0"], Float[Array, " K1"]]:
+        """Outflow over mass of gmm0's components, inflow over mass of gmm1's; 1 where a component has no mass to speak of: no more
+        than a rounding unit of all of it."""
+        matrix, (a, b) = self.matrix, self._masses
+        return _ratio(matrix.sum(1), a), _ratio(matrix.sum(0), b)
+
+    @mapped
+    @matrices.precise
+    def mass_change(self) -> Float[Array, " K0"]:
+        r"""Factor by which the mass of what leaves each component of gmm0 changes on its way to gmm1, along the plan.
+
+        Leaving k it takes that component's outflow factor; entering l it is divided by the inflow factor, so that what enters
+        carries the mass of l. With a and b the masses, so it is the mass of gmm1 that comes from k over that of k,
+
+        .. math:: \frac{1}{a_k} \sum_l b_l \frac{P_{kl}}{\sum_i P_{il}} ,
+
+        w1 / w0 on a diagonal plan: neither factor alone says so. 1 where masses are balanced, and where a component has none to
+        speak of, as in `reweighting`. Weighted by a its sum is the mass of the components of gmm1 that anything enters.
+        """
+        a, b = self._masses
+        if self.pair.balanced:
+            return jnp.ones_like(a)
+        _, backward = self.conditionals()
+        return _ratio(backward @ b, a)
+
+    @mapped
+    def point_reweighting(self, x: Any) -> Float[Array, " n"]:
+        """Factor by which the weight of each point changes on its way from gmm0 to gmm1: the mean of `mass_change` over the
+        components given the point.
+
+        Over points of gmm0 its mean is the mass of the components of gmm1 that anything enters.
+        """
+        return self.pair.gmm0.posterior_mean(x, self.mass_change())
+
+    @property
+    def _masses(self) -> tuple[Float[Array, " K0"], Float[Array, " K1"]]:
+        return self.pair.gmm0.weights, self.pair.gmm1.weights
+
+    @matrices.precise
+    def _dual(self) -> Array:
+        (a, b), (f, g), pair = self._masses, self.potentials, self.pair
+        if self.vertex is not None:
+            return f @ a + g @ b
+        return duals.dual_value(self.cost, a, b, f, g, pair.epsilon, pair.rho, pair.balanced)
+
+    def _parts(self, matrix: Array) -> CostParts:
+        (a, b), pair = self._masses, self.pair
+        transport, zero = jnp.sum(matrix * self.cost), jnp.zeros_like(pair.epsilon)
+        entropy = zero if self.vertex is not None else pair.epsilon * _kl(matrix, a[:, None] * b)
+        if pair.balanced:
+            return CostParts(transport, entropy, zero, zero)
+        rho0, rho1 = (jnp.where(jnp.isinf(rho), 0, rho) for rho in (pair.rho0, pair.rho1))
+        return CostParts(transport, entropy, rho0 * _kl(matrix.sum(1), a), rho1 * _kl(matrix.sum(0), b))
+
+
+@matrices.precise
+def from_potentials(pair: GaussianMixturePair, cost: Array, solution: Potentials) -> Plan:
+    """The plan of potentials that a solver returned, with its status."""
+    unmet = jnp.where(solution.stalled, Status.PRECISION, Status.NOT_CONVERGED)
+    status = jnp.where(solution.converged, Status.CONVERGED, unmet)
+    status = jnp.where(jnp.isfinite(solution.marginal_error), status, Status.NOT_FINITE)
+    f, g = jax.lax.stop_gradient((solution.f, solution.g))
+    masses = pair.gmm0.weights, pair.gmm1.weights
+    potentials = duals.implicit(cost, *masses, f, g, pair.epsilon, pair.rho, pair.balanced)
+    return Plan(pair, cost, potentials, status, solution.n_iterations)
+
+
+def from_vertex(pair: GaussianMixturePair, cost: Array, vertex: Vertex, tol: Array) -> Plan:
+    """The plan of an exact solver's vertex, with its status."""
+    error = _distance(vertex.matrix, pair.gmm0.weights, pair.gmm1.weights)
+    status = jnp.where((error <= tol) & vertex.optimal, Status.CONVERGED, Status.PRECISION)
+    status = jnp.where(vertex.done, status, Status.NOT_CONVERGED)
+    finite = jnp.all(jnp.isfinite(vertex.f)) & jnp.all(jnp.isfinite(vertex.g)) & jnp.isfinite(vertex.gap)
+    status = jnp.where(finite & jnp.isfinite(error), status, Status.NOT_FINITE)
+    return Plan(pair, cost, (vertex.f, vertex.g), status, vertex.n_iterations, vertex.matrix, vertex.gap)
+
+
+def _ratio(flow: Array, mass: Array) -> Array:
+    """Flows over masses; 1 where there is no mass to speak of."""
+    some = mass > jnp.finfo(mass.dtype).eps * jnp.sum(mass)
+    return jnp.where(some, flow / jnp.where(some, mass, 1), 1)
+
+
+def _kl(p: Array, q: Array) -> Array:
+    """Generalised Kullback-Leibler divergence: sum p log(p / q) - p + q, which cancels where p is near q: there by log1p."""
+    present = (p > 0) & (q > 0)
+    ratio = jnp.where(present, p, 1) / jnp.where(present, q, 1)
+    near = present & (jnp.abs(p - q) < 0.5 * q)
+    x = jnp.where(near, p - q, 0) / jnp.where(near, q, 1)
+    return jnp.sum(jnp.where(near, q * ((1 + x) * jnp.log1p(x) - x), p * jnp.log(ratio) - p + q))
+
+
+def _distance(matrix: Array, a: Array, b: Array) -> Array:
+    return jnp.sum(jnp.abs(matrix.sum(1) - a)) + jnp.sum(jnp.abs(matrix.sum(0) - b))
+
+
+def _legal(matrix: Array, a: Array, b: Array, pair: GaussianMixturePair) -> Array:
+    """A plan of about the same cost with the marginals that are kept."""
+    if pair.balanced:
+        return _rounded(matrix, a, b)
+    kept0, kept1 = jnp.isinf(pair.rho0), jnp.isinf(pair.rho1)
+    rows, columns = matrix.sum(1), matrix.sum(0)
+    rows, columns = a / jnp.where(rows > 0, rows, 1), b / jnp.where(columns > 0, columns, 1)
+    one_side = matrix * jnp.where(kept0, rows, 1)[:, None] * jnp.where(kept1, columns, 1)
+    return jnp.where(kept0 & kept1, _rounded(matrix, a, b), one_side)
+
+
+def _rounded(matrix: Array, a: Array, b: Array) -> Array:
+    def shrink(flow: Array, mass: Array) -> Array:
+        return jnp.minimum(1, jnp.where(flow > 0, mass / jnp.where(flow > 0, flow, 1), 1))
+
+    matrix = matrix * shrink(matrix.sum(1), a)[:, None]
+    matrix = matrix * shrink(matrix.sum(0), b)
+    rows, columns = jnp.maximum(a - matrix.sum(1), 0), jnp.maximum(b - matrix.sum(0), 0)
+    missing = jnp.sum(rows)
+    return matrix + rows[:, None] * columns / jnp.where(missing > 0, missing, 1)

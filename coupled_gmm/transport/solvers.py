@@ -1,0 +1,204 @@
+"""Solvers of transport between mixtures: `solve_plan` with its methods, and the distance MW2."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from coupled_gmm.core import checks
+from coupled_gmm.core.programs import program
+from coupled_gmm.core.status import Status, raise_if_failed
+from coupled_gmm.gaussians.mixture import GaussianMixture
+from coupled_gmm.transport import duals, entropic, exact
+from coupled_gmm.transport.entropic import Potentials
+from coupled_gmm.transport.pair import GaussianMixturePair
+from coupled_gmm.transport.plan import Plan, from_potentials, from_vertex
+
+ENTROPIC_METHODS = ("entropic", "sinkhorn")
+METHODS = (*ENTROPIC_METHODS, "exact")
+MAX_ITERATIONS = {"entropic": 500, "sinkhorn": 20_000, "exact": 100_000}
+SMALL = 64  # components up to which exact plans are solved inside XLA
+
+
+def solve_plan(
+    pair: GaussianMixturePair,
+    *,
+    method: str = "entropic",
+    init: Any = None,
+    tol: Any = 1e-4,
+    max_iterations: int | None = None,
+) -> Plan:
+    r"""The optimal plan between the components of a pair, to a marginal error of at most `tol`.
+
+    Minimises :math:`\langle P, C \rangle + \epsilon KL(P | a b^T) + \rho_0 KL(P 1 | a) + \rho_1 KL(P^T 1 | b)`; where a price
+    is infinite, its term is a constraint. Exact plans minimise :math:`\langle P, C \rangle` alone.
+
+    Args:
+      pair: the mixtures, epsilon and rho.
+      method: "entropic", Newton's method on log-marginals with annealed epsilon (`coupled_gmm.entropic`), or "sinkhorn",
+        OTT's, on the same costs; "exact", the linear programme of a balanced pair, by the simplex method: compiled up to 64
+        components a side, so that it batches and runs on a GPU, by POT's network simplex on the host beyond.
+      init: potentials (f, g) of a nearby plan to start from, as in `plan.potentials`; None starts from zero. An exact plan
+        starts from a corner and does not read them.
+      tol: above 0, L1 error of the marginals, as a part of the total mass that moves.
+      max_iterations: at least 1; None is 500 (entropic), 20,000 (sinkhorn) or 100,000 (exact).
+
+    Returns:
+      A `Plan`; read ``converged``, ``marginal_error`` and ``message`` before you trust it.
+
+    Raises:
+      TypeError, ValueError: an argument of the wrong kind or out of range.
+    """
+    checks.instance("pair", pair, GaussianMixturePair)
+    checks.choice("method", method, METHODS)
+    tol = checks.scalar("tol", tol, above=0, batched=True)
+    limit = MAX_ITERATIONS[method] if max_iterations is None else checks.integer("max_iterations", max_iterations, 1)
+    k0, k1 = pair.gmm0.n_components, pair.gmm1.n_components
+    if init is None:
+        init = (jnp.zeros(k0), jnp.zeros(k1))
+    if not isinstance(init, (tuple, list)) or len(init) != 2:
+        raise TypeError(f"init: expected potentials (f, g) as in plan.potentials, got {type(init).__name__}")
+    init = [checks.array(f"init[{i}]", init[i], size).astype(pair.gmm0.dtype) for i, size in enumerate((k0, k1))]
+    for i, potential in enumerate(init):
+        checks.finite(f"init[{i}]", potential, "pass None to start from zero")
+    if method == "exact":
+        if not pair.balanced:
+            raise ValueError(
+                "method: 'exact' is for balanced transport; build the pair with tau = 1, or use 'entropic'"
+            )
+        return _solve_exactly(pair, tol, limit)
+    return _solve_plan(pair, init, tol, solver_for(method, pair), limit)
+
+
+@program("solver", "max_iterations")
+def _solve_plan(pair: GaussianMixturePair, init: Any, tol: Array, solver: "Solver", max_iterations: int) -> Plan:
+    cost = pair.cost_matrix()
+    problem = (cost, pair.gmm0.log_weights, pair.gmm1.log_weights, pair.epsilon, pair.rho, init, tol.astype(cost.dtype))
+    return from_potentials(pair, cost, solver(*jax.lax.stop_gradient(problem), max_iterations, pair.balanced))
+
+
+@program("max_iterations")
+def _solve_exactly(pair: GaussianMixturePair, tol: Array, max_iterations: int) -> Plan:
+    cost = pair.cost_matrix()
+    problem = jax.lax.stop_gradient((cost, pair.gmm0.weights, pair.gmm1.weights))
+    if max(cost.shape) <= SMALL:
+        vertex, _ = exact.solve(*problem, max_iterations)
+    else:
+        vertex = exact.solve_on_host(*problem, max_iterations)
+    return from_vertex(pair, cost, vertex, tol)
+
+
+def mw2_squared(gmm0: GaussianMixture, gmm1: GaussianMixture, *, epsilon: Any = None) -> Float[Array, ""]:
+    r"""The squared distance MW2 of Delon & Desolneux (2020) between two mixtures, in squared data units:
+
+    .. math:: MW_2^2 = \min_{P \ge 0, P 1 = a, P^T 1 = b} \langle P, C \rangle
+
+    with C the squared Bures-Wasserstein distances between components. Differentiable in all of both mixtures (weights
+    along changes that keep their sum).
+
+    Args:
+      gmm0, gmm1: mixtures over the same features.
+      epsilon: None for the exact distance; or above 0, squared data units: <P, C> of the entropic plan.
+
+    Raises:
+      TypeError, ValueError: not mixtures, features that disagree, epsilon out of range.
+      FitError: an entropic plan missed its marginals by more than 1e-4. Under a transformation nothing can be raised:
+        there take `solve_plan`, and read its status.
+    """
+    pair = GaussianMixturePair(gmm0, gmm1, 1.0 if epsilon is None else epsilon)
+    value, status = _mw2_squared(pair, epsilon is None)
+    if checks.known(status):
+        raise_if_failed(status, Plan._remedies)
+    return value
+
+
+@program("exactly")
+def _mw2_squared(pair: GaussianMixturePair, exactly: bool) -> tuple[Array, Array]:
+    if exactly:
+        plan = _solve_exactly(pair, jnp.asarray(1e-4), MAX_ITERATIONS["exact"])
+        return plan.transport_cost, plan.status
+    # As far as the precision goes: the error of <P, C> is of the order of the marginals'.
+    tol = 1e-10 if pair.gmm0.dtype == jnp.float64 else 1e-6
+    init = jnp.zeros_like(pair.gmm0.weights), jnp.zeros_like(pair.gmm1.weights)
+    plan = _solve_plan(pair, init, jnp.asarray(tol), solve_entropic, MAX_ITERATIONS["entropic"])
+    good = (plan.status == Status.PRECISION) & (plan.marginal_error <= 1e-4)
+    return plan.transport_cost, jnp.where(good, Status.CONVERGED, plan.status)
+
+
+Solver = Callable[..., Potentials]
+
+
+def solver_for(method: str, pair: GaussianMixturePair) -> Solver:
+    """The solver of a method, with what it needs to know before compilation; equal choices are equal (and hash so)."""
+    if method == "entropic":
+        return solve_entropic
+    if not checks.known(pair.epsilon, pair.rho):
+        raise ValueError(
+            "method: 'sinkhorn' needs values of epsilon and rho that are known when it is compiled (OTT branches on tau); "
+            "use 'entropic' under jit and vmap"
+        )
+    epsilon, rho0, rho1 = (float(jnp.reshape(x, ())) for x in (pair.epsilon, pair.rho0, pair.rho1))
+    return _Sinkhorn(1 / (1 + epsilon / rho0), 1 / (1 + epsilon / rho1))
+
+
+def solve_entropic(
+    cost: Array,
+    log_a: Array,
+    log_b: Array,
+    epsilon: Array,
+    rho: Array,
+    init: Any,
+    tol: Array,
+    limit: int,
+    balanced: bool,
+) -> Potentials:
+    """`entropic.solve`, from the side with fewer components: its linear systems are that large."""
+    if cost.shape[0] <= cost.shape[1]:
+        return entropic.solve(cost, log_a, log_b, epsilon, rho, init[0], tol, limit, balanced)
+    rho = jnp.flip(rho) if jnp.ndim(rho) else rho
+    return entropic.solve(cost.T, log_b, log_a, epsilon, rho, init[1], tol, limit, balanced).swap()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sinkhorn:
+    r"""OTT's Sinkhorn on the same problem.
+
+    Unbalanced, OTT measures the plan's entropy against the counting measure. On the masses :math:`a^{1 + \epsilon/\rho_0}` and
+    :math:`b^{1 + \epsilon/\rho_1}` its optimality conditions are those of :math:`KL(P | a b^T)` on a and b.
+    """
+
+    tau0: float
+    tau1: float
+
+    def __call__(
+        self,
+        cost: Array,
+        log_a: Array,
+        log_b: Array,
+        epsilon: Array,
+        rho: Array,
+        init: Any,
+        tol: Array,
+        limit: int,
+        balanced: bool,
+    ) -> Potentials:
+        from ott.geometry import geometry  # slow to import, and only needed here
+        from ott.problems.linear import linear_problem
+        from ott.solvers.linear import sinkhorn
+
+        a, b = jnp.exp(log_a / self.tau0), jnp.exp(log_b / self.tau1)  # 1 / tau = 1 + epsilon / rho
+        geom = geometry.Geometry(cost_matrix=cost, epsilon=epsilon)  # pyright: ignore[reportArgumentType]
+        problem = linear_problem.LinearProblem(geom, a=a, b=b, tau_a=self.tau0, tau_b=self.tau1)
+        offsets = epsilon * log_a, epsilon * log_b  # -inf where there is no mass: OTT's kernel then has no part of it
+        limit = max(10, limit // 10 * 10)  # whole blocks of OTT's ten inner iterations
+        solver = sinkhorn.Sinkhorn(threshold=tol, max_iterations=limit)  # pyright: ignore[reportArgumentType]
+        output = solver(problem, init=(init[0] + offsets[0], init[1] + offsets[1]))
+        g = jnp.where(jnp.isinf(log_b), 0, output.g - offsets[1])
+        inverse_rho0, inverse_rho1 = duals.inverse_prices(rho, balanced)
+        f = entropic.transform(cost, log_b, g, epsilon, inverse_rho0)
+        g = entropic.transform(cost.T, log_a, f, epsilon, inverse_rho1)
+        end = entropic.Annealed(f, jnp.asarray(output.n_iters), jnp.asarray(False), ())
+        return entropic.certified(cost, log_a, log_b, f, g, epsilon, rho, tol, end, balanced)

@@ -1,0 +1,63 @@
+"""Programs are given back before a process has no room for more, and compiled anew when they are called again."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from coupled_gmm.core import programs
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """Counts every compilation; whether room is short is the test's to say."""
+    found = {"maps": 0, "all": 0}
+    monkeypatch.setattr(programs, "_EVERY", 1)
+    monkeypatch.setattr(programs, "_limit", lambda: 1000)
+    monkeypatch.setattr(programs, "n_maps", lambda: found["maps"])
+    monkeypatch.setattr(jax, "clear_caches", lambda: found.update(all=found["all"] + 1))
+    return found
+
+
+def double(x, times):
+    return times * x
+
+
+def test_programs_stay_while_there_is_room(held):
+    double_it = programs.program("times")(double)
+    held["maps"] = 500
+    for size in (3, 4):
+        np.testing.assert_array_equal(double_it(jnp.ones(size), times=2), 2)
+    assert double_it._cache_size() == 2 and not held["all"]
+
+
+@pytest.mark.parametrize(("maps", "everything"), [(600, False), (900, True)])
+def test_programs_go_when_room_is_short_and_come_again(held, maps, everything):
+    double_it = programs.program("times")(double)
+    double_it(jnp.ones(5), times=3)
+    held["maps"] = maps
+    jax.jit(lambda x: x - 17)(jnp.ones(5))  # somebody's own compilation tells
+    assert double_it._cache_size() == 0
+    assert bool(held["all"]) == everything, (
+        "JAX's own caches, with the caller's programs, only where nothing else helps"
+    )
+    np.testing.assert_array_equal(double_it(jnp.ones(5), times=3), 3)
+
+
+def test_a_system_without_such_a_limit(monkeypatch, tmp_path):
+    monkeypatch.setattr(programs, "_EVERY", 1)
+    monkeypatch.setattr(programs, "_LIMIT", tmp_path / "missing")
+    monkeypatch.setattr(programs, "_MAPS", tmp_path / "missing")
+    programs._limit.cache_clear()
+    try:
+        assert programs._limit() is None and programs.n_maps() == 0
+        np.testing.assert_array_equal(programs.program("times")(double)(jnp.ones(6), times=2), 2)
+    finally:
+        programs._limit.cache_clear()
+
+
+def test_maps_are_counted_where_the_system_says():
+    if not programs._MAPS.exists():
+        pytest.skip("no /proc here")
+    assert programs.n_maps() > 100
+    assert programs._limit() is None or programs._limit() > 1000

@@ -1,0 +1,219 @@
+"""Masses and plan solved for together, against the value of the joint problem by a plain Sinkhorn in NumPy float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import DATA
+
+from coupled_gmm.transport import entropic, masses
+from coupled_gmm.transport.masses import Response
+
+solve = jax.jit(masses.solve, static_argnums=6)
+
+
+def log_sum_exp(x, axis):
+    peak = x.max(axis=axis, keepdims=True)
+    return np.squeeze(peak, axis) + np.log(np.exp(x - peak).sum(axis))
+
+
+def transport(cost, a, b, a0, b0, epsilon):
+    """min <P, C> + epsilon KL(P | a0 b0^T) over plans between a and b."""
+    reference = np.log(a0)[:, None] + np.log(b0) - cost / epsilon
+    f, g = np.zeros(len(a)), np.zeros(len(b))
+    for _ in range(20_000):
+        f = np.log(a) - log_sum_exp(reference + g, 1)
+        step = np.log(b) - log_sum_exp(reference + f[:, None], 0) - g
+        g = g + step
+        if np.abs(step).max() < 1e-14:
+            break
+    plan, product = np.exp(reference + f[:, None] + g), a0[:, None] * b0
+    return np.sum(plan * cost) + epsilon * np.sum(plan * np.log(plan / product) - plan + product)
+
+
+def objective(a, b, problem):
+    cost, (n, m), (c0, c1), (a0, b0), epsilon = problem
+    return n @ np.log(a) / c0 + m @ np.log(b) / c1 - transport(cost, a, b, a0, b0, epsilon)
+
+
+def make(seed, k0, k1, share, rates):
+    rng = np.random.RandomState(seed)
+    x, y = rng.randn(k0, 2), rng.randn(k1, 2)
+    cost = ((x[:, None] - y) ** 2).sum(-1)
+    targets, present = ([rng.dirichlet(np.full(k, 3.0)) for k in (k0, k1)] for _ in range(2))
+    return cost, targets, rates, present, share * cost.mean()
+
+
+def solved(problem, free=(True, True), tol=1e-10, limit=500):
+    cost, targets, rates, present, epsilon = problem
+    with np.errstate(divide="ignore"):
+        logs = [jnp.asarray(np.log(p)) for p in present]
+    pair = [tuple(jnp.asarray(v) for v in values) for values in (targets, rates, free)]
+    zeros = tuple(jnp.zeros(k) for k in cost.shape)
+    return solve(jnp.asarray(cost), *logs, jnp.asarray(epsilon), zeros, jnp.asarray(tol), limit, Response(*pair))
+
+
+@pytest.mark.parametrize(("k0", "k1"), [(1, 3), (3, 4)])
+def test_masses_maximise_the_joint_objective(x64, k0, k1):
+    rng = np.random.RandomState(0)
+    for seed, (share, rates) in enumerate(
+        [(1.0, (0.1, 0.1)), (0.3, (1.0, 0.2)), (0.1, (0.05, 0.02)), (0.2, (1e-6, 0.3))]
+    ):
+        problem = make(seed, k0, k1, share, rates)
+        found = solved(problem)
+        assert found.converged, (seed, found.marginal_error)
+        a, b = np.exp(found.log_a), np.exp(found.log_b)
+        np.testing.assert_allclose([a.sum(), b.sum()], 1, atol=1e-9)
+        # The plan is optimal for the new masses, in its own right.
+        cost, epsilon = problem[0], problem[-1]
+        plan = np.outer(a, b) * np.exp((np.asarray(found.f)[:, None] + np.asarray(found.g) - cost) / epsilon)
+        np.testing.assert_allclose(plan.sum(1), a, atol=1e-9)
+        np.testing.assert_allclose(plan.sum(0), b, atol=1e-9)
+        best = objective(a / a.sum(), b / b.sum(), problem)
+        assert best >= objective(*problem[3], problem) - 1e-12
+        for size in (1e-3, 1e-1):
+            for _ in range(4):
+                other = [w * np.exp(size * rng.randn(len(w))) for w in (a, b)]
+                other = [w / w.sum() for w in other]
+                value = objective(*other, problem)
+                assert value <= best + 1e-12
+                # Nothing of first order is left to gain.
+                curvature = sum(1 / c for c in problem[2]) + cost.max() / epsilon * cost.max()
+                assert best - value <= 10 * size**2 * curvature
+
+
+def test_sides_that_are_not_free_keep_their_masses(x64):
+    problem = make(1, 3, 4, 0.3, (0.1, 0.1))
+    for free in ((False, True), (True, False), (False, False)):
+        found = solved(problem, free)
+        assert found.converged
+        for side, log_mass in enumerate((found.log_a, found.log_b)):
+            if not free[side]:
+                np.testing.assert_allclose(np.exp(log_mass), problem[3][side], rtol=1e-12)
+            else:
+                assert np.abs(np.exp(log_mass) - problem[3][side]).max() > 1e-3
+
+
+def test_without_a_price_masses_are_what_the_clouds_ask_for(x64):
+    for rates in ((0.0, 0.0), (1e-12, 1e-12)):
+        problem = make(2, 3, 4, 0.1, rates)
+        found = solved(problem)
+        assert found.converged
+        np.testing.assert_allclose(np.exp(found.log_a), problem[1][0], rtol=1e-9)
+        np.testing.assert_allclose(np.exp(found.log_b), problem[1][1], rtol=1e-9)
+
+
+def test_absent_components_may_be_anywhere(precision):
+    """Padding far from all mass, on either side or both, changes neither masses nor certificates."""
+    tol = 1e-4 if precision > 1e-8 else 1e-9
+    cost, targets, rates, present, epsilon = make(3, 3, 4, 0.05, (0.05, 0.05))
+    for side, k in enumerate((3, 4)):
+        for weights in (targets[side], present[side]):
+            weights[k - 1] = 0
+            weights /= weights.sum()
+    plain = solved((cost, targets, rates, present, epsilon), tol=tol)
+    assert plain.converged
+    for far in (1e4, 1e8):
+        for both in (0.0, far):
+            moved = cost.copy()
+            moved[2], moved[:, 3], moved[2, 3] = far, far, both
+            found = solved((moved, targets, rates, present, epsilon), tol=tol)
+            assert found.converged, (far, both, found.marginal_error, found.n_iterations)
+            np.testing.assert_allclose(np.exp(found.log_a), np.exp(plain.log_a), atol=100 * tol)
+            np.testing.assert_allclose(np.exp(found.log_b), np.exp(plain.log_b), atol=100 * tol)
+            assert all(np.isfinite(np.asarray(p)).all() for p in (found.f, found.g))
+
+
+def test_nearly_equal_masses_converge(x64):
+    """Where transport has its kinks: the same components, the same masses or nearly, and a small epsilon."""
+    rng = np.random.RandomState(0)
+    for imbalance in (0.0, 1e-8, 1e-3):
+        x = 3 * rng.randn(4, 2)
+        cost = ((x[:, None] - x - 1e-3 * rng.randn(4, 4, 2)) ** 2).sum(-1)
+        ask = [np.full(4, 0.25) * (1 + imbalance * rng.uniform(-1, 1, 4)) for _ in range(2)]
+        ask = [w / w.sum() for w in ask]
+        for share in (1e-2, 1e-3):
+            found = solved((cost, ask, (0.05, 0.05), [w.copy() for w in ask], share * cost.mean()), tol=1e-8)
+            assert found.converged, (imbalance, share, found.marginal_error)
+            np.testing.assert_allclose(np.exp(found.log_a), np.exp(found.log_b), atol=2 * imbalance + 1e-6)
+
+
+@pytest.mark.parametrize("precision_bits", [32, 64])
+def test_masses_that_must_move_far_are_found(precision_bits):
+    """Eight components of the photographs' pixels, whose clouds ask for quite other masses than the pooled start's.
+
+    Here the residual of the log-marginals alone leads round in circles.
+    """
+    data = np.load(DATA / "photograph_masses.npz")
+    with jax.enable_x64(precision_bits == 64):
+        cost, a, n, m = (jnp.asarray(data[name], jnp.result_type(float)) for name in ("cost", "a", "n", "m"))
+        zeros, yes = jnp.zeros(8), jnp.asarray(True)
+        for epsilon in (1e-3, 6e-3, 1e-2, 0.1):
+            for rate in (0.003, 0.03, 0.1, 0.3, 1.0, 3.0):
+                response = Response((n, m), (jnp.asarray(rate),) * 2, (yes, yes))
+                log_a = jnp.log(a)
+                end = solve(cost, log_a, log_a, jnp.asarray(epsilon), (zeros, zeros), jnp.asarray(1e-4), 200, response)
+                assert bool(end.converged), (epsilon, rate, end.marginal_error, end.n_iterations)
+
+
+def test_components_that_no_cloud_asks_for_give_up_their_mass(x64):
+    """A target of exactly zero beside a tiny one, in a batch: fused arithmetic must not round a least height below zero."""
+    data = np.load(DATA / "photograph_masses.npz")
+    cost, a, n, m = (jnp.asarray(data[name], jnp.float32) for name in ("cost", "a", "n", "m"))
+    m = m.at[jnp.array([1, 7])].set(0).at[5].set(8e-9)
+    m, zeros, yes = m / m.sum(), jnp.zeros(8, jnp.float32), jnp.asarray(True)
+    response = Response((n, m), (jnp.float32(0.1),) * 2, (yes, yes))
+
+    def one(log_a, epsilon):
+        return masses.solve(cost, log_a, log_a, epsilon, (zeros, zeros), jnp.float32(1e-4), 200, response)
+
+    ends = jax.jit(jax.vmap(one))(jnp.log(jnp.stack([a, n])), jnp.asarray([6e-3, 1e-2], jnp.float32))
+    assert ends.converged.all()
+    np.testing.assert_array_equal(np.exp(ends.log_b[:, [1, 7]]), 0)
+    np.testing.assert_allclose(np.exp(ends.log_b).sum(1), 1, rtol=1e-5)
+
+
+def test_levels_of_tiny_targets_are_finite(precision):
+    """The last level may be another component's, of a target whose reciprocal has no square."""
+    response = Response(
+        (jnp.asarray([0.98, 0.02, 2e-29]), jnp.ones(1)), (jnp.asarray(0.1),) * 2, (jnp.asarray(True),) * 2
+    )
+    side = masses._Side(response, 0, jnp.zeros(3))
+    for potential in ([0.0, 3.0, 5.0], [5.0, 0.0, 0.0], [1.0, 2.0, 0.0]):
+        for level in (2e-29, 1e-10, 1.0):
+            log_mass, slope, _ = side.answer(jnp.asarray(potential), jnp.asarray(level), 40)
+            assert np.isfinite(np.asarray(slope)).all()
+            np.testing.assert_allclose(np.exp(log_mass).sum(), 1, rtol=1e-4, err_msg=f"{potential} {level}")
+
+
+def chain_problem():
+    """Costs of a chain's edge whose masses agree badly, with the potentials of the step before."""
+    cost = [[0.053, 66.146, 152.085], [62.381, 0.086, 21.817], [168.296, 27.346, 0.831]]
+    a, b = np.array([0.38164, 0.27109, 0.34727]), np.array([0.22096, 0.34571, 0.43333])
+    return np.array(cost), a / a.sum(), b / b.sum(), np.array([62.656, -76.157, -103.875])
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e3, -1e5])
+def test_warm_starts_are_as_good_as_cold_ones_in_float32(shift):
+    """Neither a common shift of the potentials nor a distance that bounded steps would have to crawl is carried on."""
+    cost, a, b, warm = chain_problem()
+    arrays = [jnp.asarray(v, jnp.float32) for v in (cost, np.log(a), np.log(b), 0.1, np.inf)]
+    run = jax.jit(entropic.solve, static_argnums=(7, 8))
+    ends = [
+        run(*arrays, jnp.asarray(init, jnp.float32), jnp.float32(7e-5), 200, True) for init in (0 * warm, warm + shift)
+    ]
+    for end in ends:
+        assert end.marginal_error < 2e-4, end.marginal_error
+        assert end.n_iterations < 100
+        # The certificate, in NumPy float64 from the potentials as they are.
+        f, g = np.asarray(end.f, float), np.asarray(end.g, float)
+        plan = np.outer(a, b) * np.exp((f[:, None] + g - cost) / 0.1)
+        assert abs(plan.sum(1) - a).sum() + abs(plan.sum(0) - b).sum() < 3e-4
+
+
+def test_a_plan_of_nan_meets_no_bound():
+    zeros, one = jnp.zeros(2), jnp.asarray(1.0)
+    cost = jnp.asarray([[0.0, jnp.nan], [1.0, 0.0]])
+    end = entropic.solve(cost, zeros - 0.7, zeros - 0.7, one, one, zeros, one, 10, True)
+    assert np.isinf(end.marginal_error)
+    assert not end.converged
