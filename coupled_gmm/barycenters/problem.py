@@ -10,8 +10,9 @@ from jaxtyping import Array, Bool, Float
 from coupled_gmm.core import checks, matrices
 from coupled_gmm.core.tree import new, pytree, static
 from coupled_gmm.gaussians import bures
-from coupled_gmm.gaussians.mixture import GaussianMixture, in_one_space, log_weights, stack
+from coupled_gmm.gaussians.mixture import GaussianMixture, in_one_space, stack
 from coupled_gmm.transport import duals, exact, solvers
+from coupled_gmm.transport.problem import TransportProblem
 
 METHODS = ("exact", "entropic")
 _MAX_ITERATIONS = {"exact": 100_000, "entropic": 500}
@@ -117,14 +118,12 @@ def solve(star: Star, cost: Float[Array, "B n K"], weights: Float[Array, " n"], 
 
 def _solve_entropic(star: Star, cost: Array, weights: Array, memory: Any, limit: int) -> Plans:
     tol = jnp.asarray(1e-10 if cost.dtype == jnp.float64 else 1e-5, cost.dtype)
-    infinite = jnp.asarray(jnp.inf, cost.dtype)
 
     def one(cost: Array, fixed: Array, init: Any) -> tuple[Array, ...]:
-        log_a, log_b = log_weights(weights), log_weights(fixed)
-        found = solvers.solve_entropic(cost, log_a, log_b, star.epsilon, infinite, init, tol, limit, True)
-        matrix = duals.plan_matrix(cost, weights, fixed, found.f, found.g, star.epsilon)
-        value = duals.dual_value(cost, weights, fixed, found.f, found.g, star.epsilon, infinite, True)
-        return matrix, found.f, found.g, value, found.marginal_error
+        problem = TransportProblem.of_masses(cost, weights, fixed, epsilon=star.epsilon, balanced=True)
+        found = solvers.ENTROPIC(problem, init, tol, limit)
+        value = duals.dual_value(problem, found.f, found.g)
+        return problem.plan(found.f, found.g), found.f, found.g, value, found.marginal_error
 
     matrix, f, g, values, errors = jax.vmap(one)(cost, star.weights, memory)
     return Plans(matrix, f, star.coefficients @ values, jnp.all(errors <= MISSED), (f, g))

@@ -79,15 +79,15 @@ def _check_cloud(name: str, x: Any, weights_name: str, weights: Any, gmm: Gaussi
     return cloud, None if weights is None else checks.relative_weights(weights_name, weights, len(cloud))
 
 
-def _fit_options(run: _Run, solver: solvers.Solver) -> FitOptions:
+def _fit_options(run: _Run, solver: solvers.PlanSolver) -> FitOptions:
     progress = run.progress is not False and run.progress is not None
     return FitOptions(chunks.rows(run.em_steps), solver, run.optimizer, progress)
 
 
-def _edge_solver(method: str, graph: MixtureGraph) -> solvers.Solver:
+def _edge_solver(method: str, graph: MixtureGraph) -> solvers.PlanSolver:
     """The solver of all edges at once; OTT's needs one tau, known when it is compiled."""
     if method == "entropic" or not graph.n_edges:
-        return solvers.solve_entropic
+        return solvers.ENTROPIC
     with jax.ensure_compile_time_eval():  # of a graph that is known, inside jit as well
         graph, _ = graph.in_node_order()
         prices = {"epsilon": graph.epsilon, "rho": graph.rho, "balanced": graph.balanced}

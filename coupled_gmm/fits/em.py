@@ -83,7 +83,7 @@ class FitOptions(NamedTuple):
     """What a fit's program depends on: their change recompiles."""
 
     rows: int  # of the history, at least as many as steps
-    solver: solvers.Solver
+    solver: solvers.PlanSolver
     optimizer: Any
     progress: bool
 
@@ -349,6 +349,6 @@ def value(problem: MixtureGraph, sight: Sight, ridge: Array) -> Float[Array, ""]
     parameters = sight.frame.parameters(problem.nodes, jnp.zeros_like(floors))
     found = statistics.e_step(parameters, sight.chunks, floors)
     start = m_step.no_terms(graph).potentials
-    transport, _, _ = m_step.transport_terms(parameters, graph, start, solvers.solve_entropic)
+    transport, _, _ = m_step.transport_terms(parameters, graph, start, solvers.ENTROPIC)
     volume = jnp.where(sight.has_cloud, problem.nodes.n_features * jnp.log(unit), 0)
     return problem.node_weights @ (found.penalized - volume) - graph.edge_weights @ transport

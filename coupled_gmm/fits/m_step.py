@@ -24,7 +24,8 @@ from coupled_gmm.fits.statistics import Parameters, Statistics, expected_log_lik
 from coupled_gmm.gaussians import bures
 from coupled_gmm.transport import duals, entropic, masses
 from coupled_gmm.transport.masses import Response
-from coupled_gmm.transport.solvers import Solver, solve_entropic
+from coupled_gmm.transport.problem import TransportProblem
+from coupled_gmm.transport.solvers import PlanSolver
 
 _MAX_ITERATIONS = 200  # of a plan within the fit
 _MEMORY = 8
@@ -72,7 +73,7 @@ def transport_terms(
     parameters: Parameters,
     graph: MixtureGraph,
     potentials: entropic.Potentials,
-    solver: Solver,
+    solver: PlanSolver,
     response: Response | None = None,
 ) -> tuple[Float[Array, " E"], Float[Array, "E K K"], entropic.Potentials]:
     """Regularised transport cost of every edge, differentiable in the parameters; costs, and certifying potentials."""
@@ -82,17 +83,18 @@ def transport_terms(
 
     def edge(one: Parameters, other: Parameters, epsilon: Array, rho: Array, start: entropic.Potentials):
         cost = bures.pairwise_cost(one.means, one.factors, other.means, other.factors)
-        problem = (cost, one.log_weights, other.log_weights, epsilon, rho, (start.f, start.g))
         tol = jnp.asarray(plan_tolerance(cost.dtype), cost.dtype)
+        prices = {"epsilon": epsilon, "rho": rho, "balanced": graph.balanced}
+        problem = TransportProblem.of_log_masses(cost, one.log_weights, other.log_weights, **prices)
+        fixed, init = jax.lax.stop_gradient((problem, (start.f, start.g)))
         if response is None:
-            solved = solver(*jax.lax.stop_gradient(problem), tol, _MAX_ITERATIONS, graph.balanced)
+            solved = solver(fixed, init, tol, _MAX_ITERATIONS)
         else:
-            parts = jax.lax.stop_gradient((cost, one.log_weights, other.log_weights, epsilon, (start.f, start.g)))
-            solved = masses.solve(*parts, tol, _MAX_ITERATIONS, response)
-            one = one._replace(log_weights=jnp.where(response.free[0], solved.log_a, one.log_weights))
-            other = other._replace(log_weights=jnp.where(response.free[1], solved.log_b, other.log_weights))
-        a, b = jnp.exp(one.log_weights), jnp.exp(other.log_weights)
-        value = duals.dual_value(cost, a, b, solved.f, solved.g, epsilon, rho, graph.balanced)
+            solved = masses.solve(fixed, init, tol, _MAX_ITERATIONS, response)
+            log_a = jnp.where(response.free[0], solved.log_a, one.log_weights)
+            log_b = jnp.where(response.free[1], solved.log_b, other.log_weights)
+            problem = problem.with_log_masses(log_a, log_b)
+        value = duals.dual_value(problem, solved.f, solved.g)
         return value, *jax.lax.stop_gradient((cost, solved))
 
     sources, targets = taken(parameters, graph.sources), taken(parameters, graph.targets)
@@ -105,7 +107,7 @@ def terms(
     floors: Float[Array, "V d"],
     graph: MixtureGraph,
     potentials: entropic.Potentials,
-    solver: Solver,
+    solver: PlanSolver,
     response: Response | None = None,
 ) -> Terms:
     transport, costs, solved = transport_terms(parameters, graph, potentials, solver, response)
@@ -255,7 +257,7 @@ def m_step(
     floors: Float[Array, "V d"],
     graph: MixtureGraph,
     potentials: entropic.Potentials,
-    solver: Solver,
+    solver: PlanSolver,
     optimiser: Optimiser,
     unit: Float[Array, ""],
     budget: Int[Array, ""],
@@ -272,7 +274,7 @@ def m_step(
         moved = thawed(graph.frozen, best, base)
         return MStep(moved, no_terms(graph)._replace(q=q), potentials, zero, yes, ahead, zero)
     coordinates = optimiser.coordinates(base, statistics, graph, unit)
-    may_solve = optimiser.monotone and graph.balanced and graph.matched and solver is solve_entropic
+    may_solve = optimiser.monotone and graph.balanced and graph.matched and solver.solves_masses
 
     def loss(x: Array, now: _Progress) -> tuple[Array, Terms]:
         free = now.solves_masses & (now.n > 0)

@@ -34,7 +34,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from coupled_gmm.core import matrices
 from coupled_gmm.core.tree import pytree
-from coupled_gmm.transport.duals import exponent, inverse_prices, log_plan
+from coupled_gmm.transport.problem import TransportProblem
 
 _TRUST = 8.0  # the step's first bound, in units of epsilon
 _FAR = 4.0  # a step longer than this is limited by the bound, not by the distance to the solution; so is any at this many bounds
@@ -183,49 +183,41 @@ def anneal(
 
 
 def solve(
-    cost: Float[Array, "K0 K1"],
-    log_a: Float[Array, " K0"],
-    log_b: Float[Array, " K1"],
-    epsilon: Float[Array, ""],
-    rho: Float[Array, "*two"],
-    init: Float[Array, " K0"],
-    tol: Float[Array, ""],
-    max_iterations: int,
-    balanced: bool,
+    problem: TransportProblem, init: Float[Array, " K0"], tol: Float[Array, ""], max_iterations: int
 ) -> Potentials:
     """Potentials whose plan misses its marginals by at most `tol` (L1, of the mass that moves), or as little as the precision
     allows."""
-    a = jnp.exp(log_a)
+    a, log_a, log_b, cost = problem.a, problem.log_a, problem.log_b, problem.cost
     present = a > 0
-    inverse_rho0, inverse_rho1 = inverse_prices(rho, balanced)
+    inverse_rho0, inverse_rho1 = problem.inverse_rhos
 
     def look(f: Array, eps: Array, g: Array) -> Look:
         tau = 1 / (1 + eps * inverse_rho1)
-        columns = exponent(cost, f, g) / eps + log_a[:, None]
+        columns = problem.exponent(f, g) / eps + log_a[:, None]
         log_columns = jax.nn.logsumexp(columns, axis=0)
         v = jnp.exp(columns - log_columns)
         g = tau * (g - eps * log_columns)
-        rows = exponent(cost, f, g) / eps + log_b
+        rows = problem.exponent(f, g) / eps + log_b
         log_rows = jax.nn.logsumexp(rows, axis=1)
         u = jnp.exp(rows - log_rows[:, None])
-        log_all = 0 if balanced else jax.nn.logsumexp(log_a + log_rows)
+        log_all = 0 if problem.balanced else jax.nn.logsumexp(log_a + log_rows)
         flow = jnp.exp(log_a + log_rows - log_all)
         error = jnp.sum(jnp.abs(jnp.exp(log_a - f * inverse_rho0 - log_all) - flow))
         matrix = (1 + eps * inverse_rho0) * jnp.eye(len(a), dtype=cost.dtype) - tau * u @ v.T
         unit = rounding(u * flow[:, None], cost, f, eps)
         merit = None
-        if balanced:  # minus the dual objective, g eliminated
-            worth = jnp.concatenate([jnp.where(present, a * f, 0), jnp.exp(log_b) * g])
+        if problem.balanced:  # minus the dual objective, g eliminated
+            worth = jnp.concatenate([jnp.where(present, a * f, 0), problem.b * g])
             merit = -jnp.sum(worth), jnp.sum(jnp.abs(worth))
         return Look(-f * inverse_rho0 - log_rows, error, matrix, unit, g, merit)
 
     goal = 0.5 * tol  # room for the rounding of g, which the certificate sees
     scale = jnp.max(jnp.where(present[:, None] & (log_b > -jnp.inf), jnp.abs(cost), 0))
-    nothing = jnp.zeros_like(log_b)
-    end = anneal(look, init, nothing, present, a if balanced else 0 * a, scale, epsilon, goal, max_iterations, scale)
-    g = transform(cost.T, log_a, end.x, epsilon, inverse_rho1, end.memory)
-    f = jnp.where(present, end.x, transform(cost, log_b, g, epsilon, inverse_rho0))
-    return certified(cost, log_a, log_b, f, g, epsilon, rho, tol, end, balanced)
+    nothing, centre = jnp.zeros_like(log_b), a if problem.balanced else 0 * a
+    end = anneal(look, init, nothing, present, centre, scale, problem.epsilon, goal, max_iterations, scale)
+    g = problem.transpose().c_transform(end.x, end.memory)
+    f = jnp.where(present, end.x, problem.c_transform(g))
+    return certified(problem, f, g, tol, end)
 
 
 def rounding(plan: Array, cost: Array, f: Array, epsilon: Array) -> Float[Array, ""]:
@@ -234,54 +226,17 @@ def rounding(plan: Array, cost: Array, f: Array, epsilon: Array) -> Float[Array,
     return jnp.finfo(cost.dtype).eps * jnp.sum(sizes) / epsilon
 
 
-def certified(
-    cost: Array,
-    log_a: Array,
-    log_b: Array,
-    f: Array,
-    g: Array,
-    epsilon: Array,
-    rho: Array,
-    tol: Array,
-    end: Annealed,
-    balanced: bool,
-) -> Potentials:
+def certified(problem: TransportProblem, f: Array, g: Array, tol: Array, end: Annealed) -> Potentials:
     """Potentials with the marginal error that they have as they are returned, after rounding."""
-    part, log_all = missed(cost, log_a, log_b, f, g, epsilon, rho, balanced)
+    part, log_mass = problem.relative_marginal_error(f, g)
     converged = part <= tol
-    error = part * jnp.exp(log_all)
-    return Potentials(f, g, log_a, log_b, error, end.n_iterations, converged, ~converged & end.at_floor)
-
-
-def transform(
-    cost: Array, log_b: Array, g: Array, epsilon: Array, inverse_rho: Array, near: Array | None = None
-) -> Float[Array, " K0"]:
-    """The f that is optimal for a given g, at its own side's price: a half-step of Sinkhorn's iteration.
-
-    Rounded least about one that is `near`.
-    """
-    near = jnp.zeros(len(cost), cost.dtype) if near is None else near
-    total = jax.nn.logsumexp(log_b + exponent(cost, near, g) / epsilon, axis=1)
-    return (near - epsilon * total) / (1 + epsilon * inverse_rho)
-
-
-def marginal_error(
-    cost: Array, log_a: Array, log_b: Array, f: Array, g: Array, epsilon: Array, rho: Array, balanced: bool
-) -> Float[Array, ""]:
-    """L1 distance of the plan's marginals from a and b, or from a e^(-f / rho0) and b e^(-g / rho1) when unbalanced."""
-    part, log_all = missed(cost, log_a, log_b, f, g, epsilon, rho, balanced)
-    return part * jnp.exp(log_all)
-
-
-def missed(
-    cost: Array, log_a: Array, log_b: Array, f: Array, g: Array, epsilon: Array, rho: Array, balanced: bool
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """The marginal error as a part of the mass that moves (of 1, if balanced), and the logarithm of that mass."""
-    inverse_rho0, inverse_rho1 = inverse_prices(rho, balanced)
-    matrix = log_plan(cost, log_a, log_b, f, g, epsilon)
-    log_all = jnp.zeros((), cost.dtype) if balanced else jax.nn.logsumexp(matrix)
-    plan = jnp.exp(matrix - log_all)
-    # A mass of zero stays zero whatever its potential is, which may be too large for the exponential.
-    rows, columns = jnp.exp(log_a - f * inverse_rho0 - log_all), jnp.exp(log_b - g * inverse_rho1 - log_all)
-    part = jnp.sum(jnp.abs(plan.sum(1) - rows)) + jnp.sum(jnp.abs(plan.sum(0) - columns))
-    return jnp.where(jnp.isnan(part), jnp.inf, part), log_all  # no bound that it is compared with is met
+    return Potentials(
+        f=f,
+        g=g,
+        log_a=problem.log_a,
+        log_b=problem.log_b,
+        marginal_error=part * jnp.exp(log_mass),
+        n_iterations=end.n_iterations,
+        converged=converged,
+        stalled=~converged & end.at_floor,
+    )

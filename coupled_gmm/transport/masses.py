@@ -20,8 +20,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from coupled_gmm.core.tree import pytree
-from coupled_gmm.transport import duals, entropic
+from coupled_gmm.transport import entropic
 from coupled_gmm.transport.entropic import Look, Potentials
+from coupled_gmm.transport.problem import TransportProblem
 
 _LEVEL_STEPS = 4  # of Newton's method for s, from the last one: the merit must be that of masses that sum to 1
 
@@ -83,27 +84,26 @@ def _answer_matrix(mass: Float[Array, " K"], slope: Float[Array, " K"]) -> Float
 
 
 def solve(
-    cost: Float[Array, "K0 K1"],
-    log_a: Float[Array, " K0"],
-    log_b: Float[Array, " K1"],
-    epsilon: Float[Array, ""],
+    problem: TransportProblem,
     init: tuple[Float[Array, " K0"], Float[Array, " K1"]],
     tol: Float[Array, ""],
     max_iterations: int,
     response: Response,
 ) -> Potentials:
-    """Potentials and masses; `log_a` and `log_b` are the present masses, which stay where a side is not free."""
-    one, other = _Side(response, 0, log_a), _Side(response, 1, log_b)
-    k0 = len(log_a)
+    """Potentials and masses of a balanced problem; its own are the present masses, which stay where a side is not free."""
+    cost, epsilon = problem.cost, problem.epsilon
+    one, other = _Side(response, 0, problem.log_a), _Side(response, 1, problem.log_b)
+    k0 = len(problem.log_a)
     # A component that no cloud asks for gives up what it has.
     log_a, log_b = (jnp.where(side.present, side.given, -jnp.inf) for side in (one, other))
+    present_masses = problem.with_log_masses(log_a, log_b)
 
     # The unknowns are F and -G: in these the Newton matrix has no positive entry off its diagonal.
     def look(x: Array, eps: Array, levels: tuple[Array, Array]) -> Look:
         f, g = x[:k0], -x[k0:]
         wanted_a, slope_a, level_a = one.answer(f, levels[0], _LEVEL_STEPS)
         wanted_b, slope_b, level_b = other.answer(g, levels[1], _LEVEL_STEPS)
-        log_plan = duals.log_plan(cost, log_a, log_b, f, g, eps)
+        log_plan = present_masses.at(eps).log_plan(f, g)
         log_rows, log_columns = jax.nn.logsumexp(log_plan, axis=1), jax.nn.logsumexp(log_plan, axis=0)
         u = jnp.exp(log_plan - jnp.where(one.present, log_rows, 0)[:, None])
         v = jnp.exp(log_plan - jnp.where(other.present, log_columns, 0)).T
@@ -132,14 +132,14 @@ def solve(
     )
     f, g = end.x[:k0], -end.x[k0:]
     (new_a, _, _), (new_b, _, _) = one.answer(f, end.memory[0], 8), other.answer(g, end.memory[1], 8)
-    infinite = jnp.asarray(jnp.inf, cost.dtype)
     # Centred by the new masses, and g once more from f: they are rounded no more than they need be.
     f = jnp.where(one.present, f - epsilon * _difference(new_a, log_a), 0)
     shift = jnp.exp(new_a) @ f
     f = jnp.where(one.present, f - shift, 0)
     near = g - epsilon * _difference(new_b, log_b) + shift
-    g = jnp.where(other.present, entropic.transform(cost.T, new_a, f, epsilon, jnp.zeros_like(epsilon), near), 0)
-    return entropic.certified(cost, new_a, new_b, f, g, epsilon, infinite, tol, end, True)
+    solved = problem.with_log_masses(new_a, new_b)
+    g = jnp.where(other.present, solved.transpose().c_transform(f, near), 0)
+    return entropic.certified(solved, f, g, tol, end)
 
 
 def _difference(new: Array, old: Array) -> Array:
