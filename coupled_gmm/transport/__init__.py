@@ -6,6 +6,7 @@ With C the costs of components, a and b their masses, eps the regularisation and
 
 What is the problem, the plan of given potentials, a marginal error, the rho of a tau? `problem`; between two mixtures? `pair`.
 Which method solves it, and what is the distance MW2? `solvers`; by OTT? `sinkhorn`. Derivatives of values and potentials?
-`duals`. Why did this plan not converge? `entropic`; with masses that move as well? `masses`. Vertices of the linear programme
-(eps = 0)? `exact`. What is a plan, and how is it certified? `plan`. Where do points go? `maps`.
+`duals`. Which equations has an entropic plan? `entropic`; with masses that move as well? `masses`. How are they solved, and why
+did this plan not converge? `annealing`. Vertices of the linear programme (eps = 0)? `exact`. What is a plan, and how is it
+certified? `plan`. Where do points go? `maps`.
 """

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from coupled_gmm.transport import entropic
+from coupled_gmm.transport.annealing import Annealed
 from coupled_gmm.transport.entropic import Potentials
 from coupled_gmm.transport.problem import TransportProblem
 
@@ -38,5 +39,5 @@ class Sinkhorn:
         output = solver(linear, init=(init[0] + offsets[0], init[1] + offsets[1]))
         f = problem.c_transform(jnp.where(jnp.isinf(log_b), 0, output.g - offsets[1]))
         g = problem.transpose().c_transform(f)
-        end = entropic.Annealed(f, jnp.asarray(output.n_iters), jnp.asarray(False), ())
+        end = Annealed(f, jnp.asarray(output.n_iters), at_floor=jnp.asarray(False), warm_start=())
         return entropic.certified(problem, f, g, tol, end)
