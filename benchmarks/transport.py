@@ -28,7 +28,7 @@ from rich.table import Table
 
 import coupled_gmm as cg
 from coupled_gmm.gaussians import bures
-from coupled_gmm.transport import exact, solvers
+from coupled_gmm.transport import exact, limits, solvers
 from coupled_gmm.transport.pair import transport_problem
 
 console = Console(width=140)
@@ -122,7 +122,7 @@ def exact_plans(results: dict, sizes=(3, 10, 20, 40, 64, 100, 200), in_xla: int 
     """In XLA up to `in_xla` components; batches up to 64, where `solve_plan` turns to the callback."""
     columns = ("K", "", "first, s", "warm, ms a problem", "over POT", "values differ")
     table = Table(*columns, title=f"Exact plans, float64; batches of {n_batch} problems are vmapped, POT's looped over")
-    rng, limit = np.random.RandomState(2), solvers.MAX_ITERATIONS["exact"]
+    rng, limit = np.random.RandomState(2), limits.MAX_ITERATIONS["exact"]
     xla = jax.jit(lambda *problem: exact.solve(*problem, limit)[0].matrix)
     host = jax.jit(lambda *problem: exact.solve_on_host(*problem, limit).matrix)
     vmapped = jax.jit(jax.vmap(xla))

@@ -22,16 +22,14 @@ from coupled_gmm.fits.coordinates import Coordinates, log_cholesky_coordinates, 
 from coupled_gmm.fits.graph import MixtureGraph
 from coupled_gmm.fits.statistics import Parameters, Statistics, expected_log_likelihood, maximiser
 from coupled_gmm.gaussians import bures
-from coupled_gmm.transport import duals, entropic, masses
+from coupled_gmm.transport import duals, entropic, limits, masses
 from coupled_gmm.transport.masses import Response
 from coupled_gmm.transport.problem import TransportProblem
 from coupled_gmm.transport.solvers import PlanSolver
 
-_MAX_ITERATIONS = 200  # of a plan within the fit
 _MEMORY = 8
 _SLACK = 4.0  # by so much a slope's promise may exceed what is gained
 _ARMIJO = 1e-4
-MISSED = 1e-3  # a plan in the fit with a larger marginal error is no transport plan, and the fit says so
 
 
 class Terms(NamedTuple):
@@ -45,11 +43,6 @@ class Terms(NamedTuple):
     @property
     def marginal_error(self) -> Float[Array, ""]:
         return jnp.max(self.potentials.marginal_error, initial=0)
-
-
-def plan_tolerance(dtype: Any) -> float:
-    """Marginal error asked of the plans in a fit: the error of a cost is of second order in it."""
-    return float(jnp.finfo(dtype).eps) ** 0.6
 
 
 def no_terms(graph: MixtureGraph) -> Terms:
@@ -83,14 +76,14 @@ def transport_terms(
 
     def edge(one: Parameters, other: Parameters, epsilon: Array, rho: Array, start: entropic.Potentials):
         cost = bures.pairwise_cost(one.means, one.factors, other.means, other.factors)
-        tol = jnp.asarray(plan_tolerance(cost.dtype), cost.dtype)
+        tol = jnp.asarray(limits.fit_tolerance(cost.dtype), cost.dtype)
         prices = {"epsilon": epsilon, "rho": rho, "balanced": graph.balanced}
         problem = TransportProblem.of_log_masses(cost, one.log_weights, other.log_weights, **prices)
         fixed, init = jax.lax.stop_gradient((problem, (start.f, start.g)))
         if response is None:
-            solved = solver(fixed, init, tol, _MAX_ITERATIONS)
+            solved = solver(fixed, init, tol, limits.MAX_ITERATIONS_IN_FITS)
         else:
-            solved = masses.solve(fixed, init, tol, _MAX_ITERATIONS, response)
+            solved = masses.solve(fixed, init, tol, limits.MAX_ITERATIONS_IN_FITS, response)
             log_a = jnp.where(response.free[0], solved.log_a, one.log_weights)
             log_b = jnp.where(response.free[1], solved.log_b, other.log_weights)
             problem = problem.with_log_masses(log_a, log_b)
@@ -294,7 +287,7 @@ def m_step(
         # A trial that overshot into infinity, or has no plan, is the optimiser's to reject; nothing is carried on from it.
         finite = jnp.isfinite(value) & jnp.isfinite(found.marginal_error)
         if optimiser.monotone:
-            finite &= (now.n == 0) | (found.marginal_error <= MISSED)
+            finite &= (now.n == 0) | (found.marginal_error <= limits.MAX_MARGINAL_ERROR)
             value = jnp.where(finite, value, jnp.inf)
         search = optimiser.update(now.search, value, gradient)
         accepted = search.accepted & finite

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from coupled_gmm.core import checks, matrices
-from coupled_gmm.core.status import Outcome, Status
+from coupled_gmm.core.status import Outcome, Status, first_status
 from coupled_gmm.core.tree import Stackable, counted, mapped, number, pytree, saved
 from coupled_gmm.transport import duals
 from coupled_gmm.transport.entropic import Potentials
@@ -317,9 +317,12 @@ class Plan(Stackable, Outcome):
 @matrices.precise
 def from_potentials(pair: GaussianMixturePair, cost: Array, solution: Potentials) -> Plan:
     """The plan of potentials that a solver returned, with its status."""
-    unmet = jnp.where(solution.stalled, Status.PRECISION, Status.NOT_CONVERGED)
-    status = jnp.where(solution.converged, Status.CONVERGED, unmet)
-    status = jnp.where(jnp.isfinite(solution.marginal_error), status, Status.NOT_FINITE)
+    ends = [
+        (~jnp.isfinite(solution.marginal_error), Status.NOT_FINITE),
+        (solution.converged, Status.CONVERGED),
+        (solution.stalled, Status.PRECISION),
+    ]
+    status = first_status(ends, Status.NOT_CONVERGED)
     f, g = jax.lax.stop_gradient((solution.f, solution.g))
     potentials = duals.implicit(transport_problem(pair, cost), f, g)
     return Plan(pair, cost, potentials, status, solution.n_iterations)
@@ -328,10 +331,13 @@ def from_potentials(pair: GaussianMixturePair, cost: Array, solution: Potentials
 def from_vertex(pair: GaussianMixturePair, cost: Array, vertex: Vertex, tol: Array) -> Plan:
     """The plan of an exact solver's vertex, with its status."""
     error = _distance(vertex.matrix, pair.gmm0.weights, pair.gmm1.weights)
-    status = jnp.where((error <= tol) & vertex.optimal, Status.CONVERGED, Status.PRECISION)
-    status = jnp.where(vertex.done, status, Status.NOT_CONVERGED)
     finite = jnp.all(jnp.isfinite(vertex.f)) & jnp.all(jnp.isfinite(vertex.g)) & jnp.isfinite(vertex.gap)
-    status = jnp.where(finite & jnp.isfinite(error), status, Status.NOT_FINITE)
+    ends = [
+        (~(finite & jnp.isfinite(error)), Status.NOT_FINITE),
+        (~vertex.done, Status.NOT_CONVERGED),
+        ((error <= tol) & vertex.optimal, Status.CONVERGED),
+    ]
+    status = first_status(ends, Status.PRECISION)
     return Plan(pair, cost, (vertex.f, vertex.g), status, vertex.n_iterations, vertex.matrix, vertex.gap)
 
 

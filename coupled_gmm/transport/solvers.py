@@ -11,7 +11,7 @@ from coupled_gmm.core import checks
 from coupled_gmm.core.programs import program
 from coupled_gmm.core.status import Status, raise_if_failed
 from coupled_gmm.gaussians.mixture import GaussianMixture
-from coupled_gmm.transport import entropic, exact
+from coupled_gmm.transport import entropic, exact, limits
 from coupled_gmm.transport.entropic import Potentials
 from coupled_gmm.transport.pair import GaussianMixturePair, transport_problem
 from coupled_gmm.transport.plan import Plan, from_potentials, from_vertex
@@ -20,8 +20,6 @@ from coupled_gmm.transport.sinkhorn import Sinkhorn
 
 ENTROPIC_METHODS = ("entropic", "sinkhorn")
 METHODS = (*ENTROPIC_METHODS, "exact")
-MAX_ITERATIONS = {"entropic": 500, "sinkhorn": 20_000, "exact": 100_000}
-SMALL = 64  # components up to which exact plans are solved inside XLA
 Init = tuple[Float[Array, " K0"], Float[Array, " K1"]]
 
 
@@ -86,7 +84,9 @@ def solve_plan(
     checks.instance("pair", pair, GaussianMixturePair)
     checks.choice("method", method, METHODS)
     tol = checks.scalar("tol", tol, above=0, batched=True)
-    limit = MAX_ITERATIONS[method] if max_iterations is None else checks.integer("max_iterations", max_iterations, 1)
+    limit = (
+        limits.MAX_ITERATIONS[method] if max_iterations is None else checks.integer("max_iterations", max_iterations, 1)
+    )
     k0, k1 = pair.gmm0.n_components, pair.gmm1.n_components
     if init is None:
         init = (jnp.zeros(k0), jnp.zeros(k1))
@@ -115,7 +115,7 @@ def _solve_plan(pair: GaussianMixturePair, init: Any, tol: Array, solver: PlanSo
 def _solve_exactly(pair: GaussianMixturePair, tol: Array, max_iterations: int) -> Plan:
     cost = pair.cost_matrix()
     problem = jax.lax.stop_gradient((cost, pair.gmm0.weights, pair.gmm1.weights))
-    if max(cost.shape) <= SMALL:
+    if max(cost.shape) <= limits.MAX_SIZE_IN_XLA:
         vertex, _ = exact.solve(*problem, max_iterations)
     else:
         vertex = exact.solve_on_host(*problem, max_iterations)
@@ -149,13 +149,12 @@ def mw2_squared(gmm0: GaussianMixture, gmm1: GaussianMixture, *, epsilon: Any = 
 @program("exactly")
 def _mw2_squared(pair: GaussianMixturePair, exactly: bool) -> tuple[Array, Array]:
     if exactly:
-        plan = _solve_exactly(pair, jnp.asarray(1e-4), MAX_ITERATIONS["exact"])
+        plan = _solve_exactly(pair, jnp.asarray(limits.MAX_MW2_MARGINAL_ERROR), limits.MAX_ITERATIONS["exact"])
         return plan.transport_cost, plan.status
-    # As far as the precision goes: the error of <P, C> is of the order of the marginals'.
-    tol = 1e-10 if pair.gmm0.dtype == jnp.float64 else 1e-6
+    tol = limits.value_tolerance(pair.gmm0.dtype)
     init = jnp.zeros_like(pair.gmm0.weights), jnp.zeros_like(pair.gmm1.weights)
-    plan = _solve_plan(pair, init, jnp.asarray(tol), ENTROPIC, MAX_ITERATIONS["entropic"])
-    good = (plan.status == Status.PRECISION) & (plan.marginal_error <= 1e-4)
+    plan = _solve_plan(pair, init, jnp.asarray(tol), ENTROPIC, limits.MAX_ITERATIONS["entropic"])
+    good = (plan.status == Status.PRECISION) & (plan.marginal_error <= limits.MAX_MW2_MARGINAL_ERROR)
     return plan.transport_cost, jnp.where(good, Status.CONVERGED, plan.status)
 
 

@@ -12,7 +12,7 @@ from problems import DATA, random_covariances, random_mixture
 from twins import linear_programme, log_sum_exp, primal, sinkhorn
 
 import coupled_gmm as cg
-from coupled_gmm.transport import duals, solvers
+from coupled_gmm.transport import duals, limits, solvers
 from coupled_gmm.transport.problem import TransportProblem
 
 SHAPES = [(1, 4), (3, 4), (6, 4)]
@@ -297,7 +297,7 @@ def test_status_says_what_happened():
     precise = cg.solve_plan(hard, tol=1e-9)
     assert not precise.converged and int(precise.status) == cg.Status.PRECISION
     assert "float64" in precise.message and precise.marginal_error < 1e-3
-    assert precise.n_iterations < solvers.MAX_ITERATIONS["entropic"]
+    assert precise.n_iterations < limits.MAX_ITERATIONS["entropic"]
     with pytest.raises(cg.FitError, match="float64"):
         precise.raise_if_failed()
     cg.solve_plan(make_pair(1, 3, 5, 0.1)).raise_if_failed()
