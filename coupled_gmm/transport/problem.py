@@ -23,13 +23,12 @@ BALANCED = float("1")  # an object of its own, to tell a tau that was given
 
 @pytree
 class TransportProblem:
-    """Costs and masses with their logarithms (the derivatives in a mass of zero are those of the mass), and the prices."""
+    """Costs, masses and prices. Derivatives are those in the masses, since a mass of zero has none in its logarithm."""
 
     cost: Float[Array, "K0 K1"]
     a: Float[Array, " K0"]
     b: Float[Array, " K1"]
-    log_a: Float[Array, " K0"]
-    log_b: Float[Array, " K1"]
+    log_masses: tuple[Float[Array, " K0"], Float[Array, " K1"]] | None  # where they are what is given
     epsilon: Float[Array, ""]
     rho0: Float[Array, ""]  # the price of changing a
     rho1: Float[Array, ""]  # the price of changing b
@@ -40,7 +39,7 @@ class TransportProblem:
         cls, cost: Array, a: Array, b: Array, *, epsilon: Array, rho: Array | None = None, balanced: bool
     ) -> "TransportProblem":
         """From masses; `rho` is one price or two, None is infinite."""
-        return cls._of(cost, (a, b), (log_weights(a), log_weights(b)), epsilon, rho, balanced)
+        return cls._of(cost, (a, b), None, epsilon, rho, balanced)
 
     @classmethod
     def of_log_masses(
@@ -51,13 +50,21 @@ class TransportProblem:
 
     @classmethod
     def _of(
-        cls, cost: Array, masses: tuple, log_masses: tuple, epsilon: Array, rho: Array | None, balanced: bool
+        cls, cost: Array, masses: tuple, log_masses: tuple | None, epsilon: Array, rho: Array | None, balanced: bool
     ) -> "TransportProblem":
         rho0, rho1 = both_sides(jnp.full_like(epsilon, jnp.inf) if rho is None else rho)
-        (a, b), (log_a, log_b) = masses, log_masses
-        return cls(
-            cost=cost, a=a, b=b, log_a=log_a, log_b=log_b, epsilon=epsilon, rho0=rho0, rho1=rho1, balanced=balanced
-        )
+        a, b = masses
+        return cls(cost=cost, a=a, b=b, log_masses=log_masses, epsilon=epsilon, rho0=rho0, rho1=rho1, balanced=balanced)
+
+    @property
+    def log_a(self) -> Float[Array, " K0"]:
+        """-inf where there is no mass."""
+        return log_weights(self.a) if self.log_masses is None else self.log_masses[0]
+
+    @property
+    def log_b(self) -> Float[Array, " K1"]:
+        """-inf where there is no mass."""
+        return log_weights(self.b) if self.log_masses is None else self.log_masses[1]
 
     def transpose(self) -> "TransportProblem":
         """The same problem from b to a."""
@@ -65,8 +72,7 @@ class TransportProblem:
             cost=self.cost.T,
             a=self.b,
             b=self.a,
-            log_a=self.log_b,
-            log_b=self.log_a,
+            log_masses=None if self.log_masses is None else self.log_masses[::-1],
             epsilon=self.epsilon,
             rho0=self.rho1,
             rho1=self.rho0,
@@ -79,7 +85,7 @@ class TransportProblem:
 
     def with_log_masses(self, log_a: Array, log_b: Array) -> "TransportProblem":
         """The same problem between other masses."""
-        return dataclasses.replace(self, a=jnp.exp(log_a), b=jnp.exp(log_b), log_a=log_a, log_b=log_b)
+        return dataclasses.replace(self, a=jnp.exp(log_a), b=jnp.exp(log_b), log_masses=(log_a, log_b))
 
     @property
     def inverse_rhos(self) -> tuple[Float[Array, ""], Float[Array, ""]]:

@@ -27,7 +27,7 @@ def problem():
         view = frame.seen(["x0", "x1"], clouds, [None, None], [gmm0, gmm1], RIDGE)
         controls = Controls(jnp.asarray(RIDGE), jnp.asarray(TOL), jnp.asarray(STEPS), jnp.asarray(5), None)
         graph = MixtureGraph.from_pair(pair, jnp.asarray(WEIGHT), np.zeros(2, bool))
-        options = FitOptions(STEPS, solvers.solve_entropic, None, False)
+        options = FitOptions(STEPS, solvers.ENTROPIC, None, False)
         yield clouds, pair, em.prepare(graph, view.in_chunks(6), controls, options)
 
 
