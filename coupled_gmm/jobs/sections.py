@@ -41,7 +41,7 @@ def refuse(text: str, key: str | None = None) -> PydanticCustomError:
     return PydanticCustomError("refused", "{text}", {"key": key, "text": text})  # pyright: ignore[reportArgumentType]
 
 
-def found(name: str, info: ValidationInfo) -> str:
+def absolute(name: str, info: ValidationInfo) -> str:
     """The absolute path of a file that is named in a configuration, from the folder of that."""
     folder: Path = (info.context or {})["folder"]
     try:
@@ -57,7 +57,7 @@ def possible(name: str) -> str:
     return name
 
 
-File = Annotated[str, AfterValidator(found)]
+File = Annotated[str, AfterValidator(absolute)]
 FileName = Annotated[str, AfterValidator(possible)]
 
 
@@ -120,7 +120,7 @@ def at(path: Path, key: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def blame(path: Path, section: str, model: type[Section], keys: Mapping[str, str]) -> Iterator[None]:
+def blame(path: Path, section: str, model: type[Section], keys: Mapping[str, str] | None = None) -> Iterator[None]:
     """The core's refusal of an argument, as a line about the key that set it; other errors are ours and pass.
 
     Args:
@@ -136,7 +136,7 @@ def blame(path: Path, section: str, model: type[Section], keys: Mapping[str, str
         if named is None or isinstance(error, ConfigError):
             raise
         argument, number, message = named.groups()
-        key = f"{section}.{argument}" if argument in model.model_fields else keys.get(argument)
+        key = f"{section}.{argument}" if argument in model.model_fields else (keys or {}).get(argument)
         if key is None:
             raise
         raise ConfigError(f"{path}: {key}{'' if number is None else f'.{number}'}: {message}") from error
