@@ -6,7 +6,6 @@ Each mistake is one line, ``FILE: SECTION.KEY: what is wrong; what to do``, and 
 
 import contextlib
 import difflib
-import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, Val
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from coupled_gmm.core.checks import brief
+from coupled_gmm.core.errors import ArgumentError, ArgumentTypeError
 
 _LARGEST = 10_000_000  # bytes of a configuration
 _MOST_LINES = 20
@@ -125,21 +125,17 @@ def blame(path: Path, section: str, model: type[Section], keys: Mapping[str, str
 
     Args:
       path: the configuration.
-      section: where the arguments are keys.
+      section: where the arguments are keys; blamed itself for an argument that no key sets.
       model: that section's class.
       keys: of arguments whose key has another name, or stands in another section. Those of lists keep their number.
     """
     try:
         yield
-    except (ValueError, TypeError) as error:
-        named = re.match(r"([\w.]+)(?:\[(\d+)\])?: (.*)", str(error), re.DOTALL)
-        if named is None or isinstance(error, ConfigError):
-            raise
-        argument, number, message = named.groups()
+    except (ArgumentError, ArgumentTypeError) as error:
+        argument, _, number = error.argument.removesuffix("]").partition("[")
         key = f"{section}.{argument}" if argument in model.model_fields else (keys or {}).get(argument)
-        if key is None:
-            raise
-        raise ConfigError(f"{path}: {key}{'' if number is None else f'.{number}'}: {message}") from error
+        where = f"{section}: {error.argument}" if key is None else f"{key}.{number}" if number else key
+        raise ConfigError(f"{path}: {where}: {error.advice}") from error
 
 
 def _line(details: ErrorDetails, model: type[Section]) -> str:

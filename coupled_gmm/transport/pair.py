@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from coupled_gmm.core import checks
+from coupled_gmm.core.errors import ArgumentError, ArgumentTypeError
 from coupled_gmm.core.programs import program
 from coupled_gmm.core.tree import Stackable, mapped, new, number, pytree, saved, single, static
 from coupled_gmm.gaussians import bures
@@ -57,7 +58,9 @@ class GaussianMixturePair(Stackable):
           TypeError, ValueError: not mixtures, features that disagree, numbers out of range or of another shape, tau and rho.
         """
         if rho is not None and tau is not BALANCED:
-            raise ValueError("rho: given beside tau, and both say what it costs to change masses; keep one of them")
+            raise ArgumentError(
+                "rho", "given beside tau, and both say what it costs to change masses", "keep one of them"
+            )
         if rho is None:
             given, value = tau, checks.one_or_two("tau", tau, above=0, at_most=1)
         else:
@@ -77,7 +80,7 @@ class GaussianMixturePair(Stackable):
     ) -> "GaussianMixturePair":
         """A pair from rho itself: `GaussianMixturePair` with its argument `rho`. A traced rho is unbalanced."""
         if rho is None:
-            raise TypeError("rho: expected a real number, got None; leave it out for balanced transport")
+            raise ArgumentTypeError("rho", "expected a real number, got None", "leave it out for balanced transport")
         return cls(gmm0, gmm1, epsilon, rho=rho)
 
     @property
