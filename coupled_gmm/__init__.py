@@ -26,6 +26,8 @@ from coupled_gmm.transport.solvers import mw2_squared, solve_plan
 if TYPE_CHECKING:
     from coupled_gmm.gaussians.ott_cost import BuresCost
 
+    __version__: str
+
 __all__ = [
     "BarycenterFit",
     "BuresCost",
@@ -69,4 +71,8 @@ def __getattr__(name: str) -> Any:
         from coupled_gmm.gaussians.ott_cost import BuresCost
 
         return BuresCost
+    if name == "__version__":
+        from coupled_gmm.core import installation
+
+        return installation.version()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
