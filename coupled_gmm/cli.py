@@ -17,7 +17,7 @@ from jaxtyping import Array
 from rich.console import Console
 
 import coupled_gmm as cg
-from coupled_gmm.core import checks, interrupts
+from coupled_gmm.core import checks, installation, interrupts
 from coupled_gmm.core.progress import ProgressBar
 from coupled_gmm.core.status import Status
 from coupled_gmm.data import clouds
@@ -322,6 +322,9 @@ def _exit_status(job: str) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
+        terminal.say_error(str(error))
+        raise typer.Exit(2) from error
+    except installation.MissingExtraError as error:
         terminal.say_error(str(error))
         raise typer.Exit(2) from error
     except cg.FitError as error:

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from coupled_gmm.core import installation
+
 _SHOWN = 5  # names in a message
 
 
@@ -185,7 +187,8 @@ def _of_pandas(name: str, value: Any) -> np.ndarray:
 
 
 def _of_polars(name: str, value: Any) -> np.ndarray:
-    import polars as pl  # theirs is at hand already, or pyarrow's is read by it
+    with installation.needed("tables", name):
+        import polars as pl  # theirs is at hand already, or pyarrow's is read by it
 
     if isinstance(value, pl.LazyFrame):
         raise TypeError(f"{name}: expected a table, got a LazyFrame; pass {name}.collect()")
