@@ -21,8 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from coupled_gmm.barycenters import problem
-from coupled_gmm.barycenters.problem import Free, Plans, Star
+from coupled_gmm.barycenters.problem import (
+    BarycenterProblem,
+    FreeMixture,
+    PlansToFixed,
+    build_problem,
+    check_problem,
+    one_precision,
+)
 from coupled_gmm.core import checks, chunks, matrices
 from coupled_gmm.core.host import on_host
 from coupled_gmm.core.programs import program
@@ -115,7 +121,7 @@ def barycenter(
     >>> print(fit.status_name, fit.gmm.means.round(3).tolist())
     converged [[1.0], [10.0]]
     """
-    gmms, coefficients, epsilon = problem.check("gmms", gmms, coefficients, method, epsilon)
+    gmms, coefficients, epsilon = check_problem("gmms", gmms, coefficients, method, epsilon)
     checks.choice("projection", projection, PROJECTIONS)
     starts = _check_starts(init, gmms[0].n_features)
     if learn_weights and method != "exact":
@@ -143,8 +149,8 @@ def _descent(
 ) -> BarycenterFit:
     """The program's answer, its history as long as there were to be steps."""
     steps = checks.integer("max_steps", max_steps, 1, checks.MOST_STEPS)
-    settings = _Settings(*how, chunks.rows(steps))
-    fit = _barycenter(gmms, starts, coefficients, epsilon, tol, jnp.asarray(steps, jnp.int32), settings)
+    options = _Options(*how, chunks.rows(steps))
+    fit = _barycenter(gmms, starts, coefficients, epsilon, tol, jnp.asarray(steps, jnp.int32), options)
     return dataclasses.replace(fit, history=chunks.first(fit.history, steps + 1))
 
 
@@ -161,7 +167,7 @@ def _check_starts(init: Any, n_features: int) -> GaussianMixture:
     return stack(starts)
 
 
-class _Settings(NamedTuple):
+class _Options(NamedTuple):
     method: str
     projection: str
     learn_weights: bool
@@ -169,8 +175,8 @@ class _Settings(NamedTuple):
 
 
 class _State(NamedTuple):
-    free: Free
-    memory: Any
+    free: FreeMixture
+    warm_start: Any
     values: Float[Array, " max_steps+1"]
     count: Int[Array, ""]  # of evaluations
     converged: Bool[Array, ""]
@@ -180,7 +186,7 @@ class _State(NamedTuple):
     done: Bool[Array, ""]
 
 
-@program("settings")
+@program("options")
 def _barycenter(
     gmms: list[GaussianMixture],
     starts: GaussianMixture,
@@ -188,12 +194,12 @@ def _barycenter(
     epsilon: Array | None,
     tol: Array,
     max_steps: Array,
-    settings: _Settings,
+    options: _Options,
 ) -> BarycenterFit:
     arguments = gmms, starts, coefficients, epsilon
-    gmms, starts, coefficients, epsilon = problem.one_precision(arguments, _NO_DERIVATIVE)
-    fixed = problem.between(gmms, coefficients, epsilon, Free.of(taken(starts, 0)), settings.method)
-    ends = jax.vmap(lambda gmm: _descend(fixed, Free.of(gmm), tol, max_steps, settings))(starts)
+    gmms, starts, coefficients, epsilon = one_precision(arguments, _NO_DERIVATIVE)
+    problem = build_problem(gmms, coefficients, epsilon, FreeMixture.of(taken(starts, 0)), options.method)
+    ends = jax.vmap(lambda gmm: _descend(problem, FreeMixture.of(gmm), tol, max_steps, options))(starts)
     finals = jnp.take_along_axis(ends.values, ends.count[:, None] - 1, axis=1)[:, 0]
     best = jnp.argmin(jnp.where(jnp.isfinite(finals), finals, jnp.inf))
     end, value = taken(ends, best), finals[best]
@@ -205,28 +211,28 @@ def _barycenter(
     return BarycenterFit(end.free.mixture(), value, status, end.count - 1, best, BarycenterHistory(end.values))
 
 
-def _descend(fixed: Star, free: Free, tol: Array, max_steps: Array, settings: _Settings) -> _State:
+def _descend(problem: BarycenterProblem, free: FreeMixture, tol: Array, max_steps: Array, options: _Options) -> _State:
     """Plans and projections by turns, from one start; the last plans are those of the end."""
     allowed = free.weights > 0
 
     def step(state: _State) -> _State:
         free, count = state.free, state.count
-        cost = problem.costs(fixed, free)
-        if settings.learn_weights:
-            best = _best_weights(fixed, cost, allowed)
+        cost = problem.costs(free)
+        if options.learn_weights:
+            best = _best_weights(problem, cost, allowed)
             free = free._replace(weights=jnp.where(state.learning, best, free.weights))
-        plans = problem.solve(fixed, cost, free.weights, state.memory)
+        plans = problem.solve(cost, free.weights, state.warm_start)
         fall = state.values[count - 1] - plans.objective
         change, rounding = jnp.abs(fall), 16 * jnp.finfo(fall.dtype).eps * jnp.abs(plans.objective)
         # What rises has not converged, however little.
         still = (count > 0) & (tol > 0) & (change <= tol * jnp.abs(plans.objective)) & (fall >= -rounding)
         settled = still | (change <= rounding)
-        converged = still & (state.learning | (not settings.learn_weights))
+        converged = still & (state.learning | (not options.learn_weights))
         done = converged | (count == max_steps) | ~jnp.isfinite(plans.objective)
-        moved, settled = _project(fixed, free, plans, settings.projection)
+        moved, settled = _project(problem, free, plans, options.projection)
         return _State(
             free=jax.tree.map(lambda old, new: jnp.where(done, old, new), free, moved),
-            memory=plans.memory,
+            warm_start=plans.warm_start,
             values=state.values.at[count].set(plans.objective),
             count=count + 1,
             converged=converged,
@@ -237,31 +243,33 @@ def _descend(fixed: Star, free: Free, tol: Array, max_steps: Array, settings: _S
         )
 
     no, dtype = jnp.asarray(False), free.means.dtype
-    values = jnp.full(settings.rows + 1, jnp.nan, dtype)
-    memory = problem.no_memory(fixed, len(free.weights))
+    values = jnp.full(options.rows + 1, jnp.nan, dtype)
+    warm_start = problem.cold_start(len(free.weights))
     # Learnt at once, the weights of a start far off leave most components empty, and those can't move any more.
-    learning = jnp.asarray(len(fixed.weights) == 1)
-    first = _State(free, memory, values, jnp.zeros((), jnp.int32), no, ~no, ~no, learning, no)
+    learning = jnp.asarray(len(problem.weights) == 1)
+    first = _State(free, warm_start, values, jnp.zeros((), jnp.int32), no, ~no, ~no, learning, no)
     return jax.lax.while_loop(lambda state: ~state.done, step, first)
 
 
-def _project(fixed: Star, free: Free, plans: Plans, projection: str) -> tuple[Free, Bool[Array, ""]]:
+def _project(
+    problem: BarycenterProblem, free: FreeMixture, plans: PlansToFixed, projection: str
+) -> tuple[FreeMixture, Bool[Array, ""]]:
     """Each component to the middle of those that it shares mass with, and whether these have settled; those of weight zero stay."""
-    n, b = len(free.weights), len(fixed.weights)
-    cells = problem.cells(fixed, plans)
-    means, factors = fixed.means[cells.problem, cells.target], fixed.factors[cells.problem, cells.target]
+    n, b = len(free.weights), len(problem.weights)
+    cells = problem.cells(plans)
+    means, factors = problem.means[cells.problem, cells.target], problem.factors[cells.problem, cells.target]
     first_settled = jnp.asarray(True)
     if projection == "joint":
-        group, shares = cells.source, problem.shares(fixed, cells, n)
+        group, shares = cells.source, problem.shares(cells, n)
     else:
         from_each = cells.problem * n + cells.source
         total = jax.ops.segment_sum(cells.mass, from_each, b * n)
         first = cells.mass / jnp.where(total > 0, total, 1)[from_each]
         means, factors, first_settled = _averages(means, factors, from_each, first, b * n, projection == "bures")
-        group, shares = jnp.tile(jnp.arange(n), b), jnp.repeat(fixed.coefficients, n)
+        group, shares = jnp.tile(jnp.arange(n), b), jnp.repeat(problem.coefficients, n)
     means, factors, settled = _averages(means, factors, group, shares, n, True)
     present = free.weights > 0
-    moved = Free(
+    moved = FreeMixture(
         jnp.where(present[:, None], means, free.means),
         jnp.where(present[:, None, None], factors, free.factors),
         free.weights,
@@ -279,12 +287,14 @@ def _averages(
     return jax.ops.segment_sum(shares[:, None] * means, group, n_groups), middle, settled
 
 
-def _best_weights(fixed: Star, cost: Float[Array, "B n K"], allowed: Bool[Array, " n"]) -> Float[Array, " n"]:
+def _best_weights(
+    problem: BarycenterProblem, cost: Float[Array, "B n K"], allowed: Bool[Array, " n"]
+) -> Float[Array, " n"]:
     """The weights of the free mixture at which the objective is least, its components as they are."""
     if len(cost) == 1:  # each component of the one mixture goes to the nearest
         nearest = jnp.argmin(jnp.where(allowed[:, None], cost[0], jnp.inf), axis=0)
-        return jax.ops.segment_sum(fixed.weights[0], nearest, len(allowed))
-    arguments = cost, fixed.weights, fixed.coefficients, allowed.astype(cost.dtype)
+        return jax.ops.segment_sum(problem.weights[0], nearest, len(allowed))
+    arguments = cost, problem.weights, problem.coefficients, allowed.astype(cost.dtype)
     (weights,) = on_host(_linear_programme, [allowed.shape], *arguments)
     return weights
 

@@ -22,8 +22,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from coupled_gmm.barycenters import problem
-from coupled_gmm.barycenters.problem import Free, Plans, Star
+from coupled_gmm.barycenters.problem import (
+    BarycenterProblem,
+    FreeMixture,
+    PlansToFixed,
+    build_problem,
+    check_problem,
+    one_precision,
+)
 from coupled_gmm.core import checks, chunks, matrices
 from coupled_gmm.core.programs import program
 from coupled_gmm.core.status import Outcome, Status
@@ -113,7 +119,7 @@ def flow(
       TypeError, ValueError: an argument of the wrong kind, shape or range.
     """
     checks.instance("source", source, GaussianMixture)
-    targets, coefficients, epsilon = problem.check("target", target, coefficients, method, epsilon)
+    targets, coefficients, epsilon = check_problem("target", target, coefficients, method, epsilon)
     if source.n_features != targets[0].n_features:
         raise ValueError(f"source: has {source.n_features} features, and the target has {targets[0].n_features}")
     built = isinstance(optimizer, optax.GradientTransformation)
@@ -128,9 +134,9 @@ def flow(
         checks.scalar("mean_rate", mean_rate, above=0),
     )
     steps = _steps(steps, source)
-    settings = _Settings(chunks.rows(steps), optimizer, built, method)
+    options = _Options(chunks.rows(steps), optimizer, built, method)
     (source, *targets), centre = about_one_point(source, *targets)
-    fit = _flow(source, targets, coefficients, epsilon, rates, jnp.asarray(steps, jnp.int32), settings)
+    fit = _flow(source, targets, coefficients, epsilon, rates, jnp.asarray(steps, jnp.int32), options)
     path = chunks.first(moved_back(fit.path, centre), steps + 1)
     return dataclasses.replace(
         fit, gmm=moved_back(fit.gmm, centre), path=path, history=chunks.first(fit.history, steps)
@@ -144,14 +150,14 @@ def _steps(steps: Any, source: GaussianMixture) -> int:
     return checks.integer("steps", steps, 1, most)
 
 
-class _Settings(NamedTuple):
+class _Options(NamedTuple):
     rows: int  # of the path, at least as many as steps
     optimizer: Any
     built: bool
     method: str
 
 
-@program("settings")
+@program("options")
 def _flow(
     source: GaussianMixture,
     targets: list[GaussianMixture],
@@ -159,15 +165,15 @@ def _flow(
     epsilon: Array | None,
     rates: tuple[Array, Array],
     steps: Array,
-    settings: _Settings,
+    options: _Options,
 ) -> FlowFit:
     arguments = source, targets, coefficients, epsilon
-    source, targets, coefficients, epsilon = problem.one_precision(arguments, _NO_DERIVATIVE)
+    source, targets, coefficients, epsilon = one_precision(arguments, _NO_DERIVATIVE)
     rates = rates[0].astype(source.dtype), rates[1].astype(source.dtype)
-    fixed = problem.between(targets, coefficients, epsilon, Free.of(source), settings.method)
-    walk = _walk if settings.optimizer is None else _optimise
-    look, start = walk(fixed, source, rates, settings)
-    path, losses, solved = _looks(look, start, steps, settings.rows)
+    problem = build_problem(targets, coefficients, epsilon, FreeMixture.of(source), options.method)
+    descent = _bures_descent if options.optimizer is None else _optax_descent
+    advance, start = descent(problem, source, rates, options)
+    path, losses, solved = _recorded(advance, start, steps, options.rows)
     path = jax.tree.map(lambda path, source: path.at[0].set(source), path, source)
     taken_steps = jnp.arange(len(losses)) <= steps
     status = jnp.where(jnp.all(solved | ~taken_steps), Status.STEPS_DONE, Status.PLAN_NOT_CONVERGED)
@@ -176,15 +182,15 @@ def _flow(
     return FlowFit(taken(path, steps), losses[steps], path, status, FlowHistory(losses))
 
 
-def _looks(look: Callable, start: tuple, steps: Array, rows: int) -> tuple[GaussianMixture, Array, Array]:
+def _recorded(advance: Callable, start: tuple, steps: Array, rows: int) -> tuple[GaussianMixture, Array, Array]:
     """What is seen before each step and at the end, in rows of which the last may be empty: (mixtures, losses, solved)."""
 
     def record(index: Array, carry: tuple) -> tuple:
         state, seen = carry
-        state, now = look(state, index == 0)
+        state, now = advance(state, index == 0)
         return state, jax.tree.map(lambda column, value: column.at[index].set(value), seen, now)
 
-    now = jax.eval_shape(look, start, jnp.asarray(True))[1]
+    now = jax.eval_shape(advance, start, jnp.asarray(True))[1]
     empty = jax.tree.map(lambda leaf: jnp.zeros((rows + 1, *leaf.shape), leaf.dtype), now)
     return jax.lax.fori_loop(0, steps + 1, record, (start, empty))[1]
 
@@ -197,38 +203,38 @@ def _covariant(path: GaussianMixture) -> Bool[Array, " steps"]:
     return jnp.all(fine, axis=(-3, -2, -1))
 
 
-def _walk(
-    fixed: Star, source: GaussianMixture, rates: tuple[Array, Array], settings: _Settings
+def _bures_descent(
+    problem: BarycenterProblem, source: GaussianMixture, rates: tuple[Array, Array], options: _Options
 ) -> tuple[Callable, tuple]:
-    """Bures-Wasserstein steps: how to look at where one is and step on, and the start.
+    """Bures-Wasserstein steps: how to look at where the flow is and step on, and the start.
 
     What is seen: the mixture, the loss, whether plans were solved.
     """
     part, _ = rates
 
-    def look(carry: tuple, first: Array) -> tuple[tuple, tuple]:
+    def advance(carry: tuple, first: Array) -> tuple[tuple, tuple]:
         """Plans where the last step has led and, but for the source's, weights that lower the objective; then the next step."""
         free, plans, eta = carry
-        tries = jnp.where(first, 0, _HALVINGS)
-        weights, plans, eta = _reweighted(fixed, problem.costs(fixed, free), free.weights, plans, eta, tries)
+        halvings = jnp.where(first, 0, _HALVINGS)
+        weights, plans, eta = _reweighted(problem, problem.costs(free), free.weights, plans, eta, halvings)
         free = free._replace(weights=weights)
         seen = free.mixture(), plans.objective, plans.solved
-        return (_step(fixed, free, plans, part), plans, eta), seen
+        return (_step(problem, free, plans, part), plans, eta), seen
 
-    start = Free.of(source), problem.no_plans(fixed, source.n_components), jnp.ones_like(part)
-    return look, start
+    start = FreeMixture.of(source), problem.no_plans(source.n_components), jnp.ones_like(part)
+    return advance, start
 
 
-def _step(fixed: Star, free: Free, plans: Plans, part: Array) -> Free:
+def _step(problem: BarycenterProblem, free: FreeMixture, plans: PlansToFixed, part: Array) -> FreeMixture:
     """A part of the way to where the plans send each component."""
-    cells = problem.cells(fixed, plans)
-    shares = problem.shares(fixed, cells, len(free.weights))
-    means, factors = fixed.means[cells.problem, cells.target], fixed.factors[cells.problem, cells.target]
+    cells = problem.cells(plans)
+    shares = problem.shares(cells, len(free.weights))
+    means, factors = problem.means[cells.problem, cells.target], problem.factors[cells.problem, cells.target]
     middle = jax.ops.segment_sum(shares[:, None] * means, cells.source, len(free.weights))
     spread = bures.averaged(free.factors, factors, cells.source, shares)
     moved = matrices.gram((1 - part) * free.factors + part * spread)
     present = free.weights > 0
-    return Free(
+    return FreeMixture(
         jnp.where(present[:, None], (1 - part) * free.means + part * middle, free.means),
         jnp.where(present[:, None, None], matrices.cholesky(moved), free.factors),
         free.weights,
@@ -236,8 +242,13 @@ def _step(fixed: Star, free: Free, plans: Plans, part: Array) -> Free:
 
 
 def _reweighted(
-    fixed: Star, cost: Float[Array, "B n K"], weights: Float[Array, " n"], last: Plans, eta: Array, tries: Array
-) -> tuple[Float[Array, " n"], Plans, Array]:
+    problem: BarycenterProblem,
+    cost: Float[Array, "B n K"],
+    weights: Float[Array, " n"],
+    last: PlansToFixed,
+    eta: Array,
+    halvings: Array,
+) -> tuple[Float[Array, " n"], PlansToFixed, Array]:
     """Weights that lower the objective, with their plans, or the ones that were; and the step to try next.
 
     A solver is most of a program, so there is one: the first round of the loop solves for the weights as they were.
@@ -245,16 +256,16 @@ def _reweighted(
 
     def rejected(carry: tuple) -> Bool[Array, ""]:
         _, plans, (_, found), _, count = carry
-        return (count <= tries) & ~(found.objective < plans.objective)
+        return (count <= halvings) & ~(found.objective < plans.objective)
 
     def attempt(carry: tuple) -> tuple:
         slope, plans, _, eta, count = carry
         first = count == 0
         tried = weights * jnp.exp(-eta * slope)
         tried = jnp.where(first, weights, tried / jnp.sum(tried))
-        found = problem.solve(fixed, cost, tried, plans.memory)
+        found = problem.solve(cost, tried, plans.warm_start)
         plans = chosen(first, found, plans)
-        slope = fixed.coefficients @ plans.potentials
+        slope = problem.coefficients @ plans.potentials
         slope = jnp.where(weights > 0, slope - weights @ jnp.where(weights > 0, slope, 0), 0)
         steepest = jnp.max(jnp.abs(slope))
         slope = slope / jnp.where(steepest > 0, steepest, 1)
@@ -267,12 +278,12 @@ def _reweighted(
     return *chosen(better, (tried, found), (weights, plans)), jnp.minimum(4 * eta, 1)
 
 
-def _optimise(
-    fixed: Star, source: GaussianMixture, rates: tuple[Array, Array], settings: _Settings
+def _optax_descent(
+    problem: BarycenterProblem, source: GaussianMixture, rates: tuple[Array, Array], options: _Options
 ) -> tuple[Callable, tuple]:
     """The same with an optax optimiser on means, covariances and logits."""
     step_size, mean_rate = rates
-    optimizer = settings.optimizer if settings.built else settings.optimizer(step_size)
+    optimizer = options.optimizer if options.built else options.optimizer(step_size)
     scale = jnp.sqrt(jnp.mean(jnp.diagonal(source.covariances, axis1=1, axis2=2), axis=0))
     scale = jnp.where(scale > 0, scale, jnp.where(jnp.any(scale > 0), jnp.max(scale), 1))
     units = scale[:, None] * scale
@@ -284,30 +295,30 @@ def _optimise(
         mass = jnp.where(present, jnp.exp(logits - jnp.max(jnp.where(present, logits, -jnp.inf))), 0)
         return new(GaussianMixture, means=means, covariances=covariances, weights=mass / jnp.sum(mass))
 
-    def evaluated(parameters: tuple, memory: Any) -> tuple[Plans, tuple]:
-        free, pull_back = jax.vjp(lambda parameters: Free.of(mixture(parameters)), parameters)
-        cost, costs_back = jax.vjp(lambda free: problem.costs(fixed, free), free)
-        plans = problem.solve(fixed, cost, free.weights, memory)
+    def evaluated(parameters: tuple, warm_start: Any) -> tuple[PlansToFixed, tuple]:
+        free, pull_back = jax.vjp(lambda parameters: FreeMixture.of(mixture(parameters)), parameters)
+        cost, costs_back = jax.vjp(lambda free: problem.costs(free), free)
+        plans = problem.solve(cost, free.weights, warm_start)
         # By the envelope theorem: costs count by the plans, masses by their potentials.
-        (in_free,) = costs_back(fixed.coefficients[:, None, None] * plans.matrix)
-        in_free = in_free._replace(weights=fixed.coefficients @ plans.potentials)
+        (in_free,) = costs_back(problem.coefficients[:, None, None] * plans.matrix)
+        in_free = in_free._replace(weights=problem.coefficients @ plans.potentials)
         return plans, pull_back(in_free)[0]
 
-    def look(carry: tuple, _: Array) -> tuple[tuple, tuple]:
-        parameters, state, memory = carry
-        plans, gradient = evaluated(parameters, memory)
+    def advance(carry: tuple, _: Array) -> tuple[tuple, tuple]:
+        parameters, state, warm_start = carry
+        plans, gradient = evaluated(parameters, warm_start)
         seen = mixture(parameters), plans.objective, plans.solved
         updates, state = optimizer.update(gradient, state, parameters)
         moves: Any = updates  # optax's type hides that it is a tuple
         means, covariances, logits = (old + move for old, move in zip(parameters, moves, strict=True))
         means = means + (mean_rate - 1) * moves[0]
         parameters = means, _definite(covariances / units, _FLOOR) * units, logits
-        return (parameters, state, plans.memory), seen
+        return (parameters, state, plans.warm_start), seen
 
     logits = jnp.where(present, jnp.log(jnp.where(present, source.weights, 1)), 0)
     parameters = source.means, source.covariances, logits
-    start = parameters, optimizer.init(parameters), problem.no_memory(fixed, source.n_components)
-    return look, start
+    start = parameters, optimizer.init(parameters), problem.cold_start(source.n_components)
+    return advance, start
 
 
 def _definite(covariances: Float[Array, "n d d"], floor: Array | float) -> Float[Array, "n d d"]:

@@ -1,4 +1,4 @@
-"""A star: one free mixture and the fixed ones that it is compared with, their plans, and where they pull it."""
+"""One free mixture and the fixed ones that it is compared with: their plans, the objective, and where they pull it."""
 
 from typing import Any, NamedTuple
 
@@ -15,27 +15,10 @@ from coupled_gmm.transport import duals, exact, solvers
 
 METHODS = ("exact", "entropic")
 _MAX_ITERATIONS = {"exact": 100_000, "entropic": 500}
-MISSED = 1e-3  # a plan that misses its marginals by more is no ground for a step
+MAX_MARGINAL_ERROR = 1e-3  # a plan that misses its marginals by more is no ground for a step
 
 
-@pytree
-class Star:
-    """Fixed mixtures, padded to one size and stacked, and what each of their distances counts."""
-
-    means: Float[Array, "B K d"]
-    factors: Float[Array, "B K d d"]
-    weights: Float[Array, "B K"]
-    coefficients: Float[Array, " B"]
-    epsilon: Float[Array, ""]
-    method: str = static()
-
-    @classmethod
-    def of(cls, gmms: list[GaussianMixture], coefficients: Array, epsilon: Array, method: str) -> "Star":
-        stacked = stack(gmms)
-        return cls(stacked.means, stacked.cholesky, stacked.weights, coefficients, epsilon, method)
-
-
-class Free(NamedTuple):
+class FreeMixture(NamedTuple):
     """The free mixture, by its factors."""
 
     means: Float[Array, "n d"]
@@ -43,21 +26,21 @@ class Free(NamedTuple):
     weights: Float[Array, " n"]
 
     @classmethod
-    def of(cls, gmm: GaussianMixture) -> "Free":
+    def of(cls, gmm: GaussianMixture) -> "FreeMixture":
         return cls(gmm.means, gmm.cholesky, gmm.weights)
 
     def mixture(self) -> GaussianMixture:
         return new(GaussianMixture, means=self.means, covariances=matrices.gram(self.factors), weights=self.weights)
 
 
-class Plans(NamedTuple):
+class PlansToFixed(NamedTuple):
     """Plans from the free mixture to each fixed one, and the objective: the sum of their costs by coefficients."""
 
     matrix: Float[Array, "B n K"]
     potentials: Float[Array, "B n"]  # of the free mixture's masses
     objective: Float[Array, ""]
     solved: Bool[Array, ""]
-    memory: Any  # what the next solve starts from
+    warm_start: Any  # potentials or bases that the next solve starts from
 
 
 class Cells(NamedTuple):
@@ -69,82 +52,98 @@ class Cells(NamedTuple):
     mass: Array
 
 
-def between(gmms: list[GaussianMixture], coefficients: Array, epsilon: Array | None, free: Free, method: str) -> Star:
-    """The star of a free mixture and these; epsilon None is 1e-2 of the mean cost between them."""
-    star = Star.of(gmms, coefficients, jnp.ones_like(coefficients[0]) if epsilon is None else epsilon, method)
+@pytree
+class BarycenterProblem:
+    """Fixed mixtures, padded to one size and stacked, and what each of their distances counts."""
+
+    means: Float[Array, "B K d"]
+    factors: Float[Array, "B K d d"]
+    weights: Float[Array, "B K"]
+    coefficients: Float[Array, " B"]
+    epsilon: Float[Array, ""]
+    method: str = static()
+
+    @classmethod
+    def of(cls, gmms: list[GaussianMixture], coefficients: Array, epsilon: Array, method: str) -> "BarycenterProblem":
+        stacked = stack(gmms)
+        return cls(stacked.means, stacked.cholesky, stacked.weights, coefficients, epsilon, method)
+
+    def costs(self, free: FreeMixture) -> Float[Array, "B n K"]:
+        """Squared Bures-Wasserstein distances between the components of the free mixture and those of each fixed one."""
+        b, k, d = self.means.shape
+        flat = self.means.reshape(b * k, d), self.factors.reshape(b * k, d, d)
+        return jnp.swapaxes(bures.pairwise_cost(free.means, free.factors, *flat).reshape(-1, b, k), 0, 1)
+
+    def cold_start(self, n: int) -> Any:
+        """What the first solve starts from: nothing."""
+        b, k = self.weights.shape
+        if self.method == "entropic":
+            return jnp.zeros((b, n), self.means.dtype), jnp.zeros((b, k), self.means.dtype)
+        cells = jnp.zeros((b, n + k - 1), jnp.int32)
+        return exact.Basis(cells, cells, jnp.zeros((b, n + k - 1, n + k), self.means.dtype))  # no legal one
+
+    def no_plans(self, n: int) -> PlansToFixed:
+        """Plans before any: the first solve starts from nothing."""
+        b, k = self.weights.shape
+        zeros = jnp.zeros((b, n, k), self.means.dtype)
+        return PlansToFixed(zeros, zeros[:, :, 0], zeros[0, 0, 0], jnp.asarray(True), self.cold_start(n))
+
+    def solve(self, cost: Float[Array, "B n K"], weights: Float[Array, " n"], warm_start: Any) -> PlansToFixed:
+        """The optimal plan to each fixed mixture, from what `warm_start` holds."""
+        cost, weights, fixed = jax.lax.stop_gradient((cost, weights, self.weights))
+        limit = _MAX_ITERATIONS[self.method]
+        if self.method == "entropic":
+            return self._solve_entropic(cost, weights, warm_start, limit)
+        if max(cost.shape[1:]) <= solvers.SMALL:
+            vertex, warm_start = jax.vmap(lambda c, b, start: exact.solve(c, weights, b, limit, start))(
+                cost, fixed, warm_start
+            )
+        else:
+            vertex = jax.vmap(lambda c, b: exact.solve_on_host(c, weights, b, limit))(cost, fixed)
+        objective = self.coefficients @ jnp.sum(vertex.matrix * cost, axis=(1, 2))
+        return PlansToFixed(vertex.matrix, vertex.f, objective, jnp.all(vertex.optimal), warm_start)
+
+    def _solve_entropic(self, cost: Array, weights: Array, warm_start: Any, limit: int) -> PlansToFixed:
+        tol = jnp.asarray(1e-10 if cost.dtype == jnp.float64 else 1e-5, cost.dtype)
+        infinite = jnp.asarray(jnp.inf, cost.dtype)
+
+        def one(cost: Array, fixed: Array, init: Any) -> tuple[Array, ...]:
+            log_a, log_b = log_weights(weights), log_weights(fixed)
+            found = solvers.solve_entropic(cost, log_a, log_b, self.epsilon, infinite, init, tol, limit, True)
+            matrix = duals.plan_matrix(cost, weights, fixed, found.f, found.g, self.epsilon)
+            value = duals.dual_value(cost, weights, fixed, found.f, found.g, self.epsilon, infinite, True)
+            return matrix, found.f, found.g, value, found.marginal_error
+
+        matrix, f, g, values, errors = jax.vmap(one)(cost, self.weights, warm_start)
+        return PlansToFixed(matrix, f, self.coefficients @ values, jnp.all(errors <= MAX_MARGINAL_ERROR), (f, g))
+
+    def cells(self, plans: PlansToFixed) -> Cells:
+        """Where the plans may hold mass: everywhere, or in the cells of exact plans' trees."""
+        b, n, k = plans.matrix.shape
+        flat = plans.matrix.reshape(b, n * k)
+        count = n + k - 1 if self.method == "exact" else n * k
+        mass, cell = jax.lax.top_k(flat, count)
+        problem = jnp.repeat(jnp.arange(b), count)
+        return Cells(problem, cell.ravel() // k, cell.ravel() % k, mass.ravel())
+
+    def shares(self, cells: Cells, n: int) -> Float[Array, " N"]:
+        """What each cell counts for its source, all plans together, by coefficients; they sum to 1 for each source."""
+        counted = self.coefficients[cells.problem] * cells.mass
+        total = jax.ops.segment_sum(counted, cells.source, n)
+        return counted / jnp.where(total > 0, total, 1)[cells.source]
+
+
+def build_problem(
+    gmms: list[GaussianMixture], coefficients: Array, epsilon: Array | None, free: FreeMixture, method: str
+) -> BarycenterProblem:
+    """A free mixture against these; epsilon None is 1e-2 of the mean cost between them."""
+    problem = BarycenterProblem.of(
+        gmms, coefficients, jnp.ones_like(coefficients[0]) if epsilon is None else epsilon, method
+    )
     if method == "entropic" and epsilon is None:
-        mean = jnp.einsum("n,bnk,bk,b->", free.weights, costs(star, free), star.weights, coefficients)
-        star = Star.of(gmms, coefficients, 1e-2 * mean, method)
-    return star
-
-
-def costs(star: Star, free: Free) -> Float[Array, "B n K"]:
-    """Squared Bures-Wasserstein distances between the components of the free mixture and those of each fixed one."""
-    b, k, d = star.means.shape
-    flat = star.means.reshape(b * k, d), star.factors.reshape(b * k, d, d)
-    return jnp.swapaxes(bures.pairwise_cost(free.means, free.factors, *flat).reshape(-1, b, k), 0, 1)
-
-
-def no_memory(star: Star, n: int) -> Any:
-    """What the first solve starts from: nothing."""
-    b, k = star.weights.shape
-    if star.method == "entropic":
-        return jnp.zeros((b, n), star.means.dtype), jnp.zeros((b, k), star.means.dtype)
-    cells = jnp.zeros((b, n + k - 1), jnp.int32)
-    return exact.Basis(cells, cells, jnp.zeros((b, n + k - 1, n + k), star.means.dtype))  # no legal one
-
-
-def no_plans(star: Star, n: int) -> Plans:
-    """Plans before any: the first solve starts from their memory."""
-    b, k = star.weights.shape
-    zeros = jnp.zeros((b, n, k), star.means.dtype)
-    return Plans(zeros, zeros[:, :, 0], zeros[0, 0, 0], jnp.asarray(True), no_memory(star, n))
-
-
-def solve(star: Star, cost: Float[Array, "B n K"], weights: Float[Array, " n"], memory: Any) -> Plans:
-    """The optimal plan to each fixed mixture, from those that `memory` holds."""
-    cost, weights, fixed = jax.lax.stop_gradient((cost, weights, star.weights))
-    limit = _MAX_ITERATIONS[star.method]
-    if star.method == "entropic":
-        return _solve_entropic(star, cost, weights, memory, limit)
-    if max(cost.shape[1:]) <= solvers.SMALL:
-        vertex, memory = jax.vmap(lambda c, b, start: exact.solve(c, weights, b, limit, start))(cost, fixed, memory)
-    else:
-        vertex = jax.vmap(lambda c, b: exact.solve_on_host(c, weights, b, limit))(cost, fixed)
-    objective = star.coefficients @ jnp.sum(vertex.matrix * cost, axis=(1, 2))
-    return Plans(vertex.matrix, vertex.f, objective, jnp.all(vertex.optimal), memory)
-
-
-def _solve_entropic(star: Star, cost: Array, weights: Array, memory: Any, limit: int) -> Plans:
-    tol = jnp.asarray(1e-10 if cost.dtype == jnp.float64 else 1e-5, cost.dtype)
-    infinite = jnp.asarray(jnp.inf, cost.dtype)
-
-    def one(cost: Array, fixed: Array, init: Any) -> tuple[Array, ...]:
-        log_a, log_b = log_weights(weights), log_weights(fixed)
-        found = solvers.solve_entropic(cost, log_a, log_b, star.epsilon, infinite, init, tol, limit, True)
-        matrix = duals.plan_matrix(cost, weights, fixed, found.f, found.g, star.epsilon)
-        value = duals.dual_value(cost, weights, fixed, found.f, found.g, star.epsilon, infinite, True)
-        return matrix, found.f, found.g, value, found.marginal_error
-
-    matrix, f, g, values, errors = jax.vmap(one)(cost, star.weights, memory)
-    return Plans(matrix, f, star.coefficients @ values, jnp.all(errors <= MISSED), (f, g))
-
-
-def cells(star: Star, plans: Plans) -> Cells:
-    """Where the plans may hold mass: everywhere, or in the cells of exact plans' trees."""
-    b, n, k = plans.matrix.shape
-    flat = plans.matrix.reshape(b, n * k)
-    count = n + k - 1 if star.method == "exact" else n * k
-    mass, cell = jax.lax.top_k(flat, count)
-    problem = jnp.repeat(jnp.arange(b), count)
-    return Cells(problem, cell.ravel() // k, cell.ravel() % k, mass.ravel())
-
-
-def shares(star: Star, cells: Cells, n: int) -> Float[Array, " N"]:
-    """What each cell counts for its source, all plans together, by coefficients; they sum to 1 for each source."""
-    counted = star.coefficients[cells.problem] * cells.mass
-    total = jax.ops.segment_sum(counted, cells.source, n)
-    return counted / jnp.where(total > 0, total, 1)[cells.source]
+        mean = jnp.einsum("n,bnk,bk,b->", free.weights, problem.costs(free), problem.weights, coefficients)
+        problem = BarycenterProblem.of(gmms, coefficients, 1e-2 * mean, method)
+    return problem
 
 
 def one_precision(tree: Any, message: str) -> Any:
@@ -153,7 +152,7 @@ def one_precision(tree: Any, message: str) -> Any:
     return jax.tree.map(lambda leaf: checks.value_only(leaf.astype(dtype), message), tree)
 
 
-def check(
+def check_problem(
     gmms_name: str, gmms: Any, coefficients: Any, method: str, epsilon: Any
 ) -> tuple[list[GaussianMixture], Array, Array | None]:
     """The fixed mixtures, coefficients that sum to 1, and epsilon, checked."""

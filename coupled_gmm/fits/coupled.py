@@ -17,7 +17,7 @@ from coupled_gmm.core import checks, chunks, foreign, report
 from coupled_gmm.core.programs import program
 from coupled_gmm.core.tree import new, taken
 from coupled_gmm.fits import em, frame
-from coupled_gmm.fits.em import Controls, Settings
+from coupled_gmm.fits.em import Controls, FitOptions
 from coupled_gmm.fits.frame import Sight
 from coupled_gmm.fits.graph import MixtureGraph
 from coupled_gmm.fits.results import GraphFit, PairFit, trimmed
@@ -79,9 +79,9 @@ def _check_cloud(name: str, x: Any, weights_name: str, weights: Any, gmm: Gaussi
     return cloud, None if weights is None else checks.relative_weights(weights_name, weights, len(cloud))
 
 
-def _settings(run: _Run, solver: solvers.Solver) -> Settings:
+def _fit_options(run: _Run, solver: solvers.Solver) -> FitOptions:
     progress = run.progress is not False and run.progress is not None
-    return Settings(chunks.rows(run.em_steps), solver, run.optimizer, progress)
+    return FitOptions(chunks.rows(run.em_steps), solver, run.optimizer, progress)
 
 
 def _edge_solver(method: str, graph: MixtureGraph) -> solvers.Solver:
@@ -103,15 +103,15 @@ def _edge_solver(method: str, graph: MixtureGraph) -> solvers.Solver:
         return solvers.solver_for(method, taken(edges, 0))
 
 
-@program("settings")
-def _fit_graph(problem: MixtureGraph, sight: Sight, controls: Controls, settings: Settings) -> GraphFit:
+@program("options")
+def _fit_graph(problem: MixtureGraph, sight: Sight, controls: Controls, options: FitOptions) -> GraphFit:
     # The program sees edges in node order, so that no result depends on how they are written; its answers are put back.
     ordered, order = problem.in_node_order()
     edges = jnp.stack([problem.sources, problem.targets], axis=1)
-    run = em.run(ordered, sight, controls, settings)
+    end = em.run(ordered, sight, controls, options)
     back = jnp.argsort(order) if problem.n_edges > 1 else order
-    history = dataclasses.replace(run.history, transport_terms=run.history.transport_terms[:, back])
-    ends = [taken(run.nodes, index) for index in (problem.sources, problem.targets)]
+    history = dataclasses.replace(end.history, transport_terms=end.history.transport_terms[:, back])
+    ends = [taken(end.nodes, index) for index in (problem.sources, problem.targets)]
     pairs = new(
         GaussianMixturePair,
         gmm0=ends[0],
@@ -120,7 +120,7 @@ def _fit_graph(problem: MixtureGraph, sight: Sight, controls: Controls, settings
         rho=problem.rho,
         balanced=problem.balanced,
     )
-    found = taken((run.terms.costs, run.terms.potentials), back)
+    found = taken((end.terms.costs, end.terms.potentials), back)
     costs, potentials = jax.tree.map(
         lambda turned, found: jnp.where(jnp.expand_dims(problem.turned, range(1, found.ndim)), turned, found),
         (found[0].swapaxes(1, 2), found[1].swap()),
@@ -128,21 +128,21 @@ def _fit_graph(problem: MixtureGraph, sight: Sight, controls: Controls, settings
     )
     plans = plan.from_potentials(pairs, costs, potentials)
     return GraphFit(
-        problem.split(run.nodes), plans, run.value, run.status, run.n_steps, history, run.log_likelihoods, edges
+        problem.split(end.nodes), plans, end.value, end.status, end.n_steps, history, end.log_likelihoods, edges
     )
 
 
-@program("settings")
+@program("options")
 def _fit_pair(
     pair: GaussianMixturePair,
     transport_weight: Array,
     frozen: Array,
     sight: Sight,
     controls: Controls,
-    settings: Settings,
+    options: FitOptions,
 ) -> PairFit:
     problem = MixtureGraph.from_pair(pair, transport_weight, frozen)
-    fit = _fit_graph(problem, sight, controls, settings)
+    fit = _fit_graph(problem, sight, controls, options)
     whole = trimmed(taken(fit.plans, 0), *fit.gmms)
     end = fit.penalized_log_likelihood, fit.status, fit.n_steps, fit.history, fit.log_likelihoods
     return PairFit(whole.pair, whole, *end)
@@ -252,7 +252,7 @@ def fit_graph(
     sight = view.in_chunks(max(graph.sizes) * graph.nodes.n_features, run.chunk_size)
     with report.listening(run.progress) as listener:
         controls = run.controls._replace(listener=listener)
-        fit = _fit_graph(graph, sight, controls, _settings(run, solver))
+        fit = _fit_graph(graph, sight, controls, _fit_options(run, solver))
     return dataclasses.replace(fit, history=chunks.first(fit.history, run.em_steps))
 
 
@@ -333,5 +333,5 @@ def fit_pair(
     sight = view.in_chunks(n_components * pair.n_features, run.chunk_size)
     with report.listening(run.progress) as listener:
         controls = run.controls._replace(listener=listener)
-        fit = _fit_pair(pair, transport_weight, frozen, sight, controls, _settings(run, solver))
+        fit = _fit_pair(pair, transport_weight, frozen, sight, controls, _fit_options(run, solver))
     return dataclasses.replace(fit, history=chunks.first(fit.history, run.em_steps))

@@ -79,8 +79,8 @@ class Controls(NamedTuple):
     listener: Any = None  # the number that rows are delivered to
 
 
-class Settings(NamedTuple):
-    """What a fit's program depends on."""
+class FitOptions(NamedTuple):
+    """What a fit's program depends on: their change recompiles."""
 
     rows: int  # of the history, at least as many as steps
     solver: solvers.Solver
@@ -88,10 +88,16 @@ class Settings(NamedTuple):
     progress: bool
 
 
-def _optimiser(optimizer: Any, learning_rate: Array | None) -> m_step.Optimiser:
-    if optimizer is None:
-        return m_step.lbfgs_optimiser()
-    return m_step.optax_optimiser(optimizer if learning_rate is None else optimizer(learning_rate))
+class Task(NamedTuple):
+    """What the hooks of a fit share, and no step changes."""
+
+    given: MixtureGraph  # where the fit starts, in data units
+    graph: MixtureGraph  # with its prices in the unit of the frame
+    sight: Sight
+    floors: Float[Array, "V d"]
+    controls: Controls
+    options: FitOptions
+    optimiser: m_step.Optimiser
 
 
 class _Place(NamedTuple):
@@ -106,19 +112,25 @@ class _Place(NamedTuple):
     rise: Float[Array, ""]  # by which it was reached
 
 
-class _Carry(NamedTuple):
+class FitState(NamedTuple):
+    """What the next step of a fit needs of the steps before; how these went is in the history."""
+
     step: Int[Array, ""]
-    parameters: Parameters  # where the next look goes
-    potentials: entropic.Potentials
-    place: _Place  # of the last look
+    parameters: Parameters  # of the next E-step
+    potentials: entropic.Potentials  # from which its plans start
+    place: _Place  # of the last E-step
+    marginal_error: Float[Array, ""]  # the largest of any plan so far
     left: Float[Array, ""]  # what the last M-step promised and left undone
     moved: Bool[Array, ""]  # whether it moved at all
     status: Int[Array, ""]
-    history: History
+
+    @property
+    def running(self) -> Bool[Array, ""]:
+        return self.status == _RUNNING
 
 
-class Run(NamedTuple):
-    """Where a fit ended, in data units: the nodes there, its last look at J and its terms, and how it went."""
+class Solution(NamedTuple):
+    """Where a fit ended, in data units: the nodes there, J and its terms, and how it went."""
 
     nodes: GaussianMixture
     terms: m_step.Terms
@@ -130,51 +142,102 @@ class Run(NamedTuple):
 
 
 @matrices.precise
-def run(problem: MixtureGraph, sight: Sight, controls: Controls, settings: Settings) -> Run:
-    """The program of every fit; trace it inside ``jit``, with `settings` static."""
+def run(problem: MixtureGraph, sight: Sight, controls: Controls, options: FitOptions) -> Solution:
+    """The program of every fit; trace it inside ``jit``, with `options` static."""
     problem, sight = checks.value_only((problem, sight), _NO_DERIVATIVE)
+    task = prepare(problem, sight, controls, options)
+
+    def em_step(carry: tuple[FitState, History]) -> tuple[FitState, History]:
+        before, history = carry
+        state, row = raise_objective(task, before, e_step(task, before))
+        history = jax.tree.map(lambda h, r: h.at[before.step].set(jnp.where(state.running, r, jnp.nan)), history, row)
+        if options.progress:
+            counts = {"running": state.running, "em_steps": controls.em_steps, "step": before.step}
+            report.emit(controls.listener, {**counts, **_columns(row)})
+        return state, history
+
+    state = start(task)
+    state, history = jax.lax.while_loop(lambda carry: carry[0].running, em_step, (state, no_rows(task, state)))
+    return finish(task, state, history)
+
+
+def prepare(problem: MixtureGraph, sight: Sight, controls: Controls, options: FitOptions) -> Task:
     dtype = problem.nodes.dtype
     controls = jax.tree.map(lambda c: c.astype(dtype) if jnp.issubdtype(c, jnp.floating) else c, controls)
-    floors, unit, has_cloud = sight.floors(controls.ridge), sight.frame.unit, sight.has_cloud
-    graph = _in_frame(problem, unit)
-    optimiser = _optimiser(settings.optimizer, controls.learning_rate)
+    if options.optimizer is None:
+        optimiser = m_step.lbfgs_optimiser()
+    else:
+        rate = controls.learning_rate
+        optimiser = m_step.optax_optimiser(options.optimizer if rate is None else options.optimizer(rate))
+    graph = _in_frame(problem, sight.frame.unit)
+    return Task(problem, graph, sight, sight.floors(controls.ridge), controls, options, optimiser)
 
-    def em_step(carry: _Carry) -> _Carry:
-        found = statistics.e_step(carry.parameters, sight.chunks, floors, carry.place.penalized)
-        # The last round only looks at where the fit has come to.
-        budget = jnp.where(carry.step < controls.em_steps, controls.m_steps, 1)
-        moved = m_step.m_step(found, floors, graph, carry.potentials, settings.solver, optimiser, unit, budget)
-        place, gain = _arrived(carry.place, found, moved, graph)
-        fell = (carry.step > 0) & (settings.optimizer is None) & (gain < -_rounding(carry.place, place))
-        status = _status(carry, place.value, gain, fell, moved, controls)
-        running = status == _RUNNING
-        row = _row(graph, place, moved, unit, has_cloud)
-        history = jax.tree.map(lambda h, r: h.at[carry.step].set(jnp.where(running, r, jnp.nan)), carry.history, row)
-        if settings.progress:
-            report.emit(
-                controls.listener,
-                {"running": running, "em_steps": controls.em_steps, "step": carry.step, **_columns(row)},
-            )
-        return _Carry(
-            carry.step + running,
-            moved.parameters,
-            moved.potentials,
-            chosen(fell, carry.place, place),  # J never falls: a step on which it did is taken back
-            moved.left,
-            moved.moved,
-            status,
-            history,
-        )
 
-    start = _start(problem, graph, sight, floors, settings.rows)
-    end = jax.lax.while_loop(lambda carry: carry.status == _RUNNING, em_step, start)
-    nodes = problem.fitted(sight.frame.mixture(end.place.parameters, sight.far))
-    row = _row(graph, end.place, None, unit, has_cloud)
-    status = _with_plans(end.status, end.place.terms.potentials)
-    status = _checked(status, problem, nodes, unit * end.place.parameters.factors, has_cloud)
-    terms = m_step.scaled(end.place.terms, unit**2)
-    log_likelihoods = jnp.asarray(row.log_likelihoods)
-    return Run(nodes, terms, log_likelihoods, row.penalized_log_likelihood, status, end.step, end.history)
+def start(task: Task) -> FitState:
+    """Before the first step: at the given mixtures, no plan solved yet."""
+    graph, frame_of = task.graph, task.sight.frame
+    parameters = frame_of.parameters(task.given.nodes, jnp.where(graph.frozen[:, None], 0, task.floors))
+    parameters = frame.apart(parameters, task.sight.has_cloud & ~graph.frozen)
+    terms, zeros = m_step.no_terms(graph), jnp.zeros(graph.n_nodes, parameters.means.dtype)
+    zero = jnp.zeros((), zeros.dtype)
+    return FitState(
+        step=jnp.asarray(0),
+        parameters=parameters,
+        potentials=terms.potentials,
+        place=_Place(parameters, terms, zeros, zeros, zeros, value=zero - jnp.inf, rise=zero),
+        marginal_error=zero,
+        left=zero + jnp.inf,
+        moved=jnp.asarray(True),
+        status=jnp.asarray(_RUNNING),
+    )
+
+
+def e_step(task: Task, state: FitState) -> statistics.Sums:
+    """What all points say of the present mixtures: sums, to which any source of points may add its own."""
+    return statistics.additive_sums(state.parameters, task.sight.chunks, task.floors, state.place.penalized)
+
+
+def raise_objective(task: Task, state: FitState, sums: statistics.Sums) -> tuple[FitState, History]:
+    """The M-step, from the whole clouds' sums: J where the E-step was, whether the fit ends there, and where it goes next."""
+    graph, controls = task.graph, task.controls
+    found = statistics.centred(sums, state.parameters)
+    # The last round only looks at where the fit has come to.
+    budget = jnp.where(state.step < controls.em_steps, controls.m_steps, 1)
+    moved = m_step.m_step(
+        found, task.floors, graph, state.potentials, task.options.solver, task.optimiser, task.sight.frame.unit, budget
+    )
+    place, gain = _arrived(state.place, found, moved, graph)
+    fell = (state.step > 0) & (task.options.optimizer is None) & (gain < -_rounding(state.place, place))
+    status = _status(state, place.value, gain, fell, moved, controls)
+    after = FitState(
+        step=state.step + (status == _RUNNING),
+        parameters=moved.parameters,
+        potentials=moved.potentials,
+        place=chosen(fell, state.place, place),  # J never falls: a step on which it did is taken back
+        marginal_error=jnp.fmax(state.marginal_error, moved.marginal_error),
+        left=moved.left,
+        moved=moved.moved,
+        status=status,
+    )
+    return after, _row(task, place, moved.marginal_error)
+
+
+def finish(task: Task, state: FitState, history: History) -> Solution:
+    """The mixtures, J and the status in data units; "converged" only where plans and mixtures allow it."""
+    sight, place = task.sight, state.place
+    nodes = task.given.fitted(sight.frame.mixture(place.parameters, sight.far))
+    row = _row(task, place, jnp.zeros_like(place.value))
+    status = _with_plans(state.status, place.terms.potentials)
+    status = _checked(status, task.given, nodes, sight.frame.unit * place.parameters.factors, sight.has_cloud)
+    return Solution(
+        nodes=nodes,
+        terms=m_step.scaled(place.terms, sight.frame.unit**2),
+        log_likelihoods=jnp.asarray(row.log_likelihoods),
+        value=row.penalized_log_likelihood,
+        status=status,
+        n_steps=state.step,
+        history=history,
+    )
 
 
 def _in_frame(problem: MixtureGraph, unit: Array) -> MixtureGraph:
@@ -185,20 +248,6 @@ def _in_frame(problem: MixtureGraph, unit: Array) -> MixtureGraph:
         edge_weights=problem.edge_weights * square,
         epsilon=problem.epsilon / square,
         rho=problem.rho / square,
-    )
-
-
-def _start(problem: MixtureGraph, graph: MixtureGraph, sight: Sight, floors: Array, rows: int) -> _Carry:
-    parameters = sight.frame.parameters(problem.nodes, jnp.where(problem.frozen[:, None], 0, floors))
-    parameters = frame.apart(parameters, sight.has_cloud & ~graph.frozen)
-    terms, zeros = m_step.no_terms(graph), jnp.zeros(graph.n_nodes, parameters.means.dtype)
-    zero = jnp.zeros((), zeros.dtype)
-    place = _Place(parameters, terms, zeros, zeros, zeros, zero - jnp.inf, zero)
-    row = History(zeros, terms.transport, zero, zero, zero, zeros)
-    history = jax.tree.map(lambda leaf: jnp.full((rows, *leaf.shape), jnp.nan, leaf.dtype), row)
-    yes = jnp.asarray(True)
-    return _Carry(
-        jnp.asarray(0), parameters, terms.potentials, place, zero + jnp.inf, yes, jnp.asarray(_RUNNING), history
     )
 
 
@@ -221,7 +270,7 @@ def _rounding(before: _Place, place: _Place) -> Array:
 
 
 def _status(
-    carry: _Carry, value: Array, gain: Array, fell: Array, moved: m_step.MStep, controls: Controls
+    state: FitState, value: Array, gain: Array, fell: Array, moved: m_step.MStep, controls: Controls
 ) -> Int[Array, ""]:
     """Whether and why a fit ends here.
 
@@ -229,15 +278,15 @@ def _status(
     undone nor the one from here promises more.
     """
     tol = controls.tol
-    asked, still = tol > 0, (carry.step > 0) & (gain <= tol)
-    met = asked & still & ~fell & (carry.left <= tol) & (moved.ahead <= tol)
+    asked, still = tol > 0, (state.step > 0) & (gain <= tol)
+    met = asked & still & ~fell & (state.left <= tol) & (moved.ahead <= tol)
     out_of_steps = jnp.where(asked, Status.NOT_CONVERGED, Status.STEPS_DONE)
-    status = jnp.where(met, Status.CONVERGED, jnp.where(carry.step >= controls.em_steps, out_of_steps, _RUNNING))
-    status = jnp.where(asked & still & ~met & ~carry.moved, Status.STALLED, status)
+    status = jnp.where(met, Status.CONVERGED, jnp.where(state.step >= controls.em_steps, out_of_steps, _RUNNING))
+    status = jnp.where(asked & still & ~met & ~state.moved, Status.STALLED, status)
     status = jnp.where(fell, jnp.where(asked, Status.PRECISION, Status.STEPS_DONE), status)
     collapsed = fell & (gain < -_FALL * (1 + jnp.abs(value)))
     status = jnp.where(collapsed, Status.COLLAPSED, status)
-    missed = jnp.fmax(jnp.nanmax(carry.history.marginal_error, initial=0), moved.marginal_error) > m_step.MISSED
+    missed = jnp.fmax(state.marginal_error, moved.marginal_error) > m_step.MISSED
     status = jnp.where((status != _RUNNING) & missed, Status.PLAN_NOT_CONVERGED, status)
     return jnp.where(jnp.isfinite(value), status, Status.NOT_FINITE)
 
@@ -270,19 +319,24 @@ def _columns(row: History) -> dict[str, Array]:
     return {f"q{i}": q for i, q in enumerate(row.q)} | {name: getattr(row, name) for name in names}
 
 
-def _row(graph: MixtureGraph, place: _Place, moved: m_step.MStep | None, unit: Array, has_cloud: Array) -> History:
+def no_rows(task: Task, state: FitState) -> History:
+    """The history before the first step: NaN, in as many rows as the program has room for."""
+    row = _row(task, state.place, state.marginal_error)
+    return jax.tree.map(lambda leaf: jnp.full((task.options.rows, *leaf.shape), jnp.nan, leaf.dtype), row)
+
+
+def _row(task: Task, place: _Place, marginal_error: Array) -> History:
     """What was seen at a place, in data units, where a density per volume is less by the unit to the power d."""
+    unit, graph, terms = task.sight.frame.unit, task.graph, place.terms
     n_features = place.parameters.means.shape[-1]
-    volume = jnp.where(has_cloud, n_features * jnp.log(unit), 0)
-    terms = place.terms
-    objective = m_step.objective(terms, graph)
+    volume = jnp.where(task.sight.has_cloud, n_features * jnp.log(unit), 0)
     return History(
-        terms.q - volume,
-        terms.transport * unit**2,
-        objective - graph.node_weights @ volume,
-        place.value - graph.node_weights @ volume,
-        jnp.zeros_like(objective) if moved is None else moved.marginal_error,
-        place.log_likelihoods - volume,
+        q=terms.q - volume,
+        transport_terms=terms.transport * unit**2,
+        objective=m_step.objective(terms, graph) - graph.node_weights @ volume,
+        penalized_log_likelihood=place.value - graph.node_weights @ volume,
+        marginal_error=marginal_error,
+        log_likelihoods=place.log_likelihoods - volume,
     )
 
 

@@ -15,7 +15,7 @@ from coupled_gmm.core.programs import program
 from coupled_gmm.core.status import Outcome, Status
 from coupled_gmm.core.tree import counted, number, pytree, saved, taken
 from coupled_gmm.fits import em, frame, starts
-from coupled_gmm.fits.em import Controls, Settings
+from coupled_gmm.fits.em import Controls, FitOptions
 from coupled_gmm.fits.frame import Sight, View
 from coupled_gmm.fits.graph import MixtureGraph
 from coupled_gmm.gaussians.mixture import GaussianMixture, stack
@@ -205,9 +205,9 @@ def fit_gmm(
         inits = _given(init, key, n_init, ridge)
         view = _view(x, point_weights, inits, ridge)
     sight = view.in_chunks(inits.n_components * inits.n_features)
-    settings = Settings(chunks.rows(max_steps), solvers.solve_entropic, None, False)
+    options = FitOptions(chunks.rows(max_steps), solvers.solve_entropic, None, False)
     steps = jnp.asarray(max_steps, jnp.int32), jnp.asarray(1, jnp.int32)
-    fit = _fit(inits, sight, Controls(ridge, tol, *steps, None), settings)
+    fit = _fit(inits, sight, Controls(ridge, tol, *steps, None), options)
     return dataclasses.replace(fit, history=chunks.first(fit.history, max_steps))
 
 
@@ -242,16 +242,16 @@ def _starts(
     return _draws(checks.key("key", key), view, ridge, n_components, n_init, n_init), view
 
 
-@program("settings")
-def _fit(inits: GaussianMixture, sight: Sight, controls: Controls, settings: Settings) -> MixtureFit:
+@program("options")
+def _fit(inits: GaussianMixture, sight: Sight, controls: Controls, options: FitOptions) -> MixtureFit:
     def one(init: GaussianMixture) -> MixtureFit:
         problem = MixtureGraph.single(init)
-        run = em.run(problem, sight, controls, settings)
-        (gmm,) = problem.split(run.nodes)
-        log_likelihoods = run.history.log_likelihoods
+        end = em.run(problem, sight, controls, options)
+        (gmm,) = problem.split(end.nodes)
+        log_likelihoods = end.history.log_likelihoods
         assert log_likelihoods is not None
-        history = MixtureHistory(log_likelihoods[:, 0], run.history.penalized_log_likelihood)
-        return MixtureFit(gmm, run.log_likelihoods[0], run.status, run.n_steps, history, run.value)
+        history = MixtureHistory(log_likelihoods[:, 0], end.history.penalized_log_likelihood)
+        return MixtureFit(gmm, end.log_likelihoods[0], end.status, end.n_steps, history, end.value)
 
     if len(inits.weights) == 1:
         return dataclasses.replace(one(taken(inits, 0)), start=jnp.zeros((), jnp.int32))

@@ -64,7 +64,7 @@ class Statistics:
         return self.base.factors @ self.scatter @ matrices.transpose(self.base.factors)
 
 
-class _Sums(NamedTuple):
+class Sums(NamedTuple):
     """Additive over points: chunks, files, devices and hosts add theirs, as long as the parameters are the same."""
 
     penalized: Float[Array, "*V"]
@@ -91,15 +91,31 @@ def e_step(
 ) -> Statistics:
     """Statistics of every node's cloud under its mixture (V nodes stacked); zero for nodes that own no chunk.
 
-    `floors` is the variance that ridge adds to each feature: component log-densities are lowered by tr(floor S^-1) / 2.
-    Log-likelihoods are returned above `reference`, None being zero.
+    Arguments as of `additive_sums`.
+    """
+    return centred(additive_sums(parameters, chunks, floors, reference), parameters)
+
+
+def additive_sums(
+    parameters: Parameters,
+    chunks: Chunks,
+    floors: Float[Array, "V d"],
+    reference: Float[Array, " V"] | None = None,
+) -> Sums:
+    """What the points of these chunks add to the sums of their nodes; what other chunks add under the same parameters may be added.
+
+    Args:
+      parameters: of V nodes, stacked.
+      chunks: points, with their parts of the whole cloud's mass as weights.
+      floors: the variance that ridge adds to each feature: component log-densities are lowered by tr(floor S^-1) / 2.
+      reference: log-likelihoods are summed above it; None is zero.
     """
     components = _components(parameters, floors)
     n_nodes, *_ = components.constants.shape
     reference = jnp.zeros(n_nodes, floors.dtype) if reference is None else reference
     zero = components.constants[0, 0]
     offsets, whitening = components.offsets[0], components.whitening[0]
-    flat, unravel = ravel_pytree(_Sums(zero, zero, components.constants[0], offsets, whitening))
+    flat, unravel = ravel_pytree(Sums(zero, zero, components.constants[0], offsets, whitening))
 
     def accumulate(totals, lost, index):
         owner = chunks.owners[index]
@@ -115,7 +131,7 @@ def e_step(
 
     zeros = jnp.zeros((n_nodes, flat.size), flat.dtype)
     (totals, _), _ = jax.lax.scan(jax.checkpoint(in_use), (zeros, zeros), jnp.arange(len(chunks.owners)))
-    return _centred(jax.vmap(unravel)(totals), parameters, components.whitening)
+    return jax.vmap(unravel)(totals)
 
 
 def _components(parameters: Parameters, floors: Array) -> _Component:
@@ -128,7 +144,7 @@ def _components(parameters: Parameters, floors: Array) -> _Component:
     return _Component(whitening, offsets, jnp.where(absent, -jnp.inf, constants), jnp.where(absent, 0, penalties))
 
 
-def _chunk_sums(points: Array, weights: Array, components: _Component, reference: Array) -> _Sums:
+def _chunk_sums(points: Array, weights: Array, components: _Component, reference: Array) -> Sums:
     whitening, offsets, constants, penalties = components
     k, d, length = *offsets.shape, points.shape[1]
     whitened = (whitening.reshape(k * d, d) @ points).reshape(k, d, length) - offsets[:, :, None]
@@ -139,7 +155,7 @@ def _chunk_sums(points: Array, weights: Array, components: _Component, reference
     responsibility = joint * (weights / total)
     weighted = responsibility[:, None] * whitened
     above = peak - reference
-    return _Sums(
+    return Sums(
         jnp.sum(weights * (above + jnp.log(total))),
         jnp.sum(weights * (above + _unpenalized(penalties, log_joint, joint, d))),
         jnp.sum(responsibility, axis=1),
@@ -157,8 +173,9 @@ def _unpenalized(penalties: Array, log_joint: Array, joint: Array, n_features: i
     return jax.nn.logsumexp(log_joint + penalties[:, None], axis=0) - jax.lax.stop_gradient(jnp.max(log_joint, axis=0))
 
 
-def _centred(sums: _Sums, base: Parameters, whitening: Array) -> Statistics:
-    """Moments about the new means from sums about the present ones; none where a component has no mass to speak of."""
+def centred(sums: Sums, base: Parameters) -> Statistics:
+    """Moments about the new means from a whole cloud's sums under `base`; none where a component has no mass to speak of."""
+    whitening = matrices.invert_triangular(base.factors)
     empty = _negligible(sums.masses)
     mass = jnp.where(empty, 1, sums.masses)
     shift = jnp.where(empty[..., None], 0, sums.whitened / mass[..., None])
