@@ -116,6 +116,11 @@ def barycenter(
 
     Raises:
       TypeError, ValueError: an argument of the wrong kind, shape or range.
+
+    >>> gmm0, gmm1 = (cg.GaussianMixture.from_moments([[x], [x + 9]], [[[1.0]], [[1.0]]], [0.5, 0.5]) for x in (0.0, 2.0))
+    >>> fit = cg.barycenter([gmm0, gmm1], gmm0)
+    >>> print(fit.status_name, fit.gmm.means.round(3).tolist())
+    converged [[1.0], [10.0]]
     """
     gmms, coefficients, epsilon = check_problem("gmms", gmms, coefficients, method, epsilon)
     checks.choice("projection", projection, PROJECTIONS)
