@@ -30,6 +30,7 @@ from coupled_gmm.barycenters.problem import (
     one_precision,
 )
 from coupled_gmm.core import checks, chunks, matrices
+from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.host import on_host
 from coupled_gmm.core.programs import program
 from coupled_gmm.core.status import Outcome, Status, first_status
@@ -115,12 +116,17 @@ def barycenter(
 
     Raises:
       TypeError, ValueError: an argument of the wrong kind, shape or range.
+
+    >>> gmm0, gmm1 = (cg.GaussianMixture.from_moments([[x], [x + 9]], [[[1.0]], [[1.0]]], [0.5, 0.5]) for x in (0.0, 2.0))
+    >>> fit = cg.barycenter([gmm0, gmm1], gmm0)
+    >>> print(fit.status_name, fit.gmm.means.round(3).tolist())
+    converged [[1.0], [10.0]]
     """
     gmms, coefficients, epsilon = check_problem("gmms", gmms, coefficients, method, epsilon)
     checks.choice("projection", projection, PROJECTIONS)
     starts = _check_starts(init, gmms[0].n_features)
     if learn_weights and method != "exact":
-        raise ValueError("learn_weights: needs exact plans; drop method='entropic', or keep the weights")
+        raise ArgumentError("learn_weights", "needs exact plans", "drop method='entropic', or keep the weights")
     tol = checks.scalar("tol", tol, at_least=0)
     (*gmms, starts), centre = about_one_point(*gmms, starts)
     fit = _descent(gmms, starts, coefficients, epsilon, tol, max_steps, (method, projection, bool(learn_weights)))
@@ -153,12 +159,12 @@ def _check_starts(init: Any, n_features: int) -> GaussianMixture:
     """The starts, stacked; smaller ones padded."""
     starts = [init] if isinstance(init, GaussianMixture) else checks.sequence("init", init)
     if not starts:
-        raise ValueError("init: the list is empty; give at least one start")
+        raise ArgumentError("init", "the list is empty", "give at least one start")
     for i, gmm in enumerate(starts):
         name = "init" if isinstance(init, GaussianMixture) else f"init[{i}]"
         checks.instance(name, gmm, GaussianMixture)
         if gmm.n_features != n_features:
-            raise ValueError(f"{name}: has {gmm.n_features} features, and the mixtures have {n_features}")
+            raise ArgumentError(name, f"has {gmm.n_features} features, and the mixtures have {n_features}")
     return stack(starts)
 
 

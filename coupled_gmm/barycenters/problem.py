@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from coupled_gmm.core import checks, matrices
+from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.tree import new, pytree, static
 from coupled_gmm.gaussians import bures
 from coupled_gmm.gaussians.mixture import GaussianMixture, in_one_space, stack
@@ -162,7 +163,7 @@ def check_problem(
     coefficients = checks.weights("coefficients", coefficients, len(gmms)).astype(dtype)
     checks.choice("method", method, METHODS)
     if method == "exact" and epsilon is not None:
-        raise ValueError("epsilon: goes with method 'entropic' only; drop it, or pass method='entropic'")
+        raise ArgumentError("epsilon", "goes with method 'entropic' only", "drop it, or pass method='entropic'")
     if epsilon is not None:
         epsilon = checks.scalar("epsilon", epsilon, above=0).astype(dtype)
     return gmms, coefficients / jnp.sum(coefficients), epsilon

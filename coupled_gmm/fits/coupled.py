@@ -14,6 +14,7 @@ import optax
 from jaxtyping import Array, Float
 
 from coupled_gmm.core import checks, chunks, foreign, report
+from coupled_gmm.core.errors import ArgumentError, ArgumentTypeError
 from coupled_gmm.core.programs import program
 from coupled_gmm.core.tree import new, taken
 from coupled_gmm.fits import em, frame
@@ -50,16 +51,18 @@ def _check_run(
 ) -> _Run:
     built = isinstance(optimizer, optax.GradientTransformation)
     if optimizer is not None and not built and not callable(optimizer):
-        raise TypeError(
-            f"optimizer: expected None, an optax factory such as optax.adam, or a built optax transformation, "
-            f"got {type(optimizer).__name__}"
+        raise ArgumentTypeError(
+            "optimizer",
+            f"expected None, an optax factory such as optax.adam, or a built optax transformation, got {type(optimizer).__name__}",
         )
     factory = optimizer is not None and not built
     if factory and learning_rate is None:
-        raise ValueError("learning_rate: an optax factory needs one; pass learning_rate=1e-2, say")
+        raise ArgumentError("learning_rate", "an optax factory needs one", "pass learning_rate=1e-2, say")
     if learning_rate is not None:
         if not factory:
-            raise ValueError("learning_rate: goes with an optax factory only, such as optimizer=optax.adam; drop it")
+            raise ArgumentError(
+                "learning_rate", "goes with an optax factory only, such as optimizer=optax.adam", "drop it"
+            )
         learning_rate = checks.scalar("learning_rate", learning_rate, above=0, batched=True)
     controls = Controls(
         checks.scalar("ridge", ridge, at_least=0, batched=True),
@@ -96,9 +99,10 @@ def _edge_solver(method: str, graph: MixtureGraph) -> solvers.PlanSolver:
             tau = np.asarray(edges.tau)
             if not np.allclose(tau, tau[0], rtol=1e-5, atol=0):
                 each = ", ".join(np.array2string(one, precision=4) for one in tau)
-                raise ValueError(
-                    f"method: 'sinkhorn' needs one tau = rho / (rho + epsilon) for all edges, and these have {each}; "
-                    "use 'entropic', or give all edges the same tau"
+                raise ArgumentError(
+                    "method",
+                    f"'sinkhorn' needs one tau = rho / (rho + epsilon) for all edges, and these have {each}",
+                    "use 'entropic', or give all edges the same tau",
                 )
         return solvers.solver_for(method, taken(edges, 0))
 
@@ -200,27 +204,40 @@ def fit_graph(
     chunk_size: int | None = None,
     progress: Any = False,
 ) -> GraphFit:
-    """The coupled fit of `fit_pair` for any graph of mixtures.
+    r"""The coupled fit of `fit_pair` for any graph of mixtures.
 
-    `clouds` has one (n, d) cloud a node, or None where a node explains none; `point_weights` likewise. Everything else is
-    as in `fit_pair`; what is frozen, and the weights of nodes and edges, are the graph's.
+    .. math:: J = \sum_i v_i \overline{\log p_i} - \sum_{ij} \lambda_{ij} T(p_i, p_j)
+
+    over nodes i that have a cloud, and edges ij.
+
+    Args:
+      clouds: for each node a cloud (n, d), or None where it has none.
+      graph: where to start, with the edges, their weights lambda, the nodes' weights v, epsilon, rho, and what is frozen.
+      point_weights: for each node (n,), at least 0, not all 0, or None; None weighs the points of every cloud equally.
+      em_steps, m_steps, optimizer, learning_rate, tol, ridge, method, chunk_size, progress: as in `fit_pair`.
+
+    Returns:
+      A `GraphFit` with the fitted mixtures, their plans, J, the status and the history.
+
+    Raises:
+      TypeError, ValueError: an argument of the wrong kind, shape or range, before anything is compiled.
     """
     checks.instance("graph", graph, MixtureGraph)
     if graph.sources.ndim != 1:
-        raise ValueError(
-            f"graph: is a batch of {len(graph.sources)} graphs; fit them with jax.vmap, or take one of them"
+        raise ArgumentError(
+            "graph", f"is a batch of {len(graph.sources)} graphs", "fit them with jax.vmap, or take one of them"
         )
     run = _check_run(em_steps, m_steps, optimizer, learning_rate, tol, ridge, method, chunk_size, progress)
     clouds = checks.sequence("clouds", clouds)
     weights = [None] * graph.n_nodes if point_weights is None else checks.sequence("point_weights", point_weights)
     for name, given in (("clouds", clouds), ("point_weights", weights)):
         if len(given) != graph.n_nodes:
-            raise ValueError(f"{name}: expected one for each of the {graph.n_nodes} nodes (or None), got {len(given)}")
+            raise ArgumentError(name, f"expected one for each of the {graph.n_nodes} nodes (or None), got {len(given)}")
     for i, (cloud, weight) in enumerate(zip(clouds, weights, strict=True)):
         if cloud is None and weight is not None:
-            raise ValueError(f"point_weights[{i}]: node {i} has no cloud to weigh; pass None, or its cloud")
+            raise ArgumentError(f"point_weights[{i}]", f"node {i} has no cloud to weigh", "pass None, or its cloud")
     if all(cloud is None for cloud in clouds):
-        raise ValueError("clouds: every one is None; a fit needs at least one cloud")
+        raise ArgumentError("clouds", "every one is None", "a fit needs at least one cloud")
     names = [f"clouds[{i}]" for i in range(graph.n_nodes)]
     clouds = foreign.same_features(names, clouds)
     checked = [
@@ -295,11 +312,17 @@ def fit_pair(
 
     Raises:
       TypeError, ValueError: an argument of the wrong kind, shape or range, before anything is compiled.
+
+    >>> start = cg.GaussianMixture.from_moments([[0.0], [7.0]], [[[1.0]], [[1.0]]], [0.5, 0.5])
+    >>> clouds = [[0.0], [1.0], [7.0], [8.0]], [[1.0], [2.0], [8.0], [9.0]]
+    >>> fit = cg.fit_pair(*clouds, cg.GaussianMixturePair(start, start), transport_weight=0.01, em_steps=5)
+    >>> print(fit.status_name, fit.pair.gmm1.means.round(1).tolist())
+    steps done [[1.5], [8.5]]
     """
     checks.instance("pair", pair, GaussianMixturePair)
     run = _check_run(em_steps, m_steps, optimizer, learning_rate, tol, ridge, method, chunk_size, progress)
     if not isinstance(freeze, (tuple, list, set, frozenset)) or any(name not in ("gmm0", "gmm1") for name in freeze):
-        raise ValueError(f"freeze: expected a collection of 'gmm0' and 'gmm1', got {checks.brief(freeze)}")
+        raise ArgumentError("freeze", f"expected a collection of 'gmm0' and 'gmm1', got {checks.brief(freeze)}")
     x0, x1 = foreign.same_features(["x0", "x1"], [x0, x1])
     x0, w0 = _check_cloud("x0", x0, "point_weights0", point_weights0, pair.gmm0)
     x1, w1 = _check_cloud("x1", x1, "point_weights1", point_weights1, pair.gmm1)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from coupled_gmm.core import checks
+from coupled_gmm.core.errors import ArgumentTypeError
 from coupled_gmm.core.programs import program
 from coupled_gmm.core.tree import Stackable, mapped, new, number, pytree, saved, single, static
 from coupled_gmm.gaussians import bures
@@ -71,7 +72,7 @@ class GaussianMixturePair(Stackable):
     ) -> "GaussianMixturePair":
         """A pair from rho itself: `GaussianMixturePair` with its argument `rho`. A traced rho is unbalanced."""
         if rho is None:
-            raise TypeError("rho: expected a real number, got None; leave it out for balanced transport")
+            raise ArgumentTypeError("rho", "expected a real number, got None", "leave it out for balanced transport")
         return cls(gmm0, gmm1, epsilon, rho=rho)
 
     @property

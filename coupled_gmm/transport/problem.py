@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from coupled_gmm.core import checks
+from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.tree import pytree, static
 from coupled_gmm.gaussians.mixture import log_weights
 
@@ -186,7 +187,9 @@ class Prices(NamedTuple):
     def given(cls, tau: Any, rho: Any, check: Callable[..., Array]) -> "Prices":
         """`check(name, value, **bounds)` refuses what is out of range or of another shape."""
         if rho is not None and tau is not BALANCED:
-            raise ValueError("rho: given beside tau, and both say what it costs to change masses; keep one of them")
+            raise ArgumentError(
+                "rho", "given beside tau, and both say what it costs to change masses", "keep one of them"
+            )
         if rho is None:
             value, held = check("tau", tau, above=0, at_most=1), (tau, 1)
         else:

@@ -80,6 +80,12 @@ def solve_plan(
 
     Raises:
       TypeError, ValueError: an argument of the wrong kind or out of range.
+      ImportError: an exact plan of more than 64 components a side, without the extra "pot".
+
+    >>> gmm0, gmm1 = (cg.GaussianMixture.from_moments([[0.0], [x]], [[[1.0]], [[1.0]]], [0.5, 0.5]) for x in (2.0, 4.0))
+    >>> plan = cg.solve_plan(cg.GaussianMixturePair(gmm0, gmm1), method="exact")
+    >>> print(plan.status_name, round(float(plan.transport_cost), 3))  # half of the mass goes from 2 to 4
+    converged 2.0
     """
     checks.instance("pair", pair, GaussianMixturePair)
     checks.choice("method", method, METHODS)
