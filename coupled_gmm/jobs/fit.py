@@ -217,7 +217,7 @@ def _fit_pair(
 
 
 def _plan(fit: cg.PairFit) -> pl.DataFrame:
-    """A row a component of mixture 0, a column a component of mixture 1."""
+    """One row per component of mixture 0, one column per component of mixture 1."""
     matrix = np.asarray(fit.plan.matrix)
     return pl.DataFrame({"from": np.arange(len(matrix)), **{f"to_{k}": column for k, column in enumerate(matrix.T)}})
 
