@@ -2,10 +2,11 @@
 
 from typing import TYPE_CHECKING, Any
 
-from coupled_gmm.core import interrupts
+from coupled_gmm.core import installation, interrupts
 
-if interrupts.is_command():  # which Ctrl-C may end while the rest is imported
-    interrupts.watch()
+if interrupts.is_command():
+    interrupts.watch()  # Ctrl-C may end it while the rest is imported
+    installation.check_command()
 
 from coupled_gmm.barycenters.barycenter import BarycenterFit, barycenter
 from coupled_gmm.barycenters.flow import FlowFit, flow
@@ -25,6 +26,8 @@ from coupled_gmm.transport.solvers import mw2_squared, solve_plan
 
 if TYPE_CHECKING:
     from coupled_gmm.gaussians.ott_cost import BuresCost
+
+    __version__: str
 
 __all__ = [
     "BarycenterFit",
@@ -69,4 +72,6 @@ def __getattr__(name: str) -> Any:
         from coupled_gmm.gaussians.ott_cost import BuresCost
 
         return BuresCost
+    if name == "__version__":
+        return installation.version()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,7 +13,7 @@ import jax
 import typer
 
 import coupled_gmm as cg
-from coupled_gmm.core import interrupts
+from coupled_gmm.core import installation, interrupts
 from coupled_gmm.jobs import run, terminal
 from coupled_gmm.jobs.job import Job
 from coupled_gmm.jobs.registry import JOBS, load_config
@@ -96,6 +96,9 @@ def _exit_status(job: str) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
+        terminal.say_error(str(error))
+        raise typer.Exit(2) from error
+    except installation.MissingExtraError as error:
         terminal.say_error(str(error))
         raise typer.Exit(2) from error
     except cg.FitError as error:

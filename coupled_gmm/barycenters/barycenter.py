@@ -33,7 +33,7 @@ from coupled_gmm.core import checks, chunks, matrices
 from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.host import on_host
 from coupled_gmm.core.programs import program
-from coupled_gmm.core.status import Outcome, Status
+from coupled_gmm.core.status import Outcome, Status, first_status
 from coupled_gmm.core.tree import counted, number, pytree, saved, taken
 from coupled_gmm.gaussians import bures
 from coupled_gmm.gaussians.mixture import GaussianMixture, about_one_point, moved_back, stack
@@ -116,6 +116,11 @@ def barycenter(
 
     Raises:
       TypeError, ValueError: an argument of the wrong kind, shape or range.
+
+    >>> gmm0, gmm1 = (cg.GaussianMixture.from_moments([[x], [x + 9]], [[[1.0]], [[1.0]]], [0.5, 0.5]) for x in (0.0, 2.0))
+    >>> fit = cg.barycenter([gmm0, gmm1], gmm0)
+    >>> print(fit.status_name, fit.gmm.means.round(3).tolist())
+    converged [[1.0], [10.0]]
     """
     gmms, coefficients, epsilon = check_problem("gmms", gmms, coefficients, method, epsilon)
     checks.choice("projection", projection, PROJECTIONS)
@@ -199,11 +204,13 @@ def _barycenter(
     finals = jnp.take_along_axis(ends.values, ends.count[:, None] - 1, axis=1)[:, 0]
     best = jnp.argmin(jnp.where(jnp.isfinite(finals), finals, jnp.inf))
     end, value = taken(ends, best), finals[best]
-    unmet = jnp.where(tol > 0, Status.NOT_CONVERGED, Status.STEPS_DONE)
-    status = jnp.where(end.converged, Status.CONVERGED, unmet)
-    status = jnp.where(end.settled, status, Status.MEAN_NOT_CONVERGED)
-    status = jnp.where(end.solved, status, Status.PLAN_NOT_CONVERGED)
-    status = jnp.where(jnp.isfinite(value), status, Status.NOT_FINITE)
+    ends = [
+        (~jnp.isfinite(value), Status.NOT_FINITE),
+        (~end.solved, Status.PLAN_NOT_CONVERGED),
+        (~end.settled, Status.MEAN_NOT_CONVERGED),
+        (end.converged, Status.CONVERGED),
+    ]
+    status = first_status(ends, jnp.where(tol > 0, Status.NOT_CONVERGED, Status.STEPS_DONE))
     return BarycenterFit(end.free.mixture(), value, status, end.count - 1, best, BarycenterHistory(end.values))
 
 

@@ -33,7 +33,7 @@ from coupled_gmm.barycenters.problem import (
 from coupled_gmm.core import checks, chunks, matrices
 from coupled_gmm.core.errors import ArgumentError, ArgumentTypeError
 from coupled_gmm.core.programs import program
-from coupled_gmm.core.status import Outcome, Status
+from coupled_gmm.core.status import Outcome, Status, first_status
 from coupled_gmm.core.tree import chosen, counted, new, number, pytree, saved, taken
 from coupled_gmm.gaussians import bures
 from coupled_gmm.gaussians.mixture import GaussianMixture, about_one_point, moved_back
@@ -177,9 +177,12 @@ def _flow(
     path, losses, solved = _recorded(advance, start, steps, options.rows)
     path = jax.tree.map(lambda path, source: path.at[0].set(source), path, source)
     taken_steps = jnp.arange(len(losses)) <= steps
-    status = jnp.where(jnp.all(solved | ~taken_steps), Status.STEPS_DONE, Status.PLAN_NOT_CONVERGED)
     sound = jnp.isfinite(losses) & _covariant(path)
-    status = jnp.where(jnp.all(sound | ~taken_steps), status, Status.NOT_FINITE)
+    ends = [
+        (jnp.any(taken_steps & ~sound), Status.NOT_FINITE),
+        (jnp.any(taken_steps & ~solved), Status.PLAN_NOT_CONVERGED),
+    ]
+    status = first_status(ends, Status.STEPS_DONE)
     return FlowFit(taken(path, steps), losses[steps], path, status, FlowHistory(losses))
 
 

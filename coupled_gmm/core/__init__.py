@@ -7,5 +7,6 @@ process gives back before it has no room for more (`programs`).
 
 Where is a small matrix factored? `matrices`. Where are differences that cancel taken? `expansions`. How do rows of a running
 program reach a listener? `report`; how are they shown? `progress`. What does a program ask the host? `host`. Who ends a command
-by Ctrl-C? `interrupts`.
+by Ctrl-C? `interrupts`. What is said where a library
+is not installed? `installation`.
 """

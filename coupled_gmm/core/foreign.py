@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from coupled_gmm.core import installation
 from coupled_gmm.core.errors import ArgumentError, ArgumentTypeError
 
 _SHOWN = 5  # names in a message
@@ -195,7 +196,8 @@ def _of_pandas(name: str, value: Any) -> np.ndarray:
 
 
 def _of_polars(name: str, value: Any) -> np.ndarray:
-    import polars as pl  # theirs is at hand already, or pyarrow's is read by it
+    with installation.needed("tables", name):
+        import polars as pl  # theirs is at hand already, or pyarrow's is read by it
 
     if isinstance(value, pl.LazyFrame):
         raise ArgumentTypeError(name, "expected a table, got a LazyFrame", f"pass {name}.collect()")

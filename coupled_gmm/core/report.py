@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from coupled_gmm.core import installation
+
 Row = dict[str, Any]
 _numbers = itertools.count()  # never used twice: a program that outlives its listener reaches nobody
 _listeners: dict[int, "_Listener"] = {}
@@ -44,7 +46,8 @@ def listening(progress: Any) -> Iterator[np.int32 | None]:
         return
     with contextlib.ExitStack() as stack:
         if progress is True:
-            from coupled_gmm.core.progress import ProgressBar  # rich is imported only where a bar is asked for
+            with installation.needed("cli", "progress"):
+                from coupled_gmm.core.progress import ProgressBar  # rich is imported only where a bar is asked for
 
             progress = stack.enter_context(ProgressBar())
         elif not callable(progress):

@@ -15,14 +15,16 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-import polars as pl
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from coupled_gmm.core import checks, foreign
+from coupled_gmm.core import checks, foreign, installation
 from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.data import arrays, dialect
 from coupled_gmm.data.dialect import Table
 from coupled_gmm.gaussians.mixture import GaussianMixture
+
+with installation.needed("tables", "clouds from files"):
+    import polars as pl
 
 TEXT = (".csv", ".tsv", ".txt", ".csv.gz", ".tsv.gz", ".txt.gz")
 TABLES = (*TEXT, ".parquet")
@@ -353,7 +355,8 @@ def photograph_clouds(n: int | None = None, seed: int = 0) -> tuple[Float[np.nda
       n: how many pixels of each, drawn without replacement; None takes all 273,280, row by row.
       seed: decides the draw.
     """
-    from sklearn.datasets import load_sample_images  # slow to import, and only needed here
+    with installation.needed("sklearn", "the photographs"):
+        from sklearn.datasets import load_sample_images  # slow to import, and only needed here
 
     clouds = [image.reshape(-1, 3).astype(np.float32) / 255 for image in load_sample_images().images]
     if n is not None:

@@ -13,7 +13,10 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-import polars as pl
+from coupled_gmm.core import installation
+
+with installation.needed("tables", "clouds from files"):
+    import polars as pl
 
 MISSING = ("", "na", "n/a", "nan", "-nan", "null", "none", "<na>", "nat", "missing", "-", "--", ".", "?")
 MISSING += ("#n/a", "#na", "#num!", "#div/0!", "#value!", "#ref!", "#name?", "#null!")

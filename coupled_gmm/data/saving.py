@@ -6,7 +6,6 @@ of its fields, so that a file outlives a change of their order, and a file of an
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 from os import PathLike
 from pathlib import Path
@@ -16,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from coupled_gmm.core import checks
+from coupled_gmm.core import checks, installation
 from coupled_gmm.core.tree import new, saved_class
 from coupled_gmm.data import archive, validity
 
@@ -42,7 +41,7 @@ def save(path: str | PathLike[str], tree: Any) -> None:
       OSError: the file can't be written.
     """
     arrays: dict[str, np.ndarray] = {}
-    header = {"format": FORMAT, "version": VERSION, "package": _package_version()}
+    header = {"format": FORMAT, "version": VERSION, "package": installation.version()}
     header["tree"] = _encode(tree, "tree", 0, arrays)
     try:
         validity.check("tree", tree)
@@ -226,10 +225,3 @@ def _build(name: str, fields: dict[str, Any]) -> Any:
         wrong = ", ".join(checks.brief(field).strip("'\"") for field in sorted(wrong)[:5])
         raise ValueError(f"its {name} differs from this package's in {wrong}; install the coupled_gmm that wrote it")
     return new(cls, **{name: defaults[name] for name in optional} | fields)
-
-
-def _package_version() -> str:
-    try:
-        return importlib.metadata.version("coupled_gmm")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"

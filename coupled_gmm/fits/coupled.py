@@ -82,15 +82,15 @@ def _check_cloud(name: str, x: Any, weights_name: str, weights: Any, gmm: Gaussi
     return cloud, None if weights is None else checks.relative_weights(weights_name, weights, len(cloud))
 
 
-def _fit_options(run: _Run, solver: solvers.Solver) -> FitOptions:
+def _fit_options(run: _Run, solver: solvers.PlanSolver) -> FitOptions:
     progress = run.progress is not False and run.progress is not None
     return FitOptions(chunks.rows(run.em_steps), solver, run.optimizer, progress)
 
 
-def _edge_solver(method: str, graph: MixtureGraph) -> solvers.Solver:
+def _edge_solver(method: str, graph: MixtureGraph) -> solvers.PlanSolver:
     """The solver of all edges at once; OTT's needs one tau, known when it is compiled."""
     if method == "entropic" or not graph.n_edges:
-        return solvers.solve_entropic
+        return solvers.ENTROPIC
     with jax.ensure_compile_time_eval():  # of a graph that is known, inside jit as well
         graph, _ = graph.in_node_order()
         prices = {"epsilon": graph.epsilon, "rho": graph.rho, "balanced": graph.balanced}
@@ -204,10 +204,23 @@ def fit_graph(
     chunk_size: int | None = None,
     progress: Any = False,
 ) -> GraphFit:
-    """The coupled fit of `fit_pair` for any graph of mixtures.
+    r"""The coupled fit of `fit_pair` for any graph of mixtures.
 
-    `clouds` has one (n, d) cloud a node, or None where a node explains none; `point_weights` likewise. Everything else is
-    as in `fit_pair`; what is frozen, and the weights of nodes and edges, are the graph's.
+    .. math:: J = \sum_i v_i \overline{\log p_i} - \sum_{ij} \lambda_{ij} T(p_i, p_j)
+
+    over nodes i that have a cloud, and edges ij.
+
+    Args:
+      clouds: for each node a cloud (n, d), or None where it has none.
+      graph: where to start, with the edges, their weights lambda, the nodes' weights v, epsilon, rho, and what is frozen.
+      point_weights: for each node (n,), at least 0, not all 0, or None; None weighs the points of every cloud equally.
+      em_steps, m_steps, optimizer, learning_rate, tol, ridge, method, chunk_size, progress: as in `fit_pair`.
+
+    Returns:
+      A `GraphFit` with the fitted mixtures, their plans, J, the status and the history.
+
+    Raises:
+      TypeError, ValueError: an argument of the wrong kind, shape or range, before anything is compiled.
     """
     checks.instance("graph", graph, MixtureGraph)
     if graph.sources.ndim != 1:
@@ -299,6 +312,12 @@ def fit_pair(
 
     Raises:
       TypeError, ValueError: an argument of the wrong kind, shape or range, before anything is compiled.
+
+    >>> start = cg.GaussianMixture.from_moments([[0.0], [7.0]], [[[1.0]], [[1.0]]], [0.5, 0.5])
+    >>> clouds = [[0.0], [1.0], [7.0], [8.0]], [[1.0], [2.0], [8.0], [9.0]]
+    >>> fit = cg.fit_pair(*clouds, cg.GaussianMixturePair(start, start), transport_weight=0.01, em_steps=5)
+    >>> print(fit.status_name, fit.pair.gmm1.means.round(1).tolist())
+    steps done [[1.5], [8.5]]
     """
     checks.instance("pair", pair, GaussianMixturePair)
     run = _check_run(em_steps, m_steps, optimizer, learning_rate, tol, ridge, method, chunk_size, progress)

@@ -207,7 +207,7 @@ def fit_gmm(
         inits = _given(init, key, n_init, ridge)
         view = _view(x, point_weights, inits, ridge)
     sight = view.in_chunks(inits.n_components * inits.n_features)
-    options = FitOptions(chunks.rows(max_steps), solvers.solve_entropic, None, False)
+    options = FitOptions(chunks.rows(max_steps), solvers.ENTROPIC, None, False)
     steps = jnp.asarray(max_steps, jnp.int32), jnp.asarray(1, jnp.int32)
     fit = _fit(inits, sight, Controls(ridge, tol, *steps, None), options)
     return dataclasses.replace(fit, history=chunks.first(fit.history, max_steps))

@@ -14,7 +14,8 @@ from coupled_gmm.core import checks
 from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.tree import counted, listed, pytree, saved, static, taken
 from coupled_gmm.gaussians.mixture import GaussianMixture, alike, in_one_space, stack
-from coupled_gmm.transport.pair import BALANCED, GaussianMixturePair, price
+from coupled_gmm.transport.pair import GaussianMixturePair
+from coupled_gmm.transport.problem import BALANCED, Prices
 
 
 @saved
@@ -202,16 +203,12 @@ def _spread(name: str, value: Array, size: int, two: bool = False) -> Array:
 
 def _prices(tau: Any, rho: Any, epsilon: Float[Array, " E"]) -> tuple[Float[Array, "E *sides"], bool]:
     """rho of every edge, or of both its sides, and whether all of them are known to be infinite."""
-    if rho is None:
-        balanced = checks.known(tau) and bool(np.all(np.asarray(tau) == 1))
-        tau = _spread("tau", checks.scalar("tau", tau, above=0, at_most=1, batched=True), len(epsilon), two=True)
-        epsilon = jnp.expand_dims(epsilon, range(1, tau.ndim))
-        return price(tau, epsilon), balanced
-    if tau is not BALANCED:
-        raise ArgumentError("rho", "is given beside tau, and either sets the other", "keep one of them")
-    balanced = checks.known(rho) and bool(np.all(np.isinf(np.asarray(rho))))
-    rho = checks.scalar("rho", rho, above=0, infinite=True, batched=True)
-    return _spread("rho", rho, len(epsilon), two=True), balanced
+
+    def check(name: str, value: Any, **bounds: Any) -> Array:
+        return _spread(name, checks.scalar(name, value, batched=True, **bounds), len(epsilon), two=True)
+
+    prices = Prices.given(tau, rho, check)
+    return prices.rho(epsilon), prices.balanced
 
 
 def unpadded(gmm: GaussianMixture, size: int) -> GaussianMixture:

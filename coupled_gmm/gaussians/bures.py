@@ -50,11 +50,11 @@ def polar(m: Float[Array, "*b d d"], smallest: Float[Array, "*b"]) -> Float[Arra
 
     def step(carry):
         x, low = carry
-        pace = jnp.maximum(low, _LOW)
-        pace = jnp.sqrt(3 / (1 + pace + pace**2))
-        scaled = pace[..., None, None] * x
+        least = jnp.maximum(low, _LOW)
+        a = jnp.sqrt(3 / (1 + least + least**2))
+        scaled = a[..., None, None] * x
         x = 1.5 * scaled - 0.5 * (scaled @ matrices.transpose(scaled)) @ scaled
-        low = pace * low
+        low = a * low
         return x, jnp.minimum(0.5 * low * (3 - low**2), 1)
 
     return jax.lax.while_loop(unfinished, step, (m * scale[..., None, None], lower))[0]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from coupled_gmm.core import checks, matrices
+from coupled_gmm.core import checks, installation, matrices
 from coupled_gmm.gaussians.mixture import GaussianMixture
 from coupled_gmm.transport.pair import GaussianMixturePair
 
@@ -23,7 +23,8 @@ def from_sklearn(estimator: Any) -> GaussianMixture:
       TypeError: another object.
       ValueError: not fitted, or its moments are none that `GaussianMixture.from_moments` takes.
     """
-    from sklearn import mixture
+    with installation.needed("sklearn", "from_sklearn"):
+        from sklearn import mixture
 
     _expect("estimator", estimator, mixture.GaussianMixture, mixture.BayesianGaussianMixture)
     if not hasattr(estimator, "covariances_"):
@@ -50,7 +51,9 @@ def to_sklearn(gmm: GaussianMixture) -> Any:
       ValueError: a component of positive weight has a singular covariance, and so no density; stacked mixtures.
     """
     from scipy.linalg import solve_triangular
-    from sklearn import mixture
+
+    with installation.needed("sklearn", "to_sklearn"):
+        from sklearn import mixture
 
     means, covariances, weights = to_pot(gmm)
     gmm.check_densities()

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from coupled_gmm.core import expansions
+from coupled_gmm.core import expansions, installation
 from coupled_gmm.core.expansions import Expansion
 from coupled_gmm.core.host import on_host
 from coupled_gmm.core.tree import pytree, static
@@ -166,12 +166,14 @@ def solve_on_host(
 ) -> Vertex:
     """The same from POT's network simplex, in float64, through a callback."""
     (k0, k1), dtype = cost.shape, cost.dtype
+    with installation.needed("pot", "an exact plan of so many components"):
+        import ot  # slow to import, and only needed here
 
     def network_simplex(cost: np.ndarray, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, ...]:
         usable = np.isfinite(cost)
         price = np.where(usable & (a > 0)[:, None] & (b > 0), cost, 0)
         eps = float(jnp.finfo(dtype).eps)
-        matrix, f, g, done = _refined_on_host(price, a / a.sum(), b / b.sum(), max_iterations, eps)
+        matrix, f, g, done = _refined(ot.emd, price, a / a.sum(), b / b.sum(), max_iterations, eps)
         return matrix * a.sum(), *_split(f, dtype), *_split(g, dtype), np.asarray(done and usable.all())
 
     shapes = (cost.shape, *3 * [(k0,)], *3 * [(k1,)], ())
@@ -180,21 +182,19 @@ def solve_on_host(
     return _certified(cost, a, b, matrix, (f0, f1, f2), (g0, g1, g2), jnp.zeros((), jnp.int32), done > 0)
 
 
-def _refined_on_host(price: np.ndarray, a: np.ndarray, b: np.ndarray, max_iterations: int, eps: float) -> tuple:
+def _refined(emd: Any, price: np.ndarray, a: np.ndarray, b: np.ndarray, max_iterations: int, eps: float) -> tuple:
     """A plan with potentials whose gap is within rounding of its cost.
 
     POT's tolerances are relative to the largest cost. Where that is too much, the reduced costs become the costs, and those that
     no better plan can pay are cut down to a size at which POT sees the rest (Gleixner, Steffy & Wolter 2016).
     """
-    import ot  # only needed here
-
     present = (a > 0)[:, None] & (b > 0)
     f, g = (tuple(np.zeros(k) for _ in range(3)) for k in price.shape)
     rest = price
     scale = np.abs(price).max() or 1.0
     least, best = np.inf, None
     for _ in range(_REFINEMENTS):
-        matrix, log = ot.emd(a, b, rest / scale, max_iterations, log=True)
+        matrix, log = emd(a, b, rest / scale, max_iterations, log=True)
         matrix = _without_noise(matrix, _NOISE * eps)
         f = expansions.added(f, (scale * log["u"], 0, 0))
         g = expansions.added(g, (scale * log["v"], 0, 0))
