@@ -237,10 +237,10 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, old, new, line):
 
 def test_show_refuses_what_is_no_run(tmp_path):
     result = call("show", tmp_path)
-    assert (result.exit_code, result.stderr[: len(str(tmp_path)) + 15]) == (2, f"{tmp_path}: no run folder")
+    assert (result.exit_code, result.stderr[: len(str(tmp_path)) + 18]) == (2, f"{tmp_path}: not a run folder")
     save(tmp_path / "fit.npz", np.zeros(3))
     result = call("show", tmp_path)
-    assert result.exit_code == 2 and "holds a ndarray, no run's result" in result.stderr
+    assert result.exit_code == 2 and "holds a ndarray, which is not a run's result" in result.stderr
     (tmp_path / "fit.npz").write_bytes(b"broken")
     result = call("show", tmp_path)
     assert result.exit_code == 2 and "or a damaged one" in result.stderr

@@ -223,12 +223,12 @@ def scalar(
         bounds += [f"above {above:g}"] if above is not None else []
         bounds += [f"at least {at_least:g}"] if at_least is not None else []
         bounds += [f"at most {at_most:g}"] if at_most is not None else []
-        legal = ~np.isnan(host) & (infinite | np.isfinite(host))
-        legal &= above is None or host > above
-        legal &= at_least is None or host >= at_least
-        legal &= at_most is None or host <= at_most
-        if not np.all(legal):
-            wrong = f"{host[~legal][0]:g} and the like in {(~legal).sum()} of {host.size} places"
+        valid = ~np.isnan(host) & (infinite | np.isfinite(host))
+        valid &= above is None or host > above
+        valid &= at_least is None or host >= at_least
+        valid &= at_most is None or host <= at_most
+        if not np.all(valid):
+            wrong = f"{host[~valid][0]:g} and the like in {(~valid).sum()} of {host.size} places"
             got = brief(value) if host.size <= _MOST_SHOWN else wrong
             raise ArgumentError(name, f"must be {' and '.join(bounds) or 'a number'}, got {got}")
         _check_range(name, host, number.dtype, above)

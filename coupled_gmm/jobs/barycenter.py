@@ -120,12 +120,12 @@ class BarycenterJob(Job[BarycenterConfig, BarycenterInputs, cg.BarycenterFit]):
         return result.gmm, _objectives(result)
 
     def figures(self, config: BarycenterConfig, result: cg.BarycenterFit, inputs: BarycenterInputs) -> dict[str, Any]:
-        from coupled_gmm.plot import flow
+        from coupled_gmm.plot import barycenters
 
         objectives = _objectives(result)
         title = f"Objective on the way to the barycenter, {float(result.objective):.6f} at the end"
-        above = flow.plot_loss(objectives - objectives.min(), title=title, ylabel="above the least")
-        return {"barycenter.png": flow.plot_barycenter(result.gmm, inputs.gmms), "objective.png": above}
+        above = barycenters.plot_loss(objectives - objectives.min(), title=title, ylabel="above the least")
+        return {"barycenter.png": barycenters.plot_barycenter(result.gmm, inputs.gmms), "objective.png": above}
 
 
 def _drawn_starts(path: Path, config: BarycenterConfig, gmms: Sequence[GaussianMixture]) -> list[GaussianMixture]:

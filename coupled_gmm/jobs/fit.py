@@ -153,7 +153,7 @@ class FitJob(Job[FitConfig, CloudPair, cg.PairFit]):
         return result.pair.gmm0, result.pair.gmm1
 
     def figures(self, config: FitConfig, result: cg.PairFit, inputs: CloudPair) -> dict[str, Any]:
-        from coupled_gmm.plot import mixtures
+        from coupled_gmm.plot import fits, plans
 
         photographs = config.data.source == "photographs"
         options: dict[str, Any] = {
@@ -162,12 +162,12 @@ class FitJob(Job[FitConfig, CloudPair, cg.PairFit]):
             "feature_names": _RGB if photographs else config.data.columns,
         }
         figures = {
-            "clouds.png": mixtures.plot_clouds(result, *inputs.points, **options),
-            "plan.png": mixtures.plot_plan(result.plan),
-            "objective.png": mixtures.plot_history(result),
+            "clouds.png": fits.plot_clouds(result, *inputs.points, **options),
+            "plan.png": plans.plot_plan(result.plan),
+            "objective.png": fits.plot_history(result),
         }
         if photographs:
-            figures["colors.png"] = mixtures.plot_clouds(result, *inputs.points, point_colors="own", **options)
+            figures["colors.png"] = fits.plot_clouds(result, *inputs.points, point_colors="own", **options)
         return figures
 
 
@@ -217,7 +217,7 @@ def _fit_pair(
 
 
 def _plan(fit: cg.PairFit) -> pl.DataFrame:
-    """A row a component of mixture 0, a column a component of mixture 1."""
+    """One row per component of mixture 0, one column per component of mixture 1."""
     matrix = np.asarray(fit.plan.matrix)
     return pl.DataFrame({"from": np.arange(len(matrix)), **{f"to_{k}": column for k, column in enumerate(matrix.T)}})
 

@@ -91,18 +91,18 @@ class FlowJob(Job[FlowConfig, FlowInputs, cg.FlowFit]):
         return result.path, _losses(result)
 
     def figures(self, config: FlowConfig, result: cg.FlowFit, inputs: FlowInputs) -> dict[str, Any]:
-        from coupled_gmm.plot import flow
+        from coupled_gmm.plot import barycenters
 
         return {
-            "flow.png": flow.plot_flow(result, inputs.targets),
-            "loss.png": flow.plot_loss(_losses(result), title="Flow", ylabel="loss"),
+            "flow.png": barycenters.plot_flow(result, inputs.targets),
+            "loss.png": barycenters.plot_loss(_losses(result), title="Flow", ylabel="loss"),
         }
 
     def draw(self, folder: Path, config: FlowConfig, result: cg.FlowFit, inputs: FlowInputs) -> None:
-        from coupled_gmm.plot import flow
+        from coupled_gmm.plot import barycenters
 
         super().draw(folder, config, result, inputs)
-        flow.save_animation(folder / "flow.gif", result, inputs.targets)
+        barycenters.save_animation(folder / "flow.gif", result, inputs.targets)
 
 
 def _losses(fit: cg.FlowFit) -> np.ndarray:

@@ -95,7 +95,9 @@ def _check_names(folder: Path, names: Sequence[str]) -> None:
         if path.exists() and not os.access(path, os.W_OK):
             raise Taken(f"{path} is write-protected; change that, or name another folder")
     if there and names[-1] not in there:
-        raise Taken(f"{folder / there[0]} is no run's, and a run would replace it; remove it, or name another folder")
+        raise Taken(
+            f"{folder / there[0]} was not written by a run, and a run would replace it; remove it, or name another folder"
+        )
 
 
 def _remove_abandoned(folder: Path, names: Sequence[str]) -> None:

@@ -59,7 +59,7 @@ def read(path: Path, key: str, mixture: Mixture, precision: str) -> GaussianMixt
     """The mixture that the section `key` of the configuration `path` describes.
 
     Raises:
-      ConfigError: the file is missing or holds no mixture, or its moments are none of a mixture.
+      ConfigError: the file is missing or does not hold a mixture, or the moments are not those of a mixture.
     """
     if mixture.file is not None:
         with at(path, f"{key}.file"):

@@ -25,7 +25,7 @@ def load_config(path: str | PathLike[str], model: type[Config]) -> Config:
     """A checked configuration from a TOML file; paths are absolute, defaults that depend on others filled in.
 
     Raises:
-      ConfigError: the file is missing or no TOML, or of another job, or keys are unknown, missing or wrong; a line for
+      ConfigError: the file is missing or not valid TOML, or of another job, or keys are unknown, missing or wrong; a line for
         each mistake.
     """
     path = Path(path)

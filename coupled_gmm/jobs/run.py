@@ -103,12 +103,14 @@ def read(folder: str | PathLike[str]) -> tuple[Job[Any, Any, Any], Any]:
     if not there and folders.unfinished(path.parent):
         raise ConfigError(f"{folder}: its run is unfinished: under way, or it was stopped; run it again")
     if not there:
-        raise ConfigError(f"{folder}: no run folder (there is no {FIT} in it); give one that `coupled-gmm` wrote")
+        raise ConfigError(f"{folder}: not a run folder (there is no {FIT} in it); give one that `coupled-gmm` wrote")
     try:
         result = saving.load(path)
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
     job = job_of(result)
     if job is None:
-        raise ConfigError(f"{path}: holds a {type(result).__name__}, no run's result; name the folder of a run")
+        raise ConfigError(
+            f"{path}: holds a {type(result).__name__}, which is not a run's result; name the folder of a run"
+        )
     return job, result

@@ -24,7 +24,7 @@ _LONGEST = 100  # characters of a key or of a message that is not ours
 
 
 class ConfigError(ValueError):
-    """A configuration, or data it names, that can't be used: a line for each mistake, with the file and the key."""
+    """A configuration, or data it names, that can't be used: one line per mistake, with the file and the key."""
 
 
 class Section(BaseModel):
@@ -53,7 +53,7 @@ def absolute(name: str, info: ValidationInfo) -> str:
 def possible(name: str) -> str:
     """A name that a file may have."""
     if "\0" in name:
-        raise refuse(f"no name of a file has a NUL in it, got {brief(name)}; name another")
+        raise refuse(f"a file name can't hold a NUL character, got {brief(name)}; name another")
     return name
 
 
@@ -65,13 +65,15 @@ def read(path: Path) -> dict[str, Any]:
     """The tables of a TOML file.
 
     Raises:
-      ConfigError: the file is missing, or no TOML.
+      ConfigError: the file is missing, or not valid TOML.
     """
     try:
         with path.open("rb") as file:
             content = file.read(_LARGEST + 1)
         if len(content) > _LARGEST:
-            raise ConfigError(f"{path}: is larger than {_LARGEST:,} bytes, and so no configuration; name another file")
+            raise ConfigError(
+                f"{path}: is larger than {_LARGEST:,} bytes, so it is not a configuration; name another file"
+            )
         return tomllib.loads(content.decode("utf-8-sig"))
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file; check the name and the folder") from error
@@ -80,7 +82,7 @@ def read(path: Path) -> dict[str, Any]:
     except RecursionError as error:
         raise ConfigError(f"{path}: not valid TOML: brackets are nested too deeply; take some away") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: can't be read: it is no text in UTF-8; save it as that") from error
+        raise ConfigError(f"{path}: can't be read: it is not text in UTF-8; save it as that") from error
     except OSError as error:
         raise ConfigError(f"{path}: can't be read ({error.strerror}); give a text file") from error
     except ConfigError:

@@ -83,7 +83,7 @@ def quantities(title: str, rows: dict[str, str]) -> Sheet:
 
 
 def component_sheet(title: str, gmm: GaussianMixture) -> Sheet:
-    """A row a component: its weight and mean; the heaviest where there are many."""
+    """One row per component: its weight and mean; the heaviest where there are many."""
     weights, means = np.asarray(gmm.weights), np.asarray(gmm.means)
     shown = np.arange(len(weights))
     if len(weights) > MOST_ROWS:
@@ -98,7 +98,7 @@ def component_sheet(title: str, gmm: GaussianMixture) -> Sheet:
 
 
 def component_table(gmm: GaussianMixture) -> pl.DataFrame:
-    """A row a component: its weight, mean, and the lower triangle of its covariance, which is symmetric."""
+    """One row per component: its weight, mean, and the lower triangle of its covariance, which is symmetric."""
     means, covariances = np.asarray(gmm.means), np.asarray(gmm.covariances)
     columns = {f"mean_{i}": column for i, column in enumerate(means.T)}
     columns |= {f"covariance_{i}_{j}": covariances[:, i, j] for i in range(gmm.n_features) for j in range(i + 1)}
@@ -106,5 +106,5 @@ def component_table(gmm: GaussianMixture) -> pl.DataFrame:
 
 
 def history_table(columns: dict[str, np.ndarray]) -> pl.DataFrame:
-    """A row a step, counted from 0."""
+    """One row per step, counted from 0."""
     return pl.DataFrame({"step": np.arange(len(next(iter(columns.values())))), **columns})

@@ -64,7 +64,7 @@ gmm = cg.GaussianMixture.from_moments(np.eye(2), np.stack(2 * [np.eye(2)]), [0.5
 assert cg.solve_plan(cg.GaussianMixturePair(gmm, gmm), method="exact").matrix.shape == (2, 2)
 assert cg.from_ott(cg.to_ott(gmm)).n_components == 2
 assert cg.BuresCost(2) is not None
-import coupled_gmm.plot.mixtures, coupled_gmm.plot.flow
+import coupled_gmm.plot.mixtures, coupled_gmm.plot.barycenters
 """
     end = run(code, *{name for extra in ("cli", "pot", "sklearn", "tables") for name in modules(extra)})
     assert end.returncode == 0, end.stderr

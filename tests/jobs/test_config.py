@@ -306,7 +306,10 @@ DIGITS = "9" * 5001
         (f'"\\u001b[31m{"k" * 10**6}" = 1', "fit.'\\x1b[31mkkkk"),
         ("freeze = ['\\u202e']", "fit.freeze.0: must be 'gmm0' or 'gmm1', got"),
         ("[[fit]]", "not valid TOML: Cannot overwrite a value"),
-        ('[output]\ndirectory = "a\\u0000b"', "output.directory: no name of a file has a NUL in it, got 'a\\x00b'"),
+        (
+            '[output]\ndirectory = "a\\u0000b"',
+            "output.directory: a file name can't hold a NUL character, got 'a\\x00b'",
+        ),
     ],
     ids=range(21),
 )
@@ -329,7 +332,7 @@ def test_seeds_are_those_that_differ(tmp_path, seed):
         ("means = {a = 1}", "mixtures.0.means: must be a valid list, got {'a': 1}"),
         ("means = [[{a = 1}]]", "mixtures.0.means.0.0: must be a valid number, got {'a': 1}"),
         (f"means = {'[' * 200}{']' * 200}", "mixtures.0.means.0.0: must be a valid number, got [[[[...]]]]"),
-        ('file = "a\\u0000.npz"', "mixtures.0.file: no name of a file has a NUL in it"),
+        ('file = "a\\u0000.npz"', "mixtures.0.file: a file name can't hold a NUL character"),
         ("coefficient = 1e400", "mixtures.0.coefficient: must be a finite number, got inf"),
     ],
     ids=range(5),
@@ -349,11 +352,11 @@ def test_texts_as_editors_write_them(tmp_path):
     for content in (b"\xef\xbb\xbf" + GOOD.encode(), GOOD.replace("\n", "\r\n").encode()):
         path.write_bytes(content)
         assert load_config(path, FitConfig) == load(tmp_path, GOOD)
-    assert refusal(tmp_path, GOOD.encode("utf-16")) == "can't be read: it is no text in UTF-8; save it as that"
+    assert refusal(tmp_path, GOOD.encode("utf-16")) == "can't be read: it is not text in UTF-8; save it as that"
 
 
 def test_files_without_end_and_mistakes_without_number(tmp_path):
-    with pytest.raises(ConfigError, match=r"^/dev/zero: is larger than 10,000,000 bytes, and so no configuration"):
+    with pytest.raises(ConfigError, match=r"^/dev/zero: is larger than 10,000,000 bytes, so it is not a configuration"):
         load_config("/dev/zero", FitConfig)
     said = refusal(tmp_path, "\n".join(f"k{i} = 1" for i in range(1000)) + GOOD)
     assert said.endswith("and 980 mistakes more; correct these first")

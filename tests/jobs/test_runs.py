@@ -105,7 +105,10 @@ def test_a_run_goes_where_a_link_leads_or_into_the_working_directory(solved, mon
     [
         ("fit.npz/", "there is a folder {out}/fit.npz, where a run writes a file; remove it, or name another folder"),
         ("flow.gif/", "there is a folder {out}/flow.gif, where a run writes a file; remove it, or name another folder"),
-        ("plan.csv", "{out}/plan.csv is no run's, and a run would replace it; remove it, or name another folder"),
+        (
+            "plan.csv",
+            "{out}/plan.csv was not written by a run, and a run would replace it; remove it, or name another folder",
+        ),
     ],
 )
 def test_what_is_in_the_way_is_refused_before_the_work(solved, there, line):
@@ -237,7 +240,7 @@ def test_runs_side_by_side_do_not_mix_nor_remove_each_other(tmp_path):
 
 
 def test_a_file_of_the_users_that_came_meanwhile_is_not_replaced(tmp_path):
-    with pytest.raises(folders.Taken, match="is no run's"), folders.reserved(tmp_path, NAMES) as part:
+    with pytest.raises(folders.Taken, match="was not written by a run"), folders.reserved(tmp_path, NAMES) as part:
         (part / "fit.npz").touch()
         (tmp_path / "a.csv").write_text("mine")
         folders.publish(part, tmp_path, NAMES)

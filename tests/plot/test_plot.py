@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
 
 import coupled_gmm as cg
-from coupled_gmm.plot import mixtures
+from coupled_gmm.plot import fits, mixtures, plans, style
 
 
 def mixture(n_components, d, seed):
@@ -79,33 +79,33 @@ def test_densities_in_one_dimension_have_mass_one(tmp_path):
     mixtures.plot_mixture(ax, pair.gmm0)
     x, y = ax.lines[-1].get_data()
     assert np.trapezoid(y, x) == pytest.approx(1, abs=1e-3)
-    save(mixtures.plot_clouds(pair, x0, x1), tmp_path)
+    save(fits.plot_clouds(pair, x0, x1), tmp_path)
 
 
 def test_points_have_the_colour_of_their_component(tmp_path):
     pair, x0, x1 = pair_and_clouds(2)
-    figure = mixtures.plot_clouds(SimpleNamespace(pair=pair), x0, x1)
+    figure = fits.plot_clouds(SimpleNamespace(pair=pair), x0, x1)
     for ax, gmm, x in zip(figure.axes, (pair.gmm0, pair.gmm1), (x0, x1), strict=True):
         (points,) = ax.collections
         found = {
             tuple(p): to_hex(c).upper() for p, c in zip(points.get_offsets(), points.get_facecolors(), strict=True)
         }
         wanted = np.argmax(np.asarray(gmm.log_posterior(x)), axis=1)
-        assert [found[tuple(p)] for p in x] == [mixtures.PALETTE[k] for k in wanted]
+        assert [found[tuple(p)] for p in x] == [style.PALETTE[k] for k in wanted]
     assert figure.axes[0].get_xlim() == figure.axes[1].get_xlim()
     save(figure, tmp_path)
 
 
 def test_large_clouds_are_thinned():
     pair, x0, x1 = pair_and_clouds(2)
-    figure = mixtures.plot_clouds(pair, x0, x1, max_points=10)
+    figure = fits.plot_clouds(pair, x0, x1, max_points=10)
     assert [len(ax.collections[0].get_offsets()) for ax in figure.axes] == [10, 10]
     assert "40 points, 10 shown" in figure.axes[0].get_title()
 
 
 def test_pixels_may_keep_their_own_colours(tmp_path):
     pair, x0, x1 = pair_and_clouds(3)
-    figure = mixtures.plot_clouds(pair, x0, x1, axes=(0, 2), point_colors="own", feature_names=("red", "green", "blue"))
+    figure = fits.plot_clouds(pair, x0, x1, axes=(0, 2), point_colors="own", feature_names=("red", "green", "blue"))
     points = figure.axes[0].collections[0]
     shown = np.asarray(points.get_facecolors())
     np.testing.assert_allclose(shown[:, [0, 2]], points.get_offsets())
@@ -116,15 +116,15 @@ def test_pixels_may_keep_their_own_colours(tmp_path):
 def test_names_of_features_are_text_and_no_mathematics(tmp_path):
     """A run was lost when its pictures were drawn: matplotlib could not parse a column's name."""
     pair, x0, x1 = pair_and_clouds(2)
-    save(mixtures.plot_clouds(pair, x0, x1, feature_names=("a$^{b$", "price in $")), tmp_path)
+    save(fits.plot_clouds(pair, x0, x1, feature_names=("a$^{b$", "price in $")), tmp_path)
 
 
 def test_colours_are_distinct_and_shared_by_both_panels():
     for n_components in (1, 8, 9, 40):
-        colors = mixtures.component_colors(n_components)
+        colors = style.component_colors(n_components)
         assert len({to_hex(color) for color in colors}) == n_components
     pair, x0, x1 = pair_and_clouds(2, sizes=(9, 3))
-    left, right = (ellipses(ax) for ax in mixtures.plot_clouds(pair, x0, x1).axes)
+    left, right = (ellipses(ax) for ax in fits.plot_clouds(pair, x0, x1).axes)
     assert [e.get_edgecolor() for e in left[:6]] == [e.get_edgecolor() for e in right]
 
 
@@ -141,14 +141,14 @@ def test_colours_are_distinct_and_shared_by_both_panels():
 def test_bad_options_are_refused(options, message):
     pair, x0, x1 = pair_and_clouds(2)
     with pytest.raises(ValueError, match=re.escape(message)):
-        mixtures.plot_clouds(pair, x0, x1, **options)
+        fits.plot_clouds(pair, x0, x1, **options)
 
 
 @pytest.mark.parametrize(("sizes", "numbers"), [((1, 1), True), ((5, 12), True), ((20, 13), False)])
 def test_plans_show_numbers_where_there_is_room(sizes, numbers, tmp_path):
     pair, _, _ = pair_and_clouds(2, sizes)
     plan = cg.solve_plan(pair)
-    figure = mixtures.plot_plan(plan)
+    figure = plans.plot_plan(plan)
     heat = next(ax for ax in figure.axes if ax.images)
     matrix = np.asarray(plan.matrix)
     np.testing.assert_allclose(heat.images[0].get_array(), matrix)
@@ -162,7 +162,7 @@ def test_plans_show_numbers_where_there_is_room(sizes, numbers, tmp_path):
 def test_unbalanced_plans_name_their_mass():
     pair, _, _ = pair_and_clouds(2)
     plan = cg.solve_plan(cg.GaussianMixturePair.from_rho(pair.gmm0, pair.gmm1, 0.1, 1.0))
-    assert f"total mass {float(plan.total_mass):.4f}" in mixtures.plot_plan(plan).get_suptitle()
+    assert f"total mass {float(plan.total_mass):.4f}" in plans.plot_plan(plan).get_suptitle()
 
 
 def links(ax):
@@ -179,7 +179,7 @@ def test_links_carry_the_plan(d, axes, method, tmp_path):
     plan = cg.solve_plan(pair, method=method)
     figure = Figure()
     ax = figure.subplots()
-    mixtures.plot_links(ax, plan, axes=axes, width=10, least=0)
+    plans.plot_links(ax, plan, axes=axes, width=10, least=0)
     ends, widths = links(ax)
     for end, gmm in enumerate((pair.gmm0, pair.gmm1)):
         for mean, weight in zip(np.asarray(gmm.means)[:, list(axes)], gmm.weights, strict=True):
@@ -197,9 +197,9 @@ def test_small_links_are_left_out():
     pair, _, _ = pair_and_clouds(2)
     plan = SimpleNamespace(pair=pair, matrix=np.array([[0.2, 0.0], [0.05, 0.00041], [0.1, 0.05]]))
     ax, fewer = Figure().subplots(1, 2)
-    mixtures.plot_links(ax, plan, width=100)
+    plans.plot_links(ax, plan, width=100)
     np.testing.assert_allclose(links(ax)[1], [20, 5, 0.041, 10, 5])  # more than a thousandth of 0.40041, which is all
-    mixtures.plot_links(fewer, plan, width=100, least=0.01)
+    plans.plot_links(fewer, plan, width=100, least=0.01)
     np.testing.assert_allclose(links(fewer)[1], [20, 5, 10, 5])
 
 
@@ -208,7 +208,7 @@ def test_links_cross_between_densities_in_one_dimension(tmp_path):
     plan = cg.solve_plan(pair, method="exact")
     figure = Figure()
     ax = figure.subplots()
-    mixtures.plot_links(ax, plan)
+    plans.plot_links(ax, plan)
     ends, widths = links(ax)
     assert np.all(ends[:, 0, 1] == 0) and np.all(ends[:, 1, 1] == -1)
     assert widths.sum() == pytest.approx(14, rel=1e-5)
@@ -220,7 +220,7 @@ def test_links_cross_between_densities_in_one_dimension(tmp_path):
 def test_what_moves_nothing_has_no_links():
     pair, _, _ = pair_and_clouds(2)
     ax = Figure().subplots()
-    mixtures.plot_links(ax, SimpleNamespace(pair=pair, matrix=np.zeros((3, 2))))
+    plans.plot_links(ax, SimpleNamespace(pair=pair, matrix=np.zeros((3, 2))))
     assert len(links(ax)[0]) == 0
 
 
@@ -229,16 +229,16 @@ def test_axes_of_plans_are_checked(axes):
     plan = cg.solve_plan(pair_and_clouds(2)[0], method="exact")
     message = re.escape(f"axes: expected two distinct features between 0 and 1, got {axes}")
     with pytest.raises(ValueError, match=message):
-        mixtures.plot_links(Figure().subplots(), plan, axes=axes)
+        plans.plot_links(Figure().subplots(), plan, axes=axes)
     with pytest.raises(ValueError, match=message):
-        mixtures.plot_interpolation(plan, axes=axes)
+        plans.plot_interpolation(plan, axes=axes)
 
 
 @pytest.mark.parametrize(("d", "axes"), [(2, (0, 1)), (3, (2, 0))])
 def test_interpolation_begins_and_ends_with_the_mixtures(d, axes, tmp_path):
     """At both ends each ellipse is a component's own, and their ink is shared as the weights are."""
     pair, _, _ = pair_and_clouds(d)
-    figure = mixtures.plot_interpolation(cg.solve_plan(pair, method="exact"), (0, 0.3, 1), axes=axes, n_sds=(1,))
+    figure = plans.plot_interpolation(cg.solve_plan(pair, method="exact"), (0, 0.3, 1), axes=axes, n_sds=(1,))
     assert [ax.get_title() for ax in figure.axes] == ["t = 0", "t = 0.3", "t = 1"]
     first, between, last = (ellipses(ax) for ax in figure.axes)
     for drawn, gmm in ((first, pair.gmm0), (last, pair.gmm1)):
@@ -248,14 +248,14 @@ def test_interpolation_begins_and_ends_with_the_mixtures(d, axes, tmp_path):
             here = np.all(np.isclose(centres, mean, atol=1e-5), axis=1)
             assert ink[here].sum() / ink.sum() == pytest.approx(float(weight), rel=1e-4)
     assert 0 < len(between) <= 3 + 2 - 1
-    assert to_hex(first[0].get_facecolor()).upper() == mixtures.PALETTE[0]
-    assert to_hex(last[0].get_facecolor()).upper() == mixtures.PALETTE[1]
+    assert to_hex(first[0].get_facecolor()).upper() == style.PALETTE[0]
+    assert to_hex(last[0].get_facecolor()).upper() == style.PALETTE[1]
     assert len({ax.get_xlim() for ax in figure.axes}) == 1
     save(figure, tmp_path)
 
 
 def test_interpolation_of_densities_has_mass_one(tmp_path):
-    figure = mixtures.plot_interpolation(cg.solve_plan(pair_and_clouds(1)[0], method="exact"), [0.5])
+    figure = plans.plot_interpolation(cg.solve_plan(pair_and_clouds(1)[0], method="exact"), [0.5])
     x, y = figure.axes[0].lines[-1].get_data()
     assert np.trapezoid(y, x) == pytest.approx(1, abs=1e-3)
     save(figure, tmp_path)
@@ -267,13 +267,13 @@ def test_interpolation_of_densities_has_mass_one(tmp_path):
 def test_times_are_checked(times, message):
     plan = cg.solve_plan(pair_and_clouds(2)[0], method="exact")
     with pytest.raises(ValueError, match=re.escape(message)):
-        mixtures.plot_interpolation(plan, times)
+        plans.plot_interpolation(plan, times)
 
 
 def test_history_has_a_curve_for_each_column(tmp_path):
     steps = np.where(np.arange(6) < 4, np.arange(6.0), np.nan)
     columns = {"q0": steps, "q1": steps + 1, "penalized_log_likelihood": steps + 2, "transport": steps + 3}
-    figure = mixtures.plot_history(SimpleNamespace(history=SimpleNamespace(**columns)))
+    figure = fits.plot_history(SimpleNamespace(history=SimpleNamespace(**columns)))
     drawn = [line.get_ydata() for ax in figure.axes for line in ax.lines]
     for line, column in zip(drawn, [*columns.values(), [3, 2, 1, np.nan, np.nan, np.nan]], strict=True):
         np.testing.assert_array_equal(line, column)
@@ -282,6 +282,6 @@ def test_history_has_a_curve_for_each_column(tmp_path):
 
 def test_importing_the_package_imports_no_faces():
     """OTT imports matplotlib by itself; ours is not to blame, and pictures, terminal and configuration stay out."""
-    faces = "{'coupled_gmm.plot.mixtures', 'coupled_gmm.cli', 'rich', 'typer', 'pydantic'}"
+    faces = "{'coupled_gmm.plot.style', 'coupled_gmm.cli', 'rich', 'typer', 'pydantic'}"
     program = f"import sys, coupled_gmm; assert not {faces} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

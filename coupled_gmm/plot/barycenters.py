@@ -1,4 +1,4 @@
-"""Pictures of barycenters and flows; the functions return figures, as those of `plot` do, or write an animation.
+"""Pictures of barycenters and flows; the functions return figures, or write an animation.
 
 The fuller a component's ink, the greater its weight: full ink is the greatest weight of its mixture, or of a whole path.
 Ellipses lie at one standard deviation. Where d = 1, densities are drawn in place of ellipses.
@@ -22,13 +22,14 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from coupled_gmm.core import checks
+from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.gaussians.mixture import GaussianMixture
-from coupled_gmm.plot import mixtures
+from coupled_gmm.plot.style import PALETTE, ellipse, tidy, two_features
 
 _TIME = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0, 0.9, 256)))  # its yellow end is faint on white
-_MIDDLE = mixtures.PALETTE[1]
-_OTHERS = tuple(color for color in mixtures.PALETTE[:-1] if color != _MIDDLE)
-_TARGETS = tuple(mixtures.PALETTE[i] for i in (1, 3, 4, 6))  # unlike any colour of time
+_MIDDLE = PALETTE[1]
+_OTHERS = tuple(color for color in PALETTE[:-1] if color != _MIDDLE)
+_TARGETS = tuple(PALETTE[i] for i in (1, 3, 4, 6))  # unlike any colour of time
 _LEGEND: Any = {"frameon": False, "loc": "outside lower center", "ncols": 5}
 
 
@@ -102,15 +103,15 @@ def plot_loss(values: Any, *, title: str, ylabel: str, xlabel: str = "step") -> 
     """
     values = np.asarray(values, np.float64)
     if values.ndim != 1:
-        raise ValueError(f"values: expected shape (steps,), got {values.shape}; take one row of a batch")
+        raise ArgumentError("values", f"expected shape (steps,), got {values.shape}", "take one row of a batch")
     if not np.isfinite(values).any():
-        raise ValueError("values: none is finite; check the status of the fit")
+        raise ArgumentError("values", "none is finite", "check the status of the fit")
     positive = np.where(values > 0, values, np.nan)
     panels = {"linear": values, "log": positive} if np.isfinite(positive).any() else {"linear": values}
     figure = Figure(figsize=(5 * len(panels), 3.4), layout="constrained")
     for ax, (scale, shown) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        ax.plot(np.arange(len(shown)), shown, ".-", color=mixtures.PALETTE[0])
-        mixtures.tidy(ax)
+        ax.plot(np.arange(len(shown)), shown, ".-", color=PALETTE[0])
+        tidy(ax)
         ax.set(xlabel=xlabel, ylabel=ylabel + ", logarithmic" * (scale == "log"), yscale=scale)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.suptitle(title, fontsize=12)
@@ -134,7 +135,7 @@ def save_animation(
       TypeError, ValueError: another ending; an argument out of range; otherwise as in `plot_flow`.
     """
     if Path(path).suffix.lower() != ".gif":
-        raise ValueError(f"path: must end in .gif, got {str(path)!r}")
+        raise ArgumentError("path", f"must end in .gif, got {str(path)!r}")
     flown, targets = _checked(fit, targets)
     n_frames, fps = checks.integer("n_frames", n_frames, 1), checks.integer("fps", fps, 1)
     steps, full = len(flown) - 1, max(float(np.max(gmm.weights)) for gmm in flown)
@@ -160,10 +161,10 @@ def save_animation(
 def _checked(fit: Any, targets: Any) -> tuple[list[GaussianMixture], list[GaussianMixture]]:
     """The mixtures of a flow's path, one by one, and its targets."""
     if fit.path.means.ndim != 3:
-        raise ValueError("fit: holds a batch of flows; take one, jax.tree.map(lambda leaf: leaf[i], fit)")
+        raise ArgumentError("fit", "holds a batch of flows", "take one, jax.tree.map(lambda leaf: leaf[i], fit)")
     leaves = [np.asarray(leaf) for leaf in (fit.path.means, fit.path.covariances, fit.path.weights)]
     if not all(np.isfinite(leaf).all() for leaf in leaves):
-        raise ValueError("fit: its path holds values that are not finite; see fit.message")
+        raise ArgumentError("fit", "its path holds values that are not finite", "see fit.message")
     path = [GaussianMixture(*parts) for parts in zip(*leaves, strict=True)]
     targets = [targets] if isinstance(targets, GaussianMixture) else targets
     return path, _mixtures("targets", targets, path[0].n_features)
@@ -172,17 +173,17 @@ def _checked(fit: Any, targets: Any) -> tuple[list[GaussianMixture], list[Gaussi
 def _mixtures(name: str, gmms: Any, d: int) -> list[GaussianMixture]:
     gmms = checks.sequence(name, gmms)
     if not gmms:
-        raise ValueError(f"{name}: the list is empty; give at least one mixture")
+        raise ArgumentError(name, "the list is empty", "give at least one mixture")
     for i, gmm in enumerate(gmms):
         checks.instance(f"{name}[{i}]", gmm, GaussianMixture)
         if gmm.n_features != d:
-            raise ValueError(f"{name}[{i}]: has {gmm.n_features} features, expected {d}; take a marginal")
+            raise ArgumentError(f"{name}[{i}]", f"has {gmm.n_features} features, expected {d}", "take a marginal")
     return gmms
 
 
 def _shown(gmm: GaussianMixture, axes: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Means, covariances and weights over the features shown, of components that have weight."""
-    index = np.array([0] if gmm.n_features == 1 else mixtures.two_features(axes, gmm.n_features))
+    index = np.array([0] if gmm.n_features == 1 else two_features(axes, gmm.n_features))
     means, covariances, weights = (np.asarray(leaf, np.float64) for leaf in (gmm.means, gmm.covariances, gmm.weights))
     there = weights > 0
     return means[there][:, index], covariances[there][:, index[:, None], index], weights[there]
@@ -207,7 +208,7 @@ def _draw(
     else:
         for mean, covariance, ink in zip(means, covariances, weights / (full or weights.max()), strict=True):
             style = {"edgecolor": (*color, ink), "facecolor": (*color, 0.5 * ink * filled), "linestyle": line}
-            ax.add_patch(mixtures.ellipse(mean, covariance, 1, linewidth=1.4, **style))
+            ax.add_patch(ellipse(mean, covariance, 1, linewidth=1.4, **style))
             ax.plot(*mean, "o" if filled else "x", color=(*color, ink), markersize=5)
     return Patch(facecolor=(*color, 0.5 * filled), edgecolor=color, linestyle=line, label=name)
 
@@ -227,10 +228,10 @@ def _draw_path(ax: Axes, path: list[GaussianMixture], axes: Sequence[int], full:
             ax.plot(*_density(means, covariances, weights), color=color, linewidth=0.8)
             continue
         for mean, covariance, weight in zip(means, covariances, weights, strict=True):
-            outlines.append(mixtures.ellipse(mean, covariance, 1))
+            outlines.append(ellipse(mean, covariance, 1))
             shades.append((*color[:3], min(15 / len(path), 1) ** 0.5 * weight / full))
     ax.add_collection(PatchCollection(outlines, facecolors="none", edgecolors=shades, linewidths=0.8))
-    ax.scatter(*np.array([ellipse.center for ellipse in outlines]).reshape(-1, 2).T, s=6, c=shades or None)
+    ax.scatter(*np.array([outline.center for outline in outlines]).reshape(-1, 2).T, s=6, c=shades or None)
 
 
 def _density(means: np.ndarray, covariances: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -242,7 +243,7 @@ def _density(means: np.ndarray, covariances: np.ndarray, weights: np.ndarray) ->
 
 
 def _finish(ax: Axes, d: int, axes: Sequence[int]) -> None:
-    mixtures.tidy(ax)
+    tidy(ax)
     ax.autoscale_view()
     if d > 1:
         ax.set_aspect("equal", adjustable="datalim")

@@ -14,7 +14,7 @@ from matplotlib.patches import Ellipse
 from PIL import Image
 
 import coupled_gmm as cg
-from coupled_gmm.plot import flow as plot_flow
+from coupled_gmm.plot import barycenters
 
 
 def mixture(n_components, d, seed):
@@ -54,7 +54,7 @@ def save(figure, tmp_path):
 @pytest.mark.parametrize(("d", "axes"), [(2, (0, 1)), (4, (3, 1))])
 def test_barycenters_and_mixtures_are_told_apart(d, axes, tmp_path):
     gmms, middle = [mixture(size, d, size) for size in (3, 4, 2)], mixture(5, d, 9)
-    figure = plot_flow.plot_barycenter(middle, gmms, axes=axes)
+    figure = barycenters.plot_barycenter(middle, gmms, axes=axes)
     (ax,) = figure.axes
     drawn = ellipses(ax)
     assert len(drawn) == 3 + 4 + 2 + 5
@@ -75,20 +75,20 @@ def test_barycenters_and_mixtures_are_told_apart(d, axes, tmp_path):
 
 def test_ellipses_lie_at_one_standard_deviation():
     gmm = mixture(3, 2, 0)
-    (ax,) = plot_flow.plot_barycenter(gmm, [gmm]).axes
+    (ax,) = barycenters.plot_barycenter(gmm, [gmm]).axes
     for patch, mean, covariance in zip(ellipses(ax), np.tile(gmm.means, (2, 1)), np.tile(gmm.covariances, (2, 1, 1))):
         offset = patch.get_patch_transform().transform(patch.get_path().vertices[:-1:3]) - mean
         np.testing.assert_allclose(np.einsum("ni,ij,nj->n", offset, np.linalg.inv(covariance), offset), 1, rtol=1e-3)
 
 
 def test_many_mixtures_have_colours_of_their_own():
-    figure = plot_flow.plot_barycenter(mixture(1, 2, 0), [mixture(1, 2, i) for i in range(20)])
+    figure = barycenters.plot_barycenter(mixture(1, 2, 0), [mixture(1, 2, i) for i in range(20)])
     assert len({to_hex(e.get_facecolor()) for e in ellipses(figure.axes[0])}) == 21
 
 
 def test_components_without_weight_are_not_drawn():
     gmm = cg.GaussianMixture.from_moments([[0.0, 0], [99, 99]], [np.eye(2), np.eye(2)], [1.0, 0])
-    (ax,) = plot_flow.plot_barycenter(gmm, [gmm]).axes
+    (ax,) = barycenters.plot_barycenter(gmm, [gmm]).axes
     assert len(ellipses(ax)) == 2
     assert not ax.viewLim.contains(99, 99)
 
@@ -96,7 +96,7 @@ def test_components_without_weight_are_not_drawn():
 @pytest.mark.parametrize(("d", "axes"), [(2, (0, 1)), (3, (2, 0))])
 def test_flows_show_every_step_by_time_and_weight(d, axes, tmp_path):
     fit, target = flow(d)
-    figure = plot_flow.plot_flow(fit, target, axes=axes)
+    figure = barycenters.plot_flow(fit, target, axes=axes)
     ax, bar = figure.axes
     assert len(ellipses(ax)) == 3 + 3 + 2  # start, end, target
     (between,) = (c for c in ax.collections if isinstance(c, PatchCollection))
@@ -119,7 +119,7 @@ def test_flows_show_every_step_by_time_and_weight(d, axes, tmp_path):
 
 def test_targets_may_be_several():
     fit, target = flow(2)
-    figure = plot_flow.plot_flow(fit, [target, mixture(4, 2, 5)])
+    figure = barycenters.plot_flow(fit, [target, mixture(4, 2, 5)])
     aims = ellipses(figure.axes[0])[6:]
     assert len(aims) == 2 + 4
     assert len({to_hex(e.get_edgecolor()) for e in aims}) == 2
@@ -129,8 +129,8 @@ def test_targets_may_be_several():
 def test_one_feature_is_drawn_as_densities(tmp_path):
     fit, target = flow(1)
     for figure, count in (
-        (plot_flow.plot_flow(fit, target), 7 + 3),
-        (plot_flow.plot_barycenter(target, [fit.gmm]), 2),
+        (barycenters.plot_flow(fit, target), 7 + 3),
+        (barycenters.plot_barycenter(target, [fit.gmm]), 2),
     ):
         lines = figure.axes[0].lines
         assert len(lines) == count
@@ -143,13 +143,13 @@ def test_one_feature_is_drawn_as_densities(tmp_path):
 def test_a_solved_flow_is_drawn(tmp_path):
     target = mixture(2, 2, 1)
     fit = cg.flow(mixture(3, 2, 0), target, steps=4)
-    save(plot_flow.plot_flow(fit, target), tmp_path)
-    save(plot_flow.plot_loss(fit.history.loss, title="Loss", ylabel="loss"), tmp_path)
+    save(barycenters.plot_flow(fit, target), tmp_path)
+    save(barycenters.plot_loss(fit.history.loss, title="Loss", ylabel="loss"), tmp_path)
 
 
 @pytest.mark.parametrize("values", [[3.0, 1.0, 0.5, np.nan, np.nan], [2.0, 0.0, -1.0], [1e-9, 1e-12, 0.0]])
 def test_losses_are_shown_twice(values, tmp_path):
-    figure = plot_flow.plot_loss(values, title="Loss", ylabel="loss", xlabel="iteration")
+    figure = barycenters.plot_loss(values, title="Loss", ylabel="loss", xlabel="iteration")
     linear, log = figure.axes
     np.testing.assert_array_equal(linear.lines[0].get_ydata(), values)
     np.testing.assert_array_equal(log.lines[0].get_ydata(), np.where(np.array(values) > 0, values, np.nan))
@@ -160,13 +160,13 @@ def test_losses_are_shown_twice(values, tmp_path):
 
 
 def test_what_is_nowhere_positive_has_no_logarithm():
-    assert len(plot_flow.plot_loss([0.0, -1.0], title="Loss", ylabel="loss").axes) == 1
+    assert len(barycenters.plot_loss([0.0, -1.0], title="Loss", ylabel="loss").axes) == 1
 
 
 @pytest.mark.parametrize(("d", "n_frames", "shown"), [(2, 4, 4), (2, 1, 1), (2, 50, 7), (1, 3, 3)])
 def test_animations_open_with_their_frames(d, n_frames, shown, tmp_path, capfd):
     fit, target = flow(d)
-    plot_flow.save_animation(tmp_path / "flow.gif", fit, target, n_frames=n_frames, fps=10)
+    barycenters.save_animation(tmp_path / "flow.gif", fit, target, n_frames=n_frames, fps=10)
     with Image.open(tmp_path / "flow.gif") as image:
         assert (image.format, image.n_frames) == ("GIF", shown)
         assert shown == 1 or image.info["duration"] == 100
@@ -175,7 +175,7 @@ def test_animations_open_with_their_frames(d, n_frames, shown, tmp_path, capfd):
 
 def test_animations_are_small_and_move(tmp_path):
     fit, target = flow(2, steps=60, sizes=(6, 5))
-    plot_flow.save_animation(str(tmp_path / "flow.gif"), fit, target)
+    barycenters.save_animation(str(tmp_path / "flow.gif"), fit, target)
     assert (tmp_path / "flow.gif").stat().st_size < 1e6
     with Image.open(tmp_path / "flow.gif") as image:
         assert image.n_frames == 50
@@ -187,25 +187,37 @@ def test_animations_are_small_and_move(tmp_path):
 
 
 BAD = [
-    (lambda fit, g: plot_flow.plot_barycenter(g, []), ValueError, "gmms: the list is empty"),
-    (lambda fit, g: plot_flow.plot_barycenter(g, g), TypeError, "gmms: expected a list"),
-    (lambda fit, g: plot_flow.plot_barycenter(g, [g, 3]), TypeError, "gmms[1]: expected a GaussianMixture"),
-    (lambda fit, g: plot_flow.plot_barycenter(fit, [g]), TypeError, "gmm: expected a GaussianMixture"),
+    (lambda fit, g: barycenters.plot_barycenter(g, []), ValueError, "gmms: the list is empty"),
+    (lambda fit, g: barycenters.plot_barycenter(g, g), TypeError, "gmms: expected a list"),
+    (lambda fit, g: barycenters.plot_barycenter(g, [g, 3]), TypeError, "gmms[1]: expected a GaussianMixture"),
+    (lambda fit, g: barycenters.plot_barycenter(fit, [g]), TypeError, "gmm: expected a GaussianMixture"),
     (
-        lambda fit, g: plot_flow.plot_barycenter(g, [mixture(1, 3, 0)]),
+        lambda fit, g: barycenters.plot_barycenter(g, [mixture(1, 3, 0)]),
         ValueError,
         "gmms[0]: has 3 features, expected 2",
     ),
-    (lambda fit, g: plot_flow.plot_barycenter(g, [g], axes=(0, 2)), ValueError, "axes: expected two distinct features"),
-    (lambda fit, g: plot_flow.plot_flow(fit, []), ValueError, "targets: the list is empty"),
-    (lambda fit, g: plot_flow.plot_flow(fit, [g, mixture(1, 1, 0)]), ValueError, "targets[1]: has 1 features"),
-    (lambda fit, g: plot_flow.plot_flow(fit, g, axes=(1, 1)), ValueError, "axes: expected two distinct features"),
-    (lambda fit, g: plot_flow.plot_loss([[1.0]], title="", ylabel=""), ValueError, "values: expected shape (steps,)"),
-    (lambda fit, g: plot_flow.plot_loss([np.nan], title="", ylabel=""), ValueError, "values: none is finite"),
-    (lambda fit, g: plot_flow.save_animation("flow.mp4", fit, g), ValueError, "path: must end in .gif, got 'flow.mp4'"),
-    (lambda fit, g: plot_flow.save_animation("f.gif", fit, g, n_frames=0), ValueError, "n_frames: must be at least 1"),
-    (lambda fit, g: plot_flow.save_animation("f.gif", fit, g, fps=0), ValueError, "fps: must be at least 1"),
-    (lambda fit, g: plot_flow.save_animation("f.gif", fit, g, axes=(0, 2)), ValueError, "axes: expected two"),
+    (
+        lambda fit, g: barycenters.plot_barycenter(g, [g], axes=(0, 2)),
+        ValueError,
+        "axes: expected two distinct features",
+    ),
+    (lambda fit, g: barycenters.plot_flow(fit, []), ValueError, "targets: the list is empty"),
+    (lambda fit, g: barycenters.plot_flow(fit, [g, mixture(1, 1, 0)]), ValueError, "targets[1]: has 1 features"),
+    (lambda fit, g: barycenters.plot_flow(fit, g, axes=(1, 1)), ValueError, "axes: expected two distinct features"),
+    (lambda fit, g: barycenters.plot_loss([[1.0]], title="", ylabel=""), ValueError, "values: expected shape (steps,)"),
+    (lambda fit, g: barycenters.plot_loss([np.nan], title="", ylabel=""), ValueError, "values: none is finite"),
+    (
+        lambda fit, g: barycenters.save_animation("flow.mp4", fit, g),
+        ValueError,
+        "path: must end in .gif, got 'flow.mp4'",
+    ),
+    (
+        lambda fit, g: barycenters.save_animation("f.gif", fit, g, n_frames=0),
+        ValueError,
+        "n_frames: must be at least 1",
+    ),
+    (lambda fit, g: barycenters.save_animation("f.gif", fit, g, fps=0), ValueError, "fps: must be at least 1"),
+    (lambda fit, g: barycenters.save_animation("f.gif", fit, g, axes=(0, 2)), ValueError, "axes: expected two"),
 ]
 
 
@@ -221,11 +233,11 @@ def test_batches_of_flows_are_refused():
     fit, target = flow(2)
     batch = SimpleNamespace(path=jax.tree.map(lambda leaf: leaf[None], fit.path))
     with pytest.raises(ValueError, match="fit: holds a batch of flows; take one"):
-        plot_flow.plot_flow(batch, target)
+        barycenters.plot_flow(batch, target)
 
 
 def test_flows_that_failed_are_refused():
     fit, target = flow(2)
     failed = SimpleNamespace(path=jax.tree.map(lambda leaf: leaf.at[-1].set(jnp.nan), fit.path))
     with pytest.raises(ValueError, match="fit: its path holds values that are not finite"):
-        plot_flow.plot_flow(failed, target)
+        barycenters.plot_flow(failed, target)
