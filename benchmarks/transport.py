@@ -28,7 +28,8 @@ from rich.table import Table
 
 import coupled_gmm as cg
 from coupled_gmm.gaussians import bures
-from coupled_gmm.transport import entropic, exact, solvers
+from coupled_gmm.transport import exact, limits, solvers
+from coupled_gmm.transport.pair import transport_problem
 
 console = Console(width=140)
 SHAPES, EPSILONS, TOL = ((3, 3), (10, 12), (40, 40)), (10.0, 1.0, 0.1, 1e-2, 1e-3, 1e-4), 1e-4  # of entropic plans
@@ -121,7 +122,7 @@ def exact_plans(results: dict, sizes=(3, 10, 20, 40, 64, 100, 200), in_xla: int 
     """In XLA up to `in_xla` components; batches up to 64, where `solve_plan` turns to the callback."""
     columns = ("K", "", "first, s", "warm, ms a problem", "over POT", "values differ")
     table = Table(*columns, title=f"Exact plans, float64; batches of {n_batch} problems are vmapped, POT's looped over")
-    rng, limit = np.random.RandomState(2), solvers.MAX_ITERATIONS["exact"]
+    rng, limit = np.random.RandomState(2), limits.MAX_ITERATIONS["exact"]
     xla = jax.jit(lambda *problem: exact.solve(*problem, limit)[0].matrix)
     host = jax.jit(lambda *problem: exact.solve_on_host(*problem, limit).matrix)
     vmapped = jax.jit(jax.vmap(xla))
@@ -145,9 +146,8 @@ def exact_plans(results: dict, sizes=(3, 10, 20, 40, 64, 100, 200), in_xla: int 
 @partial(jax.jit, static_argnames=("solver", "limit"))
 def solved(pair: cg.GaussianMixturePair, cost: jax.Array, solver: Callable, limit: int) -> tuple[jax.Array, ...]:
     """As `cg.solve_plan` does it, on given costs: iterations, marginal error, whether it met the tolerance."""
-    problem = (cost, pair.gmm0.log_weights, pair.gmm1.log_weights, pair.epsilon, pair.rho)
     init = jnp.zeros_like(pair.gmm0.weights), jnp.zeros_like(pair.gmm1.weights)
-    found = solver(*problem, init, jnp.asarray(TOL, init[0].dtype), limit, pair.balanced)
+    found = solver(transport_problem(pair, cost), init, jnp.asarray(TOL, init[0].dtype), limit)
     return found.n_iterations, found.marginal_error, found.converged
 
 
@@ -159,7 +159,7 @@ def ott_default(pair: cg.GaussianMixturePair, cost: jax.Array, tau: float) -> tu
     problem = linear_problem.LinearProblem(geom, jnp.exp(log_a / tau), jnp.exp(log_b / tau), tau, tau)
     output = sinkhorn.Sinkhorn()(problem)
     f, g = output.f - pair.epsilon * log_a, output.g - pair.epsilon * log_b
-    error = entropic.marginal_error(cost, log_a, log_b, f, g, pair.epsilon, pair.rho, pair.balanced)
+    error = transport_problem(pair, cost).marginal_error(f, g)
     return output.n_iters, error, output.converged
 
 
@@ -172,7 +172,7 @@ def entropic_problem(k0: int, k1: int, ratio: float, balanced: bool, seed: int) 
             cost = cg.bures_cost_matrix(gmm0, gmm1)
             mean = float(gmm0.weights @ cost @ gmm1.weights)
             pair = cg.GaussianMixturePair.from_rho(gmm0, gmm1, ratio * mean, jnp.inf if balanced else mean)
-            calls = {f"ours, float{bits}": partial(solved, pair, cost, solvers.solve_entropic, 500)}
+            calls = {f"ours, float{bits}": partial(solved, pair, cost, solvers.ENTROPIC, 500)}
             if bits == 64:
                 calls["OTT, 20,000"] = partial(solved, pair, cost, solvers.solver_for("sinkhorn", pair), 20_000)
                 calls["OTT, as it comes"] = partial(ott_default, pair, cost, float(pair.tau))

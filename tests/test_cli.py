@@ -18,7 +18,8 @@ from coupled_gmm.cli import app
 from coupled_gmm.core.progress import ProgressBar, table_header, table_row
 from coupled_gmm.data.saving import load, save
 from coupled_gmm.jobs import tables
-from coupled_gmm.jobs.config import FitConfig, load_config
+from coupled_gmm.jobs.fit import FitConfig, FitJob
+from coupled_gmm.jobs.registry import load_config
 
 CONFIG = """
 [data]
@@ -509,7 +510,7 @@ def test_no_number_is_cut_on_a_narrow_console(width, components, tau):
     plan.reweighting, plan.mass_change = lambda: (weights * 1234, weights), lambda: weights * 4321
     fit = SimpleNamespace(pair=pair, plan=plan, penalized_log_likelihood=-123456.789, n_steps=1)
     console = Console(file=io.StringIO(), width=width)
-    tables.print_summary(console, fit)
+    tables.print_sheets(console, FitJob().sheets(fit))
     text = console.file.getvalue()
     assert "…" not in text and console.width == width
     shown = text.split()
@@ -528,7 +529,7 @@ def test_large_plans_are_listed_by_their_largest_transfers():
     pair = cg.GaussianMixturePair(gmm, gmm, 0.01)
     fit = SimpleNamespace(pair=pair, plan=cg.solve_plan(pair), penalized_log_likelihood=0.0, n_steps=1)
     console = Console(file=io.StringIO(), width=80)
-    tables.print_summary(console, fit)
+    tables.print_sheets(console, FitJob().sheets(fit))
     text = console.file.getvalue()
     assert "the 20 largest of 400 (all are in plan.csv)" in text
     assert f"{float(fit.plan.matrix.max()):.4f}" in text

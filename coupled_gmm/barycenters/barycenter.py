@@ -30,9 +30,10 @@ from coupled_gmm.barycenters.problem import (
     one_precision,
 )
 from coupled_gmm.core import checks, chunks, matrices
+from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.host import on_host
 from coupled_gmm.core.programs import program
-from coupled_gmm.core.status import Outcome, Status
+from coupled_gmm.core.status import Outcome, Status, first_status
 from coupled_gmm.core.tree import counted, number, pytree, saved, taken
 from coupled_gmm.gaussians import bures
 from coupled_gmm.gaussians.mixture import GaussianMixture, about_one_point, moved_back, stack
@@ -125,7 +126,7 @@ def barycenter(
     checks.choice("projection", projection, PROJECTIONS)
     starts = _check_starts(init, gmms[0].n_features)
     if learn_weights and method != "exact":
-        raise ValueError("learn_weights: needs exact plans; drop method='entropic', or keep the weights")
+        raise ArgumentError("learn_weights", "needs exact plans", "drop method='entropic', or keep the weights")
     tol = checks.scalar("tol", tol, at_least=0)
     (*gmms, starts), centre = about_one_point(*gmms, starts)
     fit = _descent(gmms, starts, coefficients, epsilon, tol, max_steps, (method, projection, bool(learn_weights)))
@@ -158,12 +159,12 @@ def _check_starts(init: Any, n_features: int) -> GaussianMixture:
     """The starts, stacked; smaller ones padded."""
     starts = [init] if isinstance(init, GaussianMixture) else checks.sequence("init", init)
     if not starts:
-        raise ValueError("init: the list is empty; give at least one start")
+        raise ArgumentError("init", "the list is empty", "give at least one start")
     for i, gmm in enumerate(starts):
         name = "init" if isinstance(init, GaussianMixture) else f"init[{i}]"
         checks.instance(name, gmm, GaussianMixture)
         if gmm.n_features != n_features:
-            raise ValueError(f"{name}: has {gmm.n_features} features, and the mixtures have {n_features}")
+            raise ArgumentError(name, f"has {gmm.n_features} features, and the mixtures have {n_features}")
     return stack(starts)
 
 
@@ -203,11 +204,13 @@ def _barycenter(
     finals = jnp.take_along_axis(ends.values, ends.count[:, None] - 1, axis=1)[:, 0]
     best = jnp.argmin(jnp.where(jnp.isfinite(finals), finals, jnp.inf))
     end, value = taken(ends, best), finals[best]
-    unmet = jnp.where(tol > 0, Status.NOT_CONVERGED, Status.STEPS_DONE)
-    status = jnp.where(end.converged, Status.CONVERGED, unmet)
-    status = jnp.where(end.settled, status, Status.MEAN_NOT_CONVERGED)
-    status = jnp.where(end.solved, status, Status.PLAN_NOT_CONVERGED)
-    status = jnp.where(jnp.isfinite(value), status, Status.NOT_FINITE)
+    ends = [
+        (~jnp.isfinite(value), Status.NOT_FINITE),
+        (~end.solved, Status.PLAN_NOT_CONVERGED),
+        (~end.settled, Status.MEAN_NOT_CONVERGED),
+        (end.converged, Status.CONVERGED),
+    ]
+    status = first_status(ends, jnp.where(tol > 0, Status.NOT_CONVERGED, Status.STEPS_DONE))
     return BarycenterFit(end.free.mixture(), value, status, end.count - 1, best, BarycenterHistory(end.values))
 
 

@@ -31,8 +31,9 @@ from coupled_gmm.barycenters.problem import (
     one_precision,
 )
 from coupled_gmm.core import checks, chunks, matrices
+from coupled_gmm.core.errors import ArgumentError, ArgumentTypeError
 from coupled_gmm.core.programs import program
-from coupled_gmm.core.status import Outcome, Status
+from coupled_gmm.core.status import Outcome, Status, first_status
 from coupled_gmm.core.tree import chosen, counted, new, number, pytree, saved, taken
 from coupled_gmm.gaussians import bures
 from coupled_gmm.gaussians.mixture import GaussianMixture, about_one_point, moved_back
@@ -121,12 +122,12 @@ def flow(
     checks.instance("source", source, GaussianMixture)
     targets, coefficients, epsilon = check_problem("target", target, coefficients, method, epsilon)
     if source.n_features != targets[0].n_features:
-        raise ValueError(f"source: has {source.n_features} features, and the target has {targets[0].n_features}")
+        raise ArgumentError("source", f"has {source.n_features} features, and the target has {targets[0].n_features}")
     built = isinstance(optimizer, optax.GradientTransformation)
     if optimizer is not None and not built and not callable(optimizer):
-        raise TypeError(
-            "optimizer: expected None, an optax factory such as optax.adam, or a built optax transformation, "
-            f"got {type(optimizer).__name__}"
+        raise ArgumentTypeError(
+            "optimizer",
+            f"expected None, an optax factory such as optax.adam, or a built optax transformation, got {type(optimizer).__name__}",
         )
     at_most = 1 if optimizer is None else None
     rates = (
@@ -176,9 +177,12 @@ def _flow(
     path, losses, solved = _recorded(advance, start, steps, options.rows)
     path = jax.tree.map(lambda path, source: path.at[0].set(source), path, source)
     taken_steps = jnp.arange(len(losses)) <= steps
-    status = jnp.where(jnp.all(solved | ~taken_steps), Status.STEPS_DONE, Status.PLAN_NOT_CONVERGED)
     sound = jnp.isfinite(losses) & _covariant(path)
-    status = jnp.where(jnp.all(sound | ~taken_steps), status, Status.NOT_FINITE)
+    ends = [
+        (jnp.any(taken_steps & ~sound), Status.NOT_FINITE),
+        (jnp.any(taken_steps & ~solved), Status.PLAN_NOT_CONVERGED),
+    ]
+    status = first_status(ends, Status.STEPS_DONE)
     return FlowFit(taken(path, steps), losses[steps], path, status, FlowHistory(losses))
 
 

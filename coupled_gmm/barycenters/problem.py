@@ -8,14 +8,14 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from coupled_gmm.core import checks, matrices
+from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.tree import new, pytree, static
 from coupled_gmm.gaussians import bures
-from coupled_gmm.gaussians.mixture import GaussianMixture, in_one_space, log_weights, stack
-from coupled_gmm.transport import duals, exact, solvers
+from coupled_gmm.gaussians.mixture import GaussianMixture, in_one_space, stack
+from coupled_gmm.transport import duals, exact, limits, solvers
+from coupled_gmm.transport.problem import TransportProblem
 
 METHODS = ("exact", "entropic")
-_MAX_ITERATIONS = {"exact": 100_000, "entropic": 500}
-MAX_MARGINAL_ERROR = 1e-3  # a plan that misses its marginals by more is no ground for a step
 
 
 class FreeMixture(NamedTuple):
@@ -91,10 +91,10 @@ class BarycenterProblem:
     def solve(self, cost: Float[Array, "B n K"], weights: Float[Array, " n"], warm_start: Any) -> PlansToFixed:
         """The optimal plan to each fixed mixture, from what `warm_start` holds."""
         cost, weights, fixed = jax.lax.stop_gradient((cost, weights, self.weights))
-        limit = _MAX_ITERATIONS[self.method]
+        limit = limits.MAX_ITERATIONS[self.method]
         if self.method == "entropic":
             return self._solve_entropic(cost, weights, warm_start, limit)
-        if max(cost.shape[1:]) <= solvers.SMALL:
+        if max(cost.shape[1:]) <= limits.MAX_SIZE_IN_XLA:
             vertex, warm_start = jax.vmap(lambda c, b, start: exact.solve(c, weights, b, limit, start))(
                 cost, fixed, warm_start
             )
@@ -104,18 +104,16 @@ class BarycenterProblem:
         return PlansToFixed(vertex.matrix, vertex.f, objective, jnp.all(vertex.optimal), warm_start)
 
     def _solve_entropic(self, cost: Array, weights: Array, warm_start: Any, limit: int) -> PlansToFixed:
-        tol = jnp.asarray(1e-10 if cost.dtype == jnp.float64 else 1e-5, cost.dtype)
-        infinite = jnp.asarray(jnp.inf, cost.dtype)
+        tol = jnp.asarray(limits.barycenter_tolerance(cost.dtype), cost.dtype)
 
         def one(cost: Array, fixed: Array, init: Any) -> tuple[Array, ...]:
-            log_a, log_b = log_weights(weights), log_weights(fixed)
-            found = solvers.solve_entropic(cost, log_a, log_b, self.epsilon, infinite, init, tol, limit, True)
-            matrix = duals.plan_matrix(cost, weights, fixed, found.f, found.g, self.epsilon)
-            value = duals.dual_value(cost, weights, fixed, found.f, found.g, self.epsilon, infinite, True)
-            return matrix, found.f, found.g, value, found.marginal_error
+            problem = TransportProblem.of_masses(cost, weights, fixed, epsilon=self.epsilon, balanced=True)
+            found = solvers.ENTROPIC(problem, init, tol, limit)
+            value = duals.dual_value(problem, found.f, found.g)
+            return problem.plan(found.f, found.g), found.f, found.g, value, found.marginal_error
 
         matrix, f, g, values, errors = jax.vmap(one)(cost, self.weights, warm_start)
-        return PlansToFixed(matrix, f, self.coefficients @ values, jnp.all(errors <= MAX_MARGINAL_ERROR), (f, g))
+        return PlansToFixed(matrix, f, self.coefficients @ values, jnp.all(errors <= limits.MAX_MARGINAL_ERROR), (f, g))
 
     def cells(self, plans: PlansToFixed) -> Cells:
         """Where the plans may hold mass: everywhere, or in the cells of exact plans' trees."""
@@ -165,7 +163,7 @@ def check_problem(
     coefficients = checks.weights("coefficients", coefficients, len(gmms)).astype(dtype)
     checks.choice("method", method, METHODS)
     if method == "exact" and epsilon is not None:
-        raise ValueError("epsilon: goes with method 'entropic' only; drop it, or pass method='entropic'")
+        raise ArgumentError("epsilon", "goes with method 'entropic' only", "drop it, or pass method='entropic'")
     if epsilon is not None:
         epsilon = checks.scalar("epsilon", epsilon, above=0).astype(dtype)
     return gmms, coefficients / jnp.sum(coefficients), epsilon

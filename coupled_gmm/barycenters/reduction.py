@@ -9,6 +9,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from coupled_gmm.barycenters.barycenter import BarycenterFit, reduced
 from coupled_gmm.core import checks
+from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.programs import program
 from coupled_gmm.core.tree import new
 from coupled_gmm.gaussians import bures
@@ -45,7 +46,9 @@ def reduce_gmm(
     key = checks.key("key", key)
     checks.instance("gmm", gmm, GaussianMixture)
     if checks.integer("n_components", n_components, 1) > gmm.n_components:
-        raise ValueError(f"n_components: {n_components} are more than the mixture's {gmm.n_components}; ask for fewer")
+        raise ArgumentError(
+            "n_components", f"{n_components} are more than the mixture's {gmm.n_components}", "ask for fewer"
+        )
     max_steps, tol = checks.integer("max_steps", max_steps, 1, checks.MOST_STEPS), checks.scalar("tol", tol, at_least=0)
     keys = jax.random.split(key, checks.integer("n_init", n_init, 1, checks.MOST_STARTS))
     (gmm,), centre = about_one_point(gmm)

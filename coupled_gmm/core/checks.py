@@ -14,6 +14,7 @@ from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from coupled_gmm.core import foreign
+from coupled_gmm.core.errors import ArgumentError, ArgumentTypeError
 
 MOST_STEPS = 1_000_000  # of any loop: each has a row in a history, and some a mixture in a path
 MOST_STARTS = 10_000
@@ -70,14 +71,17 @@ def representable(name: str, value: Any, dtype: Any) -> Any:
     if isinstance(value, np.ndarray) and value.dtype.itemsize > np.dtype(dtype).itemsize:
         lost = np.isinf(result) & np.isfinite(value)
         if lost.any():
-            raise ValueError(
-                f"{name}: {lost.sum()} of {value.size} values, up to {np.abs(value[lost]).max():.3g}, exceed what "
-                f"{np.dtype(dtype)} holds ({np.finfo(dtype).max:.2g}); change the unit, or enable float64"
+            raise ArgumentError(
+                name,
+                f"{lost.sum()} of {value.size} values, up to {np.abs(value[lost]).max():.3g}, exceed what "
+                f"{np.dtype(dtype)} holds ({np.finfo(dtype).max:.2g})",
+                "change the unit, or enable float64",
             )
         if value.any() and not result.any():
-            raise ValueError(
-                f"{name}: all values vanish in {np.dtype(dtype)}, the largest being {np.abs(value).max():.3g}; change the "
-                "unit, or enable float64"
+            raise ArgumentError(
+                name,
+                f"all values vanish in {np.dtype(dtype)}, the largest being {np.abs(value).max():.3g}",
+                "change the unit, or enable float64",
             )
     return result
 
@@ -90,16 +94,18 @@ def _shaped(name: str, value: Any, *shape: int | str) -> Any:
     except ValueError as error:
         if not str(error).endswith("rows of unequal length"):
             raise
-        raise ValueError(f"{name}: expected an array of shape {wanted}, got rows of unequal length") from error
+        raise ArgumentError(name, f"expected an array of shape {wanted}, got rows of unequal length") from error
     if getattr(result.dtype, "kind", "V") not in "fiub" and not jnp.issubdtype(result.dtype, jnp.floating):
-        raise TypeError(f"{name}: expected real numbers, got dtype {result.dtype}; convert it to floats first")
+        raise ArgumentTypeError(name, f"expected real numbers, got dtype {result.dtype}", "convert it to floats first")
     if len(result.shape) != len(shape):
-        raise ValueError(f"{name}: expected shape {wanted}, got {result.shape}; reshape it to {len(shape)} axes")
+        raise ArgumentError(name, f"expected shape {wanted}, got {result.shape}", f"reshape it to {len(shape)} axes")
     for axis, (size, got) in enumerate(zip(shape, result.shape, strict=True)):
         if isinstance(size, int) and size != got:
-            raise ValueError(f"{name}: expected shape {wanted}, got {result.shape}; axis {axis} must have size {size}")
+            raise ArgumentError(
+                name, f"expected shape {wanted}, got {result.shape}", f"axis {axis} must have size {size}"
+            )
         if got == 0:
-            raise ValueError(f"{name}: expected shape {wanted}, got {result.shape}; axis {axis} is empty")
+            raise ArgumentError(name, f"expected shape {wanted}, got {result.shape}", f"axis {axis} is empty")
     return result
 
 
@@ -131,7 +137,7 @@ def finite(name: str, value: Any, remedy: str = "remove or replace them") -> Non
         # Counted where they lie: on the host by NumPy, without compilation; on an accelerator a copy of a cloud would cost more.
         bad = value.size - int(np.isfinite(np.asarray(value)).sum() if on_host(value) else jnp.isfinite(value).sum())
         if bad:
-            raise ValueError(f"{name}: {bad} of {value.size} values are NaN or infinite; {remedy}")
+            raise ArgumentError(name, f"{bad} of {value.size} values are NaN or infinite", remedy)
 
 
 def on_host(value: Any) -> bool:
@@ -176,9 +182,9 @@ def own_weights(name: str, value: Any, size: int) -> Any:
     if known(w):
         host = np.asarray(w)
         if (host < 0).any():
-            raise ValueError(f"{name}: {(host < 0).sum()} weights are negative; weights must be at least 0")
+            raise ArgumentError(name, f"{(host < 0).sum()} weights are negative", "weights must be at least 0")
         if not host.any():
-            raise ValueError(f"{name}: all weights are zero; at least one must be positive")
+            raise ArgumentError(name, "all weights are zero", "at least one must be positive")
     return w
 
 
@@ -199,7 +205,7 @@ def scalar(
 ) -> jax.Array:
     """A real number, with its bounds in the message; ``batched`` lets an array of such numbers through."""
     if value is None or isinstance(value, (str, bytes, bool)):
-        raise TypeError(f"{name}: expected a real number, got {brief(value)}")
+        raise ArgumentTypeError(name, f"expected a real number, got {brief(value)}")
     if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "fiu":
         value = foreign.native_floats(name, np.asarray(value))
     try:
@@ -207,9 +213,9 @@ def scalar(
         with np.errstate(over="ignore"):
             number = jnp.asarray(value)
     except (TypeError, ValueError, OverflowError) as error:
-        raise TypeError(f"{name}: expected a real number, got {brief(value)}") from error
+        raise ArgumentTypeError(name, f"expected a real number, got {brief(value)}") from error
     if number.dtype.kind not in "fiu" or (number.ndim and not batched):
-        raise TypeError(f"{name}: expected one real number, got {type(value).__name__} of shape {number.shape}")
+        raise ArgumentTypeError(name, f"expected one real number, got {type(value).__name__} of shape {number.shape}")
     number = number.astype(jnp.result_type(float))
     if known(value):  # the value as given: under jit even a constant becomes a tracer once it is converted
         host = np.asarray(value, np.float64)
@@ -224,7 +230,7 @@ def scalar(
         if not np.all(legal):
             wrong = f"{host[~legal][0]:g} and the like in {(~legal).sum()} of {host.size} places"
             got = brief(value) if host.size <= _MOST_SHOWN else wrong
-            raise ValueError(f"{name}: must be {' and '.join(bounds) or 'a number'}, got {got}")
+            raise ArgumentError(name, f"must be {' and '.join(bounds) or 'a number'}, got {got}")
         _check_range(name, host, number.dtype, above)
     return number
 
@@ -238,7 +244,7 @@ def _check_range(name: str, host: np.ndarray, dtype: Any, above: float | None) -
         lost |= result < np.finfo(dtype).tiny
     if np.any(lost):
         first = host[lost].ravel()[0]
-        raise ValueError(f"{name}: {first:g} is out of the range of {dtype}; change the unit, or enable float64")
+        raise ArgumentError(name, f"{first:g} is out of the range of {dtype}", "change the unit, or enable float64")
 
 
 def one_or_two(name: str, value: Any, **bounds: Any) -> jax.Array:
@@ -247,9 +253,10 @@ def one_or_two(name: str, value: Any, **bounds: Any) -> jax.Array:
         value = jnp.stack([jnp.asarray(each) for each in value]) if len(value) else jnp.zeros(0)
     number = scalar(name, value, batched=True, **bounds)
     if number.shape not in ((), (2,)):
-        raise ValueError(
-            f"{name}: expected one number, or two (gmm0's side, gmm1's side), got shape {number.shape}; "
-            "for many problems at once map over them with jax.vmap"
+        raise ArgumentError(
+            name,
+            f"expected one number, or two (gmm0's side, gmm1's side), got shape {number.shape}",
+            "for many problems at once map over them with jax.vmap",
         )
     return number
 
@@ -257,11 +264,11 @@ def one_or_two(name: str, value: Any, **bounds: Any) -> jax.Array:
 def integer(name: str, value: Any, at_least: int, at_most: int = MOST_NUMBERS) -> int:
     """A Python integer: sizes and step counts are static, and numbers of 32 bits in programs."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name}: expected an integer, got {brief(value)}")
+        raise ArgumentTypeError(name, f"expected an integer, got {brief(value)}")
     if value < at_least:
-        raise ValueError(f"{name}: must be at least {at_least}, got {brief(int(value))}")
+        raise ArgumentError(name, f"must be at least {at_least}, got {brief(int(value))}")
     if value > at_most:
-        raise ValueError(f"{name}: must be at most {at_most}, got {brief(int(value))}")
+        raise ArgumentError(name, f"must be at most {at_most}, got {brief(int(value))}")
     return int(value)
 
 
@@ -270,9 +277,11 @@ def key(name: str, value: Any) -> jax.Array:
     typed = isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
     raw = isinstance(value, (jax.Array, np.ndarray)) and value.dtype == np.uint32
     if not typed and not raw:
-        raise TypeError(f"{name}: expected a random key, got {type(value).__name__}; pass jax.random.key(0), say")
+        raise ArgumentTypeError(
+            name, f"expected a random key, got {type(value).__name__}", "pass jax.random.key(0), say"
+        )
     if value.ndim != (0 if typed else 1):
-        raise ValueError(f"{name}: expected one random key, got an array of shape {value.shape}; pass one of them")
+        raise ArgumentError(name, f"expected one random key, got an array of shape {value.shape}", "pass one of them")
     return jnp.asarray(value)
 
 
@@ -290,20 +299,22 @@ def _refuse(message: str, primals: Any, tangents: Any) -> Any:
 
 def sequence(name: str, value: Any) -> list:
     if not isinstance(value, (tuple, list, np.ndarray)):
-        raise TypeError(f"{name}: expected a list, got {type(value).__name__}; put it in one")
+        raise ArgumentTypeError(name, f"expected a list, got {type(value).__name__}", "put it in one")
     return list(value)
 
 
 def instance(name: str, value: Any, cls: type, *, computes: bool = True) -> None:
     """One of a class, not a stack of them; whoever computes with it needs its precision."""
     if not isinstance(value, cls):
-        raise TypeError(f"{name}: expected a {cls.__name__}, got {type(value).__name__}")
+        raise ArgumentTypeError(name, f"expected a {cls.__name__}, got {type(value).__name__}")
     if computes:
         held(name, value)
     shape = getattr(value, "batch_shape", ())
     if shape:
-        raise ValueError(
-            f"{name}: holds several, stacked in shape {shape}; take one of them, {name}[i], or map over them with jax.vmap"
+        raise ArgumentError(
+            name,
+            f"holds several, stacked in shape {shape}",
+            f"take one of them, {name}[i], or map over them with jax.vmap",
         )
 
 
@@ -311,13 +322,14 @@ def held(name: str, value: Any) -> None:
     """Refuse a tree of float64 numbers where JAX has float64 disabled: programs would mix precisions."""
     for leaf in jax.tree.leaves(value):
         if isinstance(leaf, jax.Array) and not _representable_dtype(leaf.dtype):
-            raise ValueError(
-                f"{name}: was made in float64, which JAX has disabled here; enable it (jax.enable_x64), or cast: "
-                "jax.tree.map(lambda leaf: leaf.astype('float32'), ...)"
+            raise ArgumentError(
+                name,
+                "was made in float64, which JAX has disabled here",
+                "enable it (jax.enable_x64), or cast: jax.tree.map(lambda leaf: leaf.astype('float32'), ...)",
             )
 
 
 def choice(name: str, value: Any, options: tuple[str, ...]) -> str:
     if not isinstance(value, str) or value not in options:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {brief(value)}")
+        raise ArgumentError(name, f"expected one of {', '.join(map(repr, options))}, got {brief(value)}")
     return value

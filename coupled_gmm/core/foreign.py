@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from coupled_gmm.core import installation
+from coupled_gmm.core.errors import ArgumentError, ArgumentTypeError
 
 _SHOWN = 5  # names in a message
 
@@ -28,9 +29,11 @@ def as_array(name: str, value: Any) -> np.ndarray:
         return _plain(name, np.asarray(value))
     library = _library(value)
     if hasattr(type(value), "obsm"):  # AnnData, MuData: X may be sparse, of 30,000 genes
-        raise TypeError(f'{name}: expected an array, got {type(value).__name__}; pass adata.obsm["X_pca"], say')
+        raise ArgumentTypeError(name, f"expected an array, got {type(value).__name__}", 'pass adata.obsm["X_pca"], say')
     if library == "scipy" and hasattr(value, "toarray"):
-        raise TypeError(f"{name}: expected an array, got a sparse {type(value).__name__}; pass {name}.toarray()")
+        raise ArgumentTypeError(
+            name, f"expected an array, got a sparse {type(value).__name__}", f"pass {name}.toarray()"
+        )
     if library == "pandas" and hasattr(value, "to_numpy"):
         return _of_pandas(name, value)
     if library == "polars" or (library == "pyarrow" and hasattr(value, "schema")):
@@ -39,10 +42,10 @@ def as_array(name: str, value: Any) -> np.ndarray:
         return _of_torch(name, value)
     try:
         return _plain(name, np.asarray(value))
+    except ArgumentError:
+        raise
     except (ValueError, OverflowError) as error:
-        if str(error).startswith(f"{name}: "):
-            raise
-        raise ValueError(f"{name}: expected an array, got rows of unequal length") from error
+        raise ArgumentError(name, "expected an array, got rows of unequal length") from error
 
 
 def names(value: Any) -> tuple[str, ...] | None:
@@ -101,10 +104,10 @@ def feature_order(
     if sorted(one) != sorted(other) or len(set(one)) < len(one):
         theirs, ours = (", ".join(map(repr, each[:20])) + (" ..." if len(each) > 20 else "") for each in (other, one))
         if len(one) != len(other):
-            what = f"has {len(other)} features and {called[0]} has {len(one)}; choose the same ones with columns"
-            raise ValueError(f"{called[1]}: {what} (of {theirs}, and of {ours})")
-        raise ValueError(
-            f"{called[1]}: has the features {theirs}, and {called[0]} has {ours}; choose or name the same ones"
+            remedy = f"choose the same ones with columns (of {theirs}, and of {ours})"
+            raise ArgumentError(called[1], f"has {len(other)} features and {called[0]} has {len(one)}", remedy)
+        raise ArgumentError(
+            called[1], f"has the features {theirs}, and {called[0]} has {ours}", "choose or name the same ones"
         )
     return [list(other).index(feature) for feature in one]
 
@@ -119,7 +122,9 @@ def native_floats(name: str, array: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore"):
             cast = array.astype(np.float64)
         if (lost := np.isinf(cast) & np.isfinite(array)).any():
-            raise ValueError(f"{name}: {lost.sum()} of {array.size} values exceed what float64 holds; change the unit")
+            raise ArgumentError(
+                name, f"{lost.sum()} of {array.size} values exceed what float64 holds", "change the unit"
+            )
         return cast
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
@@ -135,8 +140,8 @@ def _unmasked(name: str, value: np.ma.MaskedArray) -> np.ndarray:
     mask = np.ma.getmaskarray(value)
     if mask.any():
         rows = mask.reshape(len(mask), -1).any(axis=1).sum() if mask.ndim else 1
-        raise ValueError(
-            f"{name}: {rows} of {len(np.atleast_1d(mask))} rows have masked values; drop those rows, or fill them in"
+        raise ArgumentError(
+            name, f"{rows} of {len(np.atleast_1d(mask))} rows have masked values", "drop those rows, or fill them in"
         )
     return _plain(name, value.data)
 
@@ -145,18 +150,22 @@ def _plain(name: str, array: np.ndarray) -> np.ndarray:
     """An array whose cells are numbers of NumPy, where they are real numbers at all."""
     if array.dtype.names is not None:
         fields = ", ".join(map(repr, array.dtype.names[:_SHOWN]))
-        raise TypeError(f"{name}: has fields with names ({fields}); make one array of its columns")
+        raise ArgumentTypeError(name, f"has fields with names ({fields})", "make one array of its columns")
     if array.dtype.kind == "O":
         real = (numbers.Real, decimal.Decimal, np.bool_)
         kinds = {type(cell).__name__ for cell in array.flat if not isinstance(cell, real) and np.ndim(cell) == 0}
         if kinds:
-            raise TypeError(
-                f"{name}: expected real numbers, got dtype object with {', '.join(sorted(kinds))}; convert it to floats first"
+            raise ArgumentTypeError(
+                name,
+                f"expected real numbers, got dtype object with {', '.join(sorted(kinds))}",
+                "convert it to floats first",
             )
         try:
             return array.astype(np.float64)
         except (TypeError, ValueError, OverflowError) as error:
-            raise TypeError(f"{name}: expected real numbers, got dtype object; convert it to floats first") from error
+            raise ArgumentTypeError(
+                name, "expected real numbers, got dtype object", "convert it to floats first"
+            ) from error
     return array if array.dtype.kind not in "f" else native_floats(name, array)
 
 
@@ -191,7 +200,7 @@ def _of_polars(name: str, value: Any) -> np.ndarray:
         import polars as pl  # theirs is at hand already, or pyarrow's is read by it
 
     if isinstance(value, pl.LazyFrame):
-        raise TypeError(f"{name}: expected a table, got a LazyFrame; pass {name}.collect()")
+        raise ArgumentTypeError(name, "expected a table, got a LazyFrame", f"pass {name}.collect()")
     if not isinstance(value, (pl.DataFrame, pl.Series)):
         value = pl.from_arrow(value)
     columns = [value] if isinstance(value, pl.Series) else value.get_columns()
@@ -214,12 +223,14 @@ def _refuse_columns(name: str, columns: list[tuple[str, str, int | None]], size:
     """Refuse columns (label, kind, missing values; None: it holds no numbers)."""
     words = [f"{label!r} ({kind})" for label, kind, missing in columns if missing is None]
     if words:
-        raise TypeError(
-            f"{name}: expected real numbers, got columns {_listed(words)}; leave them out, or convert them to floats"
+        raise ArgumentTypeError(
+            name, f"expected real numbers, got columns {_listed(words)}", "leave them out, or convert them to floats"
         )
     missing = [f"{label!r} ({count} of {size})" for label, _, count in columns if count]
     if missing:
-        raise ValueError(f"{name}: values are missing in columns {_listed(missing)}; drop those rows, or fill them in")
+        raise ArgumentError(
+            name, f"values are missing in columns {_listed(missing)}", "drop those rows, or fill them in"
+        )
 
 
 def _listed(items: list[str]) -> str:
@@ -230,6 +241,6 @@ def _of_torch(name: str, value: Any) -> np.ndarray:
     try:
         return _plain(name, np.asarray(value.detach().cpu()))
     except (TypeError, RuntimeError, AttributeError) as error:
-        raise TypeError(
-            f"{name}: this tensor does not go to NumPy; pass {name}.detach().cpu().float().numpy()"
+        raise ArgumentTypeError(
+            name, "this tensor does not go to NumPy", f"pass {name}.detach().cpu().float().numpy()"
         ) from error

@@ -1,11 +1,12 @@
 """What every solver returns beside its value: a status whose text names the remedy."""
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
@@ -87,6 +88,9 @@ SEVERITY = (
     Status.SINGULAR,
     Status.NOT_FINITE,
 )
+# How a solver reads its end: the first that holds, in this order. What spoils a number comes before what that number says, so
+# a plan that missed its marginals is named before the fall of an objective that it may have caused.
+#     NOT_FINITE, PLAN_NOT_CONVERGED, COLLAPSED or MEAN_NOT_CONVERGED, PRECISION of what fell, STALLED, CONVERGED, the steps ran out
 FAILURES = frozenset(Status) - {Status.CONVERGED, Status.STEPS_DONE}
 Remedies = Mapping[Status, str]
 
@@ -141,6 +145,14 @@ class Outcome:
     def _ended(self) -> list[str]:
         """The status for `repr`; nothing where it can't be read."""
         return [] if isinstance(self.status, Tracer) else [self.status_name]
+
+
+def first_status(cases: Sequence[tuple[jax.Array, Any]], otherwise: Any) -> jax.Array:
+    """The status of the first of (condition, status) that holds, inside programs; `otherwise` where none does."""
+    status = otherwise
+    for condition, end in reversed(cases):
+        status = jnp.where(condition, end, status)
+    return status
 
 
 def failed(status: Any) -> bool:

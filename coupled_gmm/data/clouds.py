@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from coupled_gmm.core import checks, foreign, installation
+from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.data import arrays, dialect
 from coupled_gmm.data.dialect import Table
 from coupled_gmm.gaussians.mixture import GaussianMixture
@@ -143,9 +144,8 @@ def paired(names: tuple[str, str], cloud0: Cloud, cloud1: Cloud) -> tuple[Cloud,
         named, bare = names if cloud1.names is None else names[::-1]
         known = ", ".join(map(repr, cloud0.names or cloud1.names or ()))
         if not foreign.are_positions(cloud0.names or cloud1.names):
-            raise ValueError(
-                f"{names[1]}: {named} names its features ({known}) and {bare} does not; name both or neither"
-            )
+            problem = f"{named} names its features ({known}) and {bare} does not"
+            raise ArgumentError(names[1], problem, "name both or neither")
     return cloud0, cloud1
 
 
@@ -362,7 +362,9 @@ def photograph_clouds(n: int | None = None, seed: int = 0) -> tuple[Float[np.nda
     if n is not None:
         size = len(clouds[0])
         if checks.integer("n", n, 1) > size:
-            raise ValueError(f"n: the photographs have {size} pixels each, got {n}; ask for fewer, or none for all")
+            raise ArgumentError(
+                "n", f"the photographs have {size} pixels each, got {n}", "ask for fewer, or none for all"
+            )
         draw = np.random.default_rng(seed)
         clouds = [cloud[draw.choice(size, n, replace=False)] for cloud in clouds]
     return clouds[0], clouds[1]

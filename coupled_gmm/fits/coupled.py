@@ -14,6 +14,7 @@ import optax
 from jaxtyping import Array, Float
 
 from coupled_gmm.core import checks, chunks, foreign, report
+from coupled_gmm.core.errors import ArgumentError, ArgumentTypeError
 from coupled_gmm.core.programs import program
 from coupled_gmm.core.tree import new, taken
 from coupled_gmm.fits import em, frame
@@ -50,16 +51,18 @@ def _check_run(
 ) -> _Run:
     built = isinstance(optimizer, optax.GradientTransformation)
     if optimizer is not None and not built and not callable(optimizer):
-        raise TypeError(
-            f"optimizer: expected None, an optax factory such as optax.adam, or a built optax transformation, "
-            f"got {type(optimizer).__name__}"
+        raise ArgumentTypeError(
+            "optimizer",
+            f"expected None, an optax factory such as optax.adam, or a built optax transformation, got {type(optimizer).__name__}",
         )
     factory = optimizer is not None and not built
     if factory and learning_rate is None:
-        raise ValueError("learning_rate: an optax factory needs one; pass learning_rate=1e-2, say")
+        raise ArgumentError("learning_rate", "an optax factory needs one", "pass learning_rate=1e-2, say")
     if learning_rate is not None:
         if not factory:
-            raise ValueError("learning_rate: goes with an optax factory only, such as optimizer=optax.adam; drop it")
+            raise ArgumentError(
+                "learning_rate", "goes with an optax factory only, such as optimizer=optax.adam", "drop it"
+            )
         learning_rate = checks.scalar("learning_rate", learning_rate, above=0, batched=True)
     controls = Controls(
         checks.scalar("ridge", ridge, at_least=0, batched=True),
@@ -79,15 +82,15 @@ def _check_cloud(name: str, x: Any, weights_name: str, weights: Any, gmm: Gaussi
     return cloud, None if weights is None else checks.relative_weights(weights_name, weights, len(cloud))
 
 
-def _fit_options(run: _Run, solver: solvers.Solver) -> FitOptions:
+def _fit_options(run: _Run, solver: solvers.PlanSolver) -> FitOptions:
     progress = run.progress is not False and run.progress is not None
     return FitOptions(chunks.rows(run.em_steps), solver, run.optimizer, progress)
 
 
-def _edge_solver(method: str, graph: MixtureGraph) -> solvers.Solver:
+def _edge_solver(method: str, graph: MixtureGraph) -> solvers.PlanSolver:
     """The solver of all edges at once; OTT's needs one tau, known when it is compiled."""
     if method == "entropic" or not graph.n_edges:
-        return solvers.solve_entropic
+        return solvers.ENTROPIC
     with jax.ensure_compile_time_eval():  # of a graph that is known, inside jit as well
         graph, _ = graph.in_node_order()
         prices = {"epsilon": graph.epsilon, "rho": graph.rho, "balanced": graph.balanced}
@@ -96,9 +99,10 @@ def _edge_solver(method: str, graph: MixtureGraph) -> solvers.Solver:
             tau = np.asarray(edges.tau)
             if not np.allclose(tau, tau[0], rtol=1e-5, atol=0):
                 each = ", ".join(np.array2string(one, precision=4) for one in tau)
-                raise ValueError(
-                    f"method: 'sinkhorn' needs one tau = rho / (rho + epsilon) for all edges, and these have {each}; "
-                    "use 'entropic', or give all edges the same tau"
+                raise ArgumentError(
+                    "method",
+                    f"'sinkhorn' needs one tau = rho / (rho + epsilon) for all edges, and these have {each}",
+                    "use 'entropic', or give all edges the same tau",
                 )
         return solvers.solver_for(method, taken(edges, 0))
 
@@ -220,20 +224,20 @@ def fit_graph(
     """
     checks.instance("graph", graph, MixtureGraph)
     if graph.sources.ndim != 1:
-        raise ValueError(
-            f"graph: is a batch of {len(graph.sources)} graphs; fit them with jax.vmap, or take one of them"
+        raise ArgumentError(
+            "graph", f"is a batch of {len(graph.sources)} graphs", "fit them with jax.vmap, or take one of them"
         )
     run = _check_run(em_steps, m_steps, optimizer, learning_rate, tol, ridge, method, chunk_size, progress)
     clouds = checks.sequence("clouds", clouds)
     weights = [None] * graph.n_nodes if point_weights is None else checks.sequence("point_weights", point_weights)
     for name, given in (("clouds", clouds), ("point_weights", weights)):
         if len(given) != graph.n_nodes:
-            raise ValueError(f"{name}: expected one for each of the {graph.n_nodes} nodes (or None), got {len(given)}")
+            raise ArgumentError(name, f"expected one for each of the {graph.n_nodes} nodes (or None), got {len(given)}")
     for i, (cloud, weight) in enumerate(zip(clouds, weights, strict=True)):
         if cloud is None and weight is not None:
-            raise ValueError(f"point_weights[{i}]: node {i} has no cloud to weigh; pass None, or its cloud")
+            raise ArgumentError(f"point_weights[{i}]", f"node {i} has no cloud to weigh", "pass None, or its cloud")
     if all(cloud is None for cloud in clouds):
-        raise ValueError("clouds: every one is None; a fit needs at least one cloud")
+        raise ArgumentError("clouds", "every one is None", "a fit needs at least one cloud")
     names = [f"clouds[{i}]" for i in range(graph.n_nodes)]
     clouds = foreign.same_features(names, clouds)
     checked = [
@@ -318,7 +322,7 @@ def fit_pair(
     checks.instance("pair", pair, GaussianMixturePair)
     run = _check_run(em_steps, m_steps, optimizer, learning_rate, tol, ridge, method, chunk_size, progress)
     if not isinstance(freeze, (tuple, list, set, frozenset)) or any(name not in ("gmm0", "gmm1") for name in freeze):
-        raise ValueError(f"freeze: expected a collection of 'gmm0' and 'gmm1', got {checks.brief(freeze)}")
+        raise ArgumentError("freeze", f"expected a collection of 'gmm0' and 'gmm1', got {checks.brief(freeze)}")
     x0, x1 = foreign.same_features(["x0", "x1"], [x0, x1])
     x0, w0 = _check_cloud("x0", x0, "point_weights0", point_weights0, pair.gmm0)
     x1, w1 = _check_cloud("x1", x1, "point_weights1", point_weights1, pair.gmm1)

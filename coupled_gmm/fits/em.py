@@ -16,14 +16,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from coupled_gmm.core import checks, matrices, report
 from coupled_gmm.core.expansions import two_sum
-from coupled_gmm.core.status import Status
+from coupled_gmm.core.status import Status, first_status
 from coupled_gmm.core.tree import chosen, pytree, saved
 from coupled_gmm.fits import frame, m_step, statistics
 from coupled_gmm.fits.frame import Sight
 from coupled_gmm.fits.graph import MixtureGraph
 from coupled_gmm.fits.statistics import Parameters
 from coupled_gmm.gaussians.mixture import GaussianMixture
-from coupled_gmm.transport import entropic, solvers
+from coupled_gmm.transport import entropic, limits, solvers
 
 _FALL = 1e-4  # an ascent that falls by this part of 1 + |J| has met more than rounding
 _ROUNDINGS = 64  # rounding units of 1 + |J| by which J may seem to fall
@@ -83,7 +83,7 @@ class FitOptions(NamedTuple):
     """What a fit's program depends on: their change recompiles."""
 
     rows: int  # of the history, at least as many as steps
-    solver: solvers.Solver
+    solver: solvers.PlanSolver
     optimizer: Any
     progress: bool
 
@@ -280,15 +280,24 @@ def _status(
     tol = controls.tol
     asked, still = tol > 0, (state.step > 0) & (gain <= tol)
     met = asked & still & ~fell & (state.left <= tol) & (moved.ahead <= tol)
-    out_of_steps = jnp.where(asked, Status.NOT_CONVERGED, Status.STEPS_DONE)
-    status = jnp.where(met, Status.CONVERGED, jnp.where(state.step >= controls.em_steps, out_of_steps, _RUNNING))
-    status = jnp.where(asked & still & ~met & ~state.moved, Status.STALLED, status)
-    status = jnp.where(fell, jnp.where(asked, Status.PRECISION, Status.STEPS_DONE), status)
     collapsed = fell & (gain < -_FALL * (1 + jnp.abs(value)))
-    status = jnp.where(collapsed, Status.COLLAPSED, status)
-    missed = jnp.fmax(state.marginal_error, moved.marginal_error) > m_step.MISSED
-    status = jnp.where((status != _RUNNING) & missed, Status.PLAN_NOT_CONVERGED, status)
-    return jnp.where(jnp.isfinite(value), status, Status.NOT_FINITE)
+    missed = jnp.fmax(state.marginal_error, moved.marginal_error) > limits.MAX_MARGINAL_ERROR
+    ends = [
+        (collapsed, Status.COLLAPSED),
+        (fell, jnp.where(asked, Status.PRECISION, Status.STEPS_DONE)),
+        (asked & still & ~met & ~state.moved, Status.STALLED),
+        (met, Status.CONVERGED),
+        (state.step >= controls.em_steps, jnp.where(asked, Status.NOT_CONVERGED, Status.STEPS_DONE)),
+    ]
+    ended = first_status(ends, _RUNNING)
+    spoilt = [
+        (~jnp.isfinite(value), Status.NOT_FINITE),
+        (
+            (ended != _RUNNING) & missed,
+            Status.PLAN_NOT_CONVERGED,
+        ),  # while it runs, the next plans may be good ones again
+    ]
+    return first_status(spoilt, ended)
 
 
 def _with_plans(status: Array, plans: entropic.Potentials) -> Int[Array, ""]:
@@ -349,6 +358,6 @@ def value(problem: MixtureGraph, sight: Sight, ridge: Array) -> Float[Array, ""]
     parameters = sight.frame.parameters(problem.nodes, jnp.zeros_like(floors))
     found = statistics.e_step(parameters, sight.chunks, floors)
     start = m_step.no_terms(graph).potentials
-    transport, _, _ = m_step.transport_terms(parameters, graph, start, solvers.solve_entropic)
+    transport, _, _ = m_step.transport_terms(parameters, graph, start, solvers.ENTROPIC)
     volume = jnp.where(sight.has_cloud, problem.nodes.n_features * jnp.log(unit), 0)
     return problem.node_weights @ (found.penalized - volume) - graph.edge_weights @ transport

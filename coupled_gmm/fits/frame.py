@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float
 
 from coupled_gmm.core import checks, chunks, matrices
 from coupled_gmm.core.chunks import Chunks
+from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.expansions import two_sum
 from coupled_gmm.core.programs import program
 from coupled_gmm.core.tree import new, pytree, static
@@ -239,9 +240,10 @@ def _check_range(name: str, x: Any, dtype: Any) -> None:
     wrong = np.flatnonzero((spread > 0) & ~held)
     if wrong.size:
         size = spread[wrong].max()
-        raise ValueError(
-            f"{name}: values of feature {wrong[0]} differ by up to {size:.3g}, and {np.dtype(dtype)} can't hold its square; "
-            f"divide it by {size:.0e}, or enable float64"
+        raise ArgumentError(
+            name,
+            f"values of feature {wrong[0]} differ by up to {size:.3g}, and {np.dtype(dtype)} can't hold its square",
+            f"divide it by {size:.0e}, or enable float64",
         )
 
 
@@ -254,7 +256,7 @@ def _name_constant_features(name: str, x: Any, ridge: Any) -> None:
     if not constant or len(x) == 1:
         return
     if not raises(ridge):
-        raise ValueError(f"{name}: features {constant} are constant, and ridge is 0; drop them, or give a ridge")
+        raise ArgumentError(name, f"features {constant} are constant, and ridge is 0", "drop them, or give a ridge")
     warnings.warn(
         f"{name}: features {constant} are constant; they do not tell components apart, and their variance is the ridge's "
         "floor: that part of their variance in the other clouds, or of 1",

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from coupled_gmm.core import checks, chunks
+from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.programs import program
 from coupled_gmm.core.status import Outcome, Status
 from coupled_gmm.core.tree import counted, number, pytree, saved, taken
@@ -77,9 +78,10 @@ def _check_distinct(view: View, n_components: int) -> None:
         n_distinct = len(np.unique(x[:n], axis=0))
         if n_distinct >= n_components:
             return
-    raise ValueError(
-        f"n_components: {n_components} components need as many distinct points of positive weight, x has {n_distinct}; "
-        "lower n_components"
+    raise ArgumentError(
+        "n_components",
+        f"{n_components} components need as many distinct points of positive weight, x has {n_distinct}",
+        "lower n_components",
     )
 
 
@@ -205,7 +207,7 @@ def fit_gmm(
         inits = _given(init, key, n_init, ridge)
         view = _view(x, point_weights, inits, ridge)
     sight = view.in_chunks(inits.n_components * inits.n_features)
-    options = FitOptions(chunks.rows(max_steps), solvers.solve_entropic, None, False)
+    options = FitOptions(chunks.rows(max_steps), solvers.ENTROPIC, None, False)
     steps = jnp.asarray(max_steps, jnp.int32), jnp.asarray(1, jnp.int32)
     fit = _fit(inits, sight, Controls(ridge, tol, *steps, None), options)
     return dataclasses.replace(fit, history=chunks.first(fit.history, max_steps))
@@ -218,12 +220,12 @@ def _given(init: Any, key: Any, n_init: Any, ridge: Array) -> GaussianMixture:
     alone = not isinstance(init, (tuple, list))
     gmms = [init] if alone else checks.sequence("init", init)
     if not gmms:
-        raise ValueError("init: the list is empty; give at least one start")
+        raise ArgumentError("init", "the list is empty", "give at least one start")
     for i, gmm in enumerate(gmms):
         name = "init" if alone else f"init[{i}]"
         checks.instance(name, gmm, GaussianMixture)
         if (gmm.n_components, gmm.n_features) != (gmms[0].n_components, gmms[0].n_features):
-            raise ValueError(f"{name}: differs from init[0] in its number of components or features; give them alike")
+            raise ArgumentError(name, "differs from init[0] in its number of components or features", "give them alike")
         if not frame.raises(ridge):
             gmm.check_densities(name)
     return stack(gmms)
@@ -234,7 +236,9 @@ def _starts(
 ) -> tuple[GaussianMixture, View]:
     """As many starts as asked for, stacked, and the cloud as programs take it."""
     if key is None:
-        raise ValueError("key: a number of components is started at random; pass a key such as jax.random.key(0)")
+        raise ArgumentError(
+            "key", "a number of components is started at random", "pass a key such as jax.random.key(0)"
+        )
     n_components = checks.integer("init", n_components, 1)
     n_init = N_INIT if n_init is None else checks.integer("n_init", n_init, 1, checks.MOST_STARTS)
     view = _view(x, point_weights, None, ridge)

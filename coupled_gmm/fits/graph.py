@@ -11,9 +11,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from coupled_gmm.core import checks
+from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.tree import counted, listed, pytree, saved, static, taken
 from coupled_gmm.gaussians.mixture import GaussianMixture, alike, in_one_space, stack
-from coupled_gmm.transport.pair import BALANCED, GaussianMixturePair, price
+from coupled_gmm.transport.pair import GaussianMixturePair
+from coupled_gmm.transport.problem import BALANCED, Prices
 
 
 @saved
@@ -76,7 +78,7 @@ class MixtureGraph:
         frozen = checks.sequence("frozen", frozen)
         for node in frozen:
             if not _is_node(node, n_nodes):
-                raise ValueError(f"frozen: there is no node {node!r}; use indices from 0 to {n_nodes - 1}")
+                raise ArgumentError("frozen", f"there is no node {node!r}", f"use indices from 0 to {n_nodes - 1}")
         ends = [(gmms[min(edge)], gmms[max(edge)]) for edge in edges]  # in one order, for roundings of epsilon
         if epsilon is None:
             pairs = [GaussianMixturePair(*end) for end in ends]
@@ -174,13 +176,15 @@ def _check_edges(edges: Any, n_nodes: int) -> list[tuple[int, int]]:
     for edge in checks.sequence("edges", edges):
         pair = tuple(edge) if isinstance(edge, (tuple, list, np.ndarray)) else ()
         if len(pair) != 2 or not all(_is_node(node, n_nodes) for node in pair) or pair[0] == pair[1]:
-            raise ValueError(
-                f"edges: {edge!r} does not join two of the {n_nodes} nodes; use indices from 0, two an edge"
+            raise ArgumentError(
+                "edges", f"{edge!r} does not join two of the {n_nodes} nodes", "use indices from 0, two an edge"
             )
         i, j = map(int, pair)
         if (i, j) in pairs or (j, i) in pairs:
-            raise ValueError(
-                f"edges: {edge!r} joins two nodes that are joined already; keep one edge, with the sum of the weights"
+            raise ArgumentError(
+                "edges",
+                f"{edge!r} joins two nodes that are joined already",
+                "keep one edge, with the sum of the weights",
             )
         pairs.append((i, j))
     return pairs
@@ -193,22 +197,18 @@ def _spread(name: str, value: Array, size: int, two: bool = False) -> Array:
         choices = f"one number or one for each of the {size} edges" + (
             f", or two: (1, 2) or ({size}, 2)" if two else ""
         )
-        raise ValueError(f"{name}: expected {choices}, got shape {value.shape}")
+        raise ArgumentError(name, f"expected {choices}, got shape {value.shape}")
     return jnp.broadcast_to(value, (size, 2) if value.ndim == 2 else (size,))
 
 
 def _prices(tau: Any, rho: Any, epsilon: Float[Array, " E"]) -> tuple[Float[Array, "E *sides"], bool]:
     """rho of every edge, or of both its sides, and whether all of them are known to be infinite."""
-    if rho is None:
-        balanced = checks.known(tau) and bool(np.all(np.asarray(tau) == 1))
-        tau = _spread("tau", checks.scalar("tau", tau, above=0, at_most=1, batched=True), len(epsilon), two=True)
-        epsilon = jnp.expand_dims(epsilon, range(1, tau.ndim))
-        return price(tau, epsilon), balanced
-    if tau is not BALANCED:
-        raise ValueError("rho: is given beside tau, and either sets the other; keep one of them")
-    balanced = checks.known(rho) and bool(np.all(np.isinf(np.asarray(rho))))
-    rho = checks.scalar("rho", rho, above=0, infinite=True, batched=True)
-    return _spread("rho", rho, len(epsilon), two=True), balanced
+
+    def check(name: str, value: Any, **bounds: Any) -> Array:
+        return _spread(name, checks.scalar(name, value, batched=True, **bounds), len(epsilon), two=True)
+
+    prices = Prices.given(tau, rho, check)
+    return prices.rho(epsilon), prices.balanced
 
 
 def unpadded(gmm: GaussianMixture, size: int) -> GaussianMixture:

@@ -22,15 +22,14 @@ from coupled_gmm.fits.coordinates import Coordinates, log_cholesky_coordinates, 
 from coupled_gmm.fits.graph import MixtureGraph
 from coupled_gmm.fits.statistics import Parameters, Statistics, expected_log_likelihood, maximiser
 from coupled_gmm.gaussians import bures
-from coupled_gmm.transport import duals, entropic, masses
+from coupled_gmm.transport import duals, entropic, limits, masses
 from coupled_gmm.transport.masses import Response
-from coupled_gmm.transport.solvers import Solver, solve_entropic
+from coupled_gmm.transport.problem import TransportProblem
+from coupled_gmm.transport.solvers import PlanSolver
 
-_MAX_ITERATIONS = 200  # of a plan within the fit
 _MEMORY = 8
 _SLACK = 4.0  # by so much a slope's promise may exceed what is gained
 _ARMIJO = 1e-4
-MISSED = 1e-3  # a plan in the fit with a larger marginal error is no transport plan, and the fit says so
 
 
 class Terms(NamedTuple):
@@ -44,11 +43,6 @@ class Terms(NamedTuple):
     @property
     def marginal_error(self) -> Float[Array, ""]:
         return jnp.max(self.potentials.marginal_error, initial=0)
-
-
-def plan_tolerance(dtype: Any) -> float:
-    """Marginal error asked of the plans in a fit: the error of a cost is of second order in it."""
-    return float(jnp.finfo(dtype).eps) ** 0.6
 
 
 def no_terms(graph: MixtureGraph) -> Terms:
@@ -72,7 +66,7 @@ def transport_terms(
     parameters: Parameters,
     graph: MixtureGraph,
     potentials: entropic.Potentials,
-    solver: Solver,
+    solver: PlanSolver,
     response: Response | None = None,
 ) -> tuple[Float[Array, " E"], Float[Array, "E K K"], entropic.Potentials]:
     """Regularised transport cost of every edge, differentiable in the parameters; costs, and certifying potentials."""
@@ -82,17 +76,18 @@ def transport_terms(
 
     def edge(one: Parameters, other: Parameters, epsilon: Array, rho: Array, start: entropic.Potentials):
         cost = bures.pairwise_cost(one.means, one.factors, other.means, other.factors)
-        problem = (cost, one.log_weights, other.log_weights, epsilon, rho, (start.f, start.g))
-        tol = jnp.asarray(plan_tolerance(cost.dtype), cost.dtype)
+        tol = jnp.asarray(limits.fit_tolerance(cost.dtype), cost.dtype)
+        prices = {"epsilon": epsilon, "rho": rho, "balanced": graph.balanced}
+        problem = TransportProblem.of_log_masses(cost, one.log_weights, other.log_weights, **prices)
+        fixed, init = jax.lax.stop_gradient((problem, (start.f, start.g)))
         if response is None:
-            solved = solver(*jax.lax.stop_gradient(problem), tol, _MAX_ITERATIONS, graph.balanced)
+            solved = solver(fixed, init, tol, limits.MAX_ITERATIONS_IN_FITS)
         else:
-            parts = jax.lax.stop_gradient((cost, one.log_weights, other.log_weights, epsilon, (start.f, start.g)))
-            solved = masses.solve(*parts, tol, _MAX_ITERATIONS, response)
-            one = one._replace(log_weights=jnp.where(response.free[0], solved.log_a, one.log_weights))
-            other = other._replace(log_weights=jnp.where(response.free[1], solved.log_b, other.log_weights))
-        a, b = jnp.exp(one.log_weights), jnp.exp(other.log_weights)
-        value = duals.dual_value(cost, a, b, solved.f, solved.g, epsilon, rho, graph.balanced)
+            solved = masses.solve(fixed, init, tol, limits.MAX_ITERATIONS_IN_FITS, response)
+            log_a = jnp.where(response.free[0], solved.log_a, one.log_weights)
+            log_b = jnp.where(response.free[1], solved.log_b, other.log_weights)
+            problem = problem.with_log_masses(log_a, log_b)
+        value = duals.dual_value(problem, solved.f, solved.g)
         return value, *jax.lax.stop_gradient((cost, solved))
 
     sources, targets = taken(parameters, graph.sources), taken(parameters, graph.targets)
@@ -105,7 +100,7 @@ def terms(
     floors: Float[Array, "V d"],
     graph: MixtureGraph,
     potentials: entropic.Potentials,
-    solver: Solver,
+    solver: PlanSolver,
     response: Response | None = None,
 ) -> Terms:
     transport, costs, solved = transport_terms(parameters, graph, potentials, solver, response)
@@ -255,7 +250,7 @@ def m_step(
     floors: Float[Array, "V d"],
     graph: MixtureGraph,
     potentials: entropic.Potentials,
-    solver: Solver,
+    solver: PlanSolver,
     optimiser: Optimiser,
     unit: Float[Array, ""],
     budget: Int[Array, ""],
@@ -272,7 +267,7 @@ def m_step(
         moved = thawed(graph.frozen, best, base)
         return MStep(moved, no_terms(graph)._replace(q=q), potentials, zero, yes, ahead, zero)
     coordinates = optimiser.coordinates(base, statistics, graph, unit)
-    may_solve = optimiser.monotone and graph.balanced and graph.matched and solver is solve_entropic
+    may_solve = optimiser.monotone and graph.balanced and graph.matched and solver.solves_masses
 
     def loss(x: Array, now: _Progress) -> tuple[Array, Terms]:
         free = now.solves_masses & (now.n > 0)
@@ -292,7 +287,7 @@ def m_step(
         # A trial that overshot into infinity, or has no plan, is the optimiser's to reject; nothing is carried on from it.
         finite = jnp.isfinite(value) & jnp.isfinite(found.marginal_error)
         if optimiser.monotone:
-            finite &= (now.n == 0) | (found.marginal_error <= MISSED)
+            finite &= (now.n == 0) | (found.marginal_error <= limits.MAX_MARGINAL_ERROR)
             value = jnp.where(finite, value, jnp.inf)
         search = optimiser.update(now.search, value, gradient)
         accepted = search.accepted & finite

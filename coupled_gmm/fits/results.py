@@ -9,6 +9,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from coupled_gmm.core import checks
+from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.status import Outcome, Status
 from coupled_gmm.core.tree import Stackable, counted, listed, number, pytree, saved, single
 from coupled_gmm.fits.em import History
@@ -71,20 +72,20 @@ class GraphFit(Stackable, Outcome):
     def _edge(self, edge: Any) -> tuple[int, bool]:
         """The index of an edge, and whether it was asked for against its direction."""
         if self.edges is None:
-            raise ValueError("edge: the fit was saved before fits kept their edges; read plans[i], or fit again")
+            raise ArgumentError("edge", "the fit was saved before fits kept their edges", "read plans[i], or fit again")
         if not checks.known(self.edges):
-            raise ValueError(
-                "edge: under a transformation sizes of plans are not known; read plans[i], or ask outside of it"
+            raise ArgumentError(
+                "edge", "under a transformation sizes of plans are not known", "read plans[i], or ask outside of it"
             )
         written = [tuple(nodes) for nodes in np.asarray(self.edges).tolist()]
         if isinstance(edge, (tuple, list)) and len(edge) == 2:
             for reverse, nodes in ((False, tuple(edge)), (True, tuple(edge[::-1]))):
                 if nodes in written:
                     return written.index(nodes), reverse
-            raise ValueError(f"edge: no edge joins nodes {edge[0]} and {edge[1]}; the edges are {written}")
+            raise ArgumentError("edge", f"no edge joins nodes {edge[0]} and {edge[1]}", f"the edges are {written}")
         index = checks.integer("edge", edge, 0)
         if index >= len(written):
-            raise ValueError(f"edge: there is no edge {index}; the edges from 0 are {written}")
+            raise ArgumentError("edge", f"there is no edge {index}", f"the edges from 0 are {written}")
         return index, False
 
 

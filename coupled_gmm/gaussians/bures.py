@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from coupled_gmm.core import checks, matrices
+from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.programs import program
 from coupled_gmm.gaussians.mixture import GaussianMixture, about_one_point
 
@@ -49,11 +50,11 @@ def polar(m: Float[Array, "*b d d"], smallest: Float[Array, "*b"]) -> Float[Arra
 
     def step(carry):
         x, low = carry
-        pace = jnp.maximum(low, _LOW)
-        pace = jnp.sqrt(3 / (1 + pace + pace**2))
-        scaled = pace[..., None, None] * x
+        least = jnp.maximum(low, _LOW)
+        a = jnp.sqrt(3 / (1 + least + least**2))
+        scaled = a[..., None, None] * x
         x = 1.5 * scaled - 0.5 * (scaled @ matrices.transpose(scaled)) @ scaled
-        low = pace * low
+        low = a * low
         return x, jnp.minimum(0.5 * low * (3 - low**2), 1)
 
     return jax.lax.while_loop(unfinished, step, (m * scale[..., None, None], lower))[0]
@@ -256,9 +257,10 @@ def bures_cost_matrix(gmm0: GaussianMixture, gmm1: GaussianMixture) -> Float[Arr
 
 def same_features(gmm0: GaussianMixture, gmm1: GaussianMixture) -> None:
     if gmm0.n_features != gmm1.n_features:
-        raise ValueError(
-            f"gmm1: has {gmm1.n_features} features and gmm0 has {gmm0.n_features}; "
-            "mixtures are compared in one space: take a marginal of one"
+        raise ArgumentError(
+            "gmm1",
+            f"has {gmm1.n_features} features and gmm0 has {gmm0.n_features}",
+            "mixtures are compared in one space: take a marginal of one",
         )
 
 

@@ -4,6 +4,8 @@ import contextlib
 
 import numpy as np
 
+from coupled_gmm.core.errors import ArgumentError
+
 
 def check_covariances(covariances: np.ndarray, eps: float) -> None:
     """Each entry in units of its own two features: beside a large one, nothing of a small one would be seen."""
@@ -14,13 +16,16 @@ def check_covariances(covariances: np.ndarray, eps: float) -> None:
     asymmetry = np.abs(scaled - scaled.swapaxes(1, 2)).max(axis=(1, 2))
     if (asymmetry > max(1e-5, 100 * eps)).any():
         k = int(asymmetry.argmax())
-        raise ValueError(f"covariances: component {k} is not symmetric; pass (S + S.T) / 2 if the difference is noise")
+        raise ArgumentError(
+            "covariances", f"component {k} is not symmetric", "pass (S + S.T) / 2 if the difference is noise"
+        )
     lowest = np.linalg.eigvalsh(scaled)[:, 0]
     if (lowest < -10 * covariances.shape[-1] * eps).any():
         k = int(lowest.argmin())
-        raise ValueError(
-            f"covariances: component {k} is indefinite (lowest eigenvalue {lowest[k]:.3g} of its correlations); "
-            "clip its negative eigenvalues at zero"
+        raise ArgumentError(
+            "covariances",
+            f"component {k} is indefinite (lowest eigenvalue {lowest[k]:.3g} of its correlations)",
+            "clip its negative eigenvalues at zero",
         )
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from coupled_gmm.core import checks, chunks, matrices
+from coupled_gmm.core.errors import ArgumentError, ArgumentTypeError
 from coupled_gmm.core.expansions import two_sum
 from coupled_gmm.core.programs import program
 from coupled_gmm.core.tree import Stackable, mapped, new, pytree, saved, single
@@ -70,8 +71,8 @@ class GaussianMixture(Stackable):
         weights = checks.weights("weights", weights, n_components)
         dtype = jnp.result_type(means, covariances, weights)
         if checks.known(weights) and abs(float(jnp.sum(weights)) - 1) > 1e-3:
-            raise ValueError(
-                f"weights: must sum to 1 within 1e-3, got {float(jnp.sum(weights)):.6g}; divide by the sum"
+            raise ArgumentError(
+                "weights", f"must sum to 1 within 1e-3, got {float(jnp.sum(weights)):.6g}", "divide by the sum"
             )
         if checks.known(covariances):
             check_covariances(np.asarray(covariances, np.float64), float(jnp.finfo(dtype).eps))
@@ -241,7 +242,9 @@ class GaussianMixture(Stackable):
         checks.held("gmm", self)
         given = self._check_axes(axes)
         if len(given) == self.n_features:
-            raise ValueError(f"axes: all {self.n_features} features are given; leave at least one to be conditioned")
+            raise ArgumentError(
+                "axes", f"all {self.n_features} features are given", "leave at least one to be conditioned"
+            )
         listed = isinstance(values, (list, tuple)) and len(values) > 0
         many = np.ndim(next(iter(values)) if listed else values) == (1 if listed else 2)
         values = checks.own_array("values", values, *(("m",) if many else ()), len(given))
@@ -260,9 +263,10 @@ class GaussianMixture(Stackable):
         if checks.known(self):
             singular = np.flatnonzero((np.asarray(self.weights) > 0) & which_singular(np.asarray(self.covariances)))
             if singular.size:
-                raise ValueError(
-                    f"{name}: component {singular[0]} has a singular covariance and no density; "
-                    "add a small multiple of the identity to it, or drop the component"
+                raise ArgumentError(
+                    name,
+                    f"component {singular[0]} has a singular covariance and no density",
+                    "add a small multiple of the identity to it, or drop the component",
                 )
 
     def _warn_of_rounding(self) -> None:
@@ -280,10 +284,10 @@ class GaussianMixture(Stackable):
     def _check_axes(self, axes: Sequence[int]) -> list[int]:
         index = np.asarray(axes)
         if index.ndim != 1 or (index.size and index.dtype.kind not in "iu"):
-            raise TypeError(f"axes: expected a sequence of integers such as [0, 2], got {checks.brief(axes)}")
+            raise ArgumentTypeError("axes", f"expected a sequence of integers such as [0, 2], got {checks.brief(axes)}")
         chosen = index.astype(int).tolist()
         if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= axis < self.n_features for axis in chosen):
-            raise ValueError(f"axes: expected distinct features between 0 and {self.n_features - 1}, got {chosen}")
+            raise ArgumentError("axes", f"expected distinct features between 0 and {self.n_features - 1}, got {chosen}")
         return chosen
 
 
@@ -331,13 +335,14 @@ def in_one_space(name: str, gmms: Any, remedy: str = "give at least one mixture"
     """A list of mixtures, checked: at least one, over the same features."""
     gmms = checks.sequence(name, gmms)
     if not gmms:
-        raise ValueError(f"{name}: the list is empty; {remedy}")
+        raise ArgumentError(name, "the list is empty", remedy)
     for i, gmm in enumerate(gmms):
         checks.instance(f"{name}[{i}]", gmm, GaussianMixture)
         if gmm.n_features != gmms[0].n_features:
-            raise ValueError(
-                f"{name}[{i}]: has {gmm.n_features} features and {name}[0] has {gmms[0].n_features}; "
-                "mixtures are compared in one space: take a marginal of one"
+            raise ArgumentError(
+                f"{name}[{i}]",
+                f"has {gmm.n_features} features and {name}[0] has {gmms[0].n_features}",
+                "mixtures are compared in one space: take a marginal of one",
             )
     return gmms
 

@@ -1,5 +1,7 @@
-"""A job: a configuration in TOML, what it names, the work, and the folder that is left.
+"""A job is one object: a configuration in TOML, what it names, the work, tables and pictures; and the folder that is left.
 
-Which keys has a configuration? `config`, read by `sections`. The mixtures that it names? `mixtures`. What does a run leave? `run`,
-whole or not at all by `folders`. What is printed? `tables`, on `terminal`.
+What is asked of a job? `job`. Which are there? `registry`: a new one is a file like `fit`, `barycenter` or `flow`, and a line
+there. Which keys has a configuration? Its job's file; what several share is in `config`, and `sections` reads them all. The
+clouds and mixtures that it names? `clouds`, `mixtures`. What does a run leave? `run`, whole or not at all by `folders`. How are
+tables printed? `tables`, on `terminal`.
 """

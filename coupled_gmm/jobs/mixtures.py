@@ -1,18 +1,58 @@
-"""Mixtures that a configuration names: of a file, built in, or by their moments; and starts drawn from their components."""
+"""Mixtures that a configuration names: of a file, built in, or by their moments."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Self
 
 import jax
 import numpy as np
+from pydantic import AfterValidator, Field, model_validator
 
 from coupled_gmm.data import saving
 from coupled_gmm.gaussians.mixture import GaussianMixture
-from coupled_gmm.jobs.config import BarycenterConfig, Mixture
-from coupled_gmm.jobs.sections import ConfigError, at, blame
+from coupled_gmm.jobs.config import NonNegative
+from coupled_gmm.jobs.sections import ConfigError, File, Section, at, blame, refuse
 
 _EXAMPLES = {"left": (5, 0, (-3.0, 0.0)), "right": (6, 1, (2.0, 0.0)), "top": (7, 2, (0.0, 4.0))}
+
+
+class Mixture(Section):
+    """A mixture from a file, built in, or by its moments."""
+
+    file: File | None = None  # a mixture, or a fit that ended in one
+    example: Literal["left", "right", "top", "middle"] | None = None
+    means: list[list[float]] | None = None
+    covariances: list[list[list[float]]] | None = None
+    weights: list[float] | None = None
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        moments = {key: getattr(self, key) is not None for key in ("means", "covariances", "weights")}
+        ways = [key for key in ("file", "example") if getattr(self, key) is not None]
+        ways += [key for key, given in moments.items() if given][:1]
+        if not ways:
+            raise refuse("missing; name a file, or an example, or give means, covariances and weights", "file")
+        if len(ways) > 1:
+            raise refuse(f"the mixture has {ways[0]} already; keep one of them", ways[1])
+        if ways[0] in moments and not all(moments.values()):
+            lacking = next(key for key, given in moments.items() if not given)
+            raise refuse("missing; a mixture by its moments has means, covariances and weights", lacking)
+        return self
+
+
+class Member(Mixture):
+    """One of several mixtures that pull; coefficients are divided by their sum."""
+
+    coefficient: NonNegative = 1.0
+
+
+def _counting(members: list[Member]) -> list[Member]:
+    if not any(member.coefficient for member in members):
+        raise refuse("all coefficients are zero; at least one must be positive")
+    return members
+
+
+Members = Annotated[list[Member], Field(min_length=1), AfterValidator(_counting)]
 
 
 def read(path: Path, key: str, mixture: Mixture, precision: str) -> GaussianMixture:
@@ -26,7 +66,7 @@ def read(path: Path, key: str, mixture: Mixture, precision: str) -> GaussianMixt
             return _checked(_loaded(mixture.file), precision)
     if mixture.example is not None:
         return _checked(example(mixture.example), precision)
-    with blame(path, key, Mixture, {}):
+    with blame(path, key, Mixture):
         return _checked((mixture.means, mixture.covariances, mixture.weights), precision)
 
 
@@ -45,6 +85,13 @@ def read_all(path: Path, key: str, mixtures: Sequence[Mixture], precision: str) 
     return gmms
 
 
+def described(gmms: Sequence[GaussianMixture]) -> str:
+    """Their sizes, in words."""
+    *sizes, last = [str(gmm.n_components) for gmm in gmms]
+    listed = f"{', '.join(sizes)} and {last}" if sizes else last
+    return f"{listed} components of {gmms[0].n_features} features, {gmms[0].dtype}"
+
+
 def example(name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Moments of POT's example of a barycenter: three random mixtures around a "middle", the start."""
     if name == "middle":
@@ -53,24 +100,6 @@ def example(name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     n_components, seed, offset = _EXAMPLES[name]
     means, covariances, weights = _random_moments(n_components, seed, spread=0.5, variance=0.25)
     return means / 2 + offset, covariances, weights
-
-
-def drawn(path: Path, config: BarycenterConfig, gmms: Sequence[GaussianMixture]) -> list[GaussianMixture]:
-    """Starts of equal weights, each with distinct components of the mixtures, chosen by what these count.
-
-    Raises:
-      ConfigError: the mixtures have too few.
-    """
-    n_components, n_init = config.start.n_components or 0, config.start.n_init or 0
-    pulls = zip(config.mixtures, gmms, strict=True)
-    mass = np.concatenate([member.coefficient * np.asarray(gmm.weights, np.float64) for member, gmm in pulls])
-    if n_components > (available := np.count_nonzero(mass)):
-        message = f"{n_components} are more than the mixtures' {available}; ask for fewer"
-        raise ConfigError(f"{path}: start.n_components: {message}")
-    means, covariances = (np.concatenate([getattr(gmm, name) for gmm in gmms]) for name in ("means", "covariances"))
-    draw, weights = np.random.default_rng(config.start.seed), np.full(n_components, 1 / n_components)
-    rows = [draw.choice(len(mass), n_components, replace=False, p=mass / mass.sum()) for _ in range(n_init)]
-    return [GaussianMixture.from_moments(means[row], covariances[row], weights.astype(means.dtype)) for row in rows]
 
 
 def _loaded(name: str) -> tuple[Any, Any, Any]:

@@ -6,7 +6,6 @@ Each mistake is one line, ``FILE: SECTION.KEY: what is wrong; what to do``, and 
 
 import contextlib
 import difflib
-import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, Val
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from coupled_gmm.core.checks import brief
+from coupled_gmm.core.errors import ArgumentError, ArgumentTypeError
 
 _LARGEST = 10_000_000  # bytes of a configuration
 _MOST_LINES = 20
@@ -41,7 +41,7 @@ def refuse(text: str, key: str | None = None) -> PydanticCustomError:
     return PydanticCustomError("refused", "{text}", {"key": key, "text": text})  # pyright: ignore[reportArgumentType]
 
 
-def found(name: str, info: ValidationInfo) -> str:
+def absolute(name: str, info: ValidationInfo) -> str:
     """The absolute path of a file that is named in a configuration, from the folder of that."""
     folder: Path = (info.context or {})["folder"]
     try:
@@ -57,7 +57,7 @@ def possible(name: str) -> str:
     return name
 
 
-File = Annotated[str, AfterValidator(found)]
+File = Annotated[str, AfterValidator(absolute)]
 FileName = Annotated[str, AfterValidator(possible)]
 
 
@@ -120,26 +120,22 @@ def at(path: Path, key: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def blame(path: Path, section: str, model: type[Section], keys: Mapping[str, str]) -> Iterator[None]:
+def blame(path: Path, section: str, model: type[Section], keys: Mapping[str, str] | None = None) -> Iterator[None]:
     """The core's refusal of an argument, as a line about the key that set it; other errors are ours and pass.
 
     Args:
       path: the configuration.
-      section: where the arguments are keys.
+      section: where the arguments are keys; blamed itself for an argument that no key sets.
       model: that section's class.
       keys: of arguments whose key has another name, or stands in another section. Those of lists keep their number.
     """
     try:
         yield
-    except (ValueError, TypeError) as error:
-        named = re.match(r"([\w.]+)(?:\[(\d+)\])?: (.*)", str(error), re.DOTALL)
-        if named is None or isinstance(error, ConfigError):
-            raise
-        argument, number, message = named.groups()
-        key = f"{section}.{argument}" if argument in model.model_fields else keys.get(argument)
-        if key is None:
-            raise
-        raise ConfigError(f"{path}: {key}{'' if number is None else f'.{number}'}: {message}") from error
+    except (ArgumentError, ArgumentTypeError) as error:
+        argument, _, number = error.argument.removesuffix("]").partition("[")
+        key = f"{section}.{argument}" if argument in model.model_fields else (keys or {}).get(argument)
+        where = f"{section}: {error.argument}" if key is None else f"{key}.{number}" if number else key
+        raise ConfigError(f"{path}: {where}: {error.advice}") from error
 
 
 def _line(details: ErrorDetails, model: type[Section]) -> str:

@@ -4,20 +4,18 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from coupled_gmm.core import checks
+from coupled_gmm.core.errors import ArgumentTypeError
 from coupled_gmm.core.programs import program
 from coupled_gmm.core.tree import Stackable, mapped, new, number, pytree, saved, single, static
 from coupled_gmm.gaussians import bures
 from coupled_gmm.gaussians.mixture import GaussianMixture, about_one_point
+from coupled_gmm.transport.problem import BALANCED, Prices, TransportProblem, both_sides, tau_of_rho
 
 if TYPE_CHECKING:
     from ott.geometry import pointcloud
-
-
-BALANCED = float("1")  # an object of its own, to tell a tau that was given
 
 
 @saved
@@ -56,19 +54,16 @@ class GaussianMixturePair(Stackable):
         Raises:
           TypeError, ValueError: not mixtures, features that disagree, numbers out of range or of another shape, tau and rho.
         """
-        if rho is not None and tau is not BALANCED:
-            raise ValueError("rho: given beside tau, and both say what it costs to change masses; keep one of them")
-        if rho is None:
-            given, value = tau, checks.one_or_two("tau", tau, above=0, at_most=1)
-        else:
-            given, value = rho, checks.one_or_two("rho", rho, above=0, infinite=True)
-        balanced = checks.known(given) and bool(np.all(np.asarray(given) == (1 if rho is None else np.inf)))
+        prices = Prices.given(tau, rho, checks.one_or_two)
         epsilon = _check(gmm0, gmm1, epsilon)
-        if rho is None:
-            value = price(value, epsilon)
         dtype = jnp.result_type(gmm0.dtype, gmm1.dtype)
-        fields = {"gmm0": gmm0, "gmm1": gmm1, "epsilon": epsilon.astype(dtype), "rho": value.astype(dtype)}
-        for name, value in {**fields, "balanced": balanced}.items():
+        fields = {
+            "gmm0": gmm0,
+            "gmm1": gmm1,
+            "epsilon": epsilon.astype(dtype),
+            "rho": prices.rho(epsilon).astype(dtype),
+        }
+        for name, value in {**fields, "balanced": prices.balanced}.items():
             object.__setattr__(self, name, value)
 
     @classmethod
@@ -77,29 +72,24 @@ class GaussianMixturePair(Stackable):
     ) -> "GaussianMixturePair":
         """A pair from rho itself: `GaussianMixturePair` with its argument `rho`. A traced rho is unbalanced."""
         if rho is None:
-            raise TypeError("rho: expected a real number, got None; leave it out for balanced transport")
+            raise ArgumentTypeError("rho", "expected a real number, got None", "leave it out for balanced transport")
         return cls(gmm0, gmm1, epsilon, rho=rho)
 
     @property
     def rho0(self) -> Float[Array, ""]:
         """The price of changing masses on gmm0's side."""
-        return self._prices[0]
+        return both_sides(self.rho, jnp.ndim(self.epsilon))[0]
 
     @property
     def rho1(self) -> Float[Array, ""]:
         """The price of changing masses on gmm1's side."""
-        return self._prices[1]
-
-    @property
-    def _prices(self) -> tuple[Array, Array]:
-        two = jnp.ndim(self.rho) > jnp.ndim(self.epsilon)
-        return (self.rho[..., 0], self.rho[..., 1]) if two else (self.rho, self.rho)
+        return both_sides(self.rho, jnp.ndim(self.epsilon))[1]
 
     @property
     def tau(self) -> Float[Array, "*two"]:
         r""":math:`\rho / (\rho + \epsilon)`: 1 when balanced; two where rho is two."""
         two = jnp.ndim(self.rho) > jnp.ndim(self.epsilon)
-        return 1 / (1 + (self.epsilon[..., None] if two else self.epsilon) / self.rho)
+        return tau_of_rho(self.rho, self.epsilon[..., None] if two else self.epsilon)
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
@@ -146,9 +136,11 @@ class GaussianMixturePair(Stackable):
         )
 
 
-def price(tau: Array, epsilon: Array) -> Array:
-    r""":math:`\rho = \epsilon \tau / (1 - \tau)`; infinite where tau is 1."""
-    return jnp.where(tau < 1, epsilon * tau / jnp.where(tau < 1, 1 - tau, 1), jnp.inf)
+def transport_problem(pair: GaussianMixturePair, cost: Float[Array, "K0 K1"]) -> TransportProblem:
+    """The problem between the components of a pair, at costs that are known."""
+    return TransportProblem.of_masses(
+        cost, pair.gmm0.weights, pair.gmm1.weights, epsilon=pair.epsilon, rho=pair.rho, balanced=pair.balanced
+    )
 
 
 def _check(gmm0: GaussianMixture, gmm1: GaussianMixture, epsilon: Any) -> jax.Array:

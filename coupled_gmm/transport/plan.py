@@ -10,12 +10,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from coupled_gmm.core import checks, matrices
-from coupled_gmm.core.status import Outcome, Status
+from coupled_gmm.core.status import Outcome, Status, first_status
 from coupled_gmm.core.tree import Stackable, counted, mapped, number, pytree, saved
-from coupled_gmm.transport import duals, entropic
+from coupled_gmm.transport import duals
 from coupled_gmm.transport.entropic import Potentials
 from coupled_gmm.transport.exact import Vertex
-from coupled_gmm.transport.pair import GaussianMixturePair
+from coupled_gmm.transport.pair import GaussianMixturePair, transport_problem
+from coupled_gmm.transport.problem import TransportProblem
 
 _NO_DERIVATIVE = (
     "an exact plan's matrix can't be differentiated: it jumps from vertex to vertex; differentiate plan.transport_cost, use "
@@ -130,7 +131,7 @@ class Plan(Stackable, Outcome):
         if self.vertex is not None:
             # With what it depends on: a vertex alone carries no derivative that could be refused.
             return checks.value_only((self.vertex, self.cost, *self._masses), _NO_DERIVATIVE)[0]
-        return duals.plan_matrix(self.cost, *self._masses, *self.potentials, self.pair.epsilon)
+        return self._problem.plan(*self.potentials)
 
     @property
     @mapped
@@ -139,9 +140,7 @@ class Plan(Stackable, Outcome):
         """The plan divided by its total mass, however little that is."""
         if self.vertex is not None:
             return self.matrix / jnp.sum(self.matrix)
-        pair = self.pair
-        log_weights = pair.gmm0.log_weights, pair.gmm1.log_weights
-        return jax.nn.softmax(duals.log_plan(self.cost, *log_weights, *self.potentials, pair.epsilon), axis=(0, 1))
+        return jax.nn.softmax(self._problem.log_plan(*self.potentials), axis=(0, 1))
 
     @mapped
     @matrices.precise
@@ -235,9 +234,7 @@ class Plan(Stackable, Outcome):
         r"""L1 distance of the raw plan's marginals from a and b, or from :math:`a e^{-f/\rho_0}` and :math:`b e^{-g/\rho_1}`."""
         if self.vertex is not None:
             return _distance(self.vertex, *self._masses)
-        pair = self.pair
-        log_weights = pair.gmm0.log_weights, pair.gmm1.log_weights
-        return entropic.marginal_error(self.cost, *log_weights, *self.potentials, pair.epsilon, pair.rho, pair.balanced)
+        return self._problem.marginal_error(*self.potentials)
 
     @property
     @mapped
@@ -293,15 +290,19 @@ class Plan(Stackable, Outcome):
         return self.pair.gmm0.posterior_mean(x, self.mass_change())
 
     @property
+    def _problem(self) -> TransportProblem:
+        return transport_problem(self.pair, self.cost)
+
+    @property
     def _masses(self) -> tuple[Float[Array, " K0"], Float[Array, " K1"]]:
         return self.pair.gmm0.weights, self.pair.gmm1.weights
 
     @matrices.precise
     def _dual(self) -> Array:
-        (a, b), (f, g), pair = self._masses, self.potentials, self.pair
+        (a, b), (f, g) = self._masses, self.potentials
         if self.vertex is not None:
             return f @ a + g @ b
-        return duals.dual_value(self.cost, a, b, f, g, pair.epsilon, pair.rho, pair.balanced)
+        return duals.dual_value(self._problem, f, g)
 
     def _parts(self, matrix: Array) -> CostParts:
         (a, b), pair = self._masses, self.pair
@@ -316,22 +317,27 @@ class Plan(Stackable, Outcome):
 @matrices.precise
 def from_potentials(pair: GaussianMixturePair, cost: Array, solution: Potentials) -> Plan:
     """The plan of potentials that a solver returned, with its status."""
-    unmet = jnp.where(solution.stalled, Status.PRECISION, Status.NOT_CONVERGED)
-    status = jnp.where(solution.converged, Status.CONVERGED, unmet)
-    status = jnp.where(jnp.isfinite(solution.marginal_error), status, Status.NOT_FINITE)
+    ends = [
+        (~jnp.isfinite(solution.marginal_error), Status.NOT_FINITE),
+        (solution.converged, Status.CONVERGED),
+        (solution.stalled, Status.PRECISION),
+    ]
+    status = first_status(ends, Status.NOT_CONVERGED)
     f, g = jax.lax.stop_gradient((solution.f, solution.g))
-    masses = pair.gmm0.weights, pair.gmm1.weights
-    potentials = duals.implicit(cost, *masses, f, g, pair.epsilon, pair.rho, pair.balanced)
+    potentials = duals.implicit(transport_problem(pair, cost), f, g)
     return Plan(pair, cost, potentials, status, solution.n_iterations)
 
 
 def from_vertex(pair: GaussianMixturePair, cost: Array, vertex: Vertex, tol: Array) -> Plan:
     """The plan of an exact solver's vertex, with its status."""
     error = _distance(vertex.matrix, pair.gmm0.weights, pair.gmm1.weights)
-    status = jnp.where((error <= tol) & vertex.optimal, Status.CONVERGED, Status.PRECISION)
-    status = jnp.where(vertex.done, status, Status.NOT_CONVERGED)
     finite = jnp.all(jnp.isfinite(vertex.f)) & jnp.all(jnp.isfinite(vertex.g)) & jnp.isfinite(vertex.gap)
-    status = jnp.where(finite & jnp.isfinite(error), status, Status.NOT_FINITE)
+    ends = [
+        (~(finite & jnp.isfinite(error)), Status.NOT_FINITE),
+        (~vertex.done, Status.NOT_CONVERGED),
+        ((error <= tol) & vertex.optimal, Status.CONVERGED),
+    ]
+    status = first_status(ends, Status.PRECISION)
     return Plan(pair, cost, (vertex.f, vertex.g), status, vertex.n_iterations, vertex.matrix, vertex.gap)
 
 

@@ -1,8 +1,7 @@
 """Solvers of transport between mixtures: `solve_plan` with its methods, and the distance MW2."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +11,45 @@ from coupled_gmm.core import checks
 from coupled_gmm.core.programs import program
 from coupled_gmm.core.status import Status, raise_if_failed
 from coupled_gmm.gaussians.mixture import GaussianMixture
-from coupled_gmm.transport import duals, entropic, exact
+from coupled_gmm.transport import entropic, exact, limits
 from coupled_gmm.transport.entropic import Potentials
-from coupled_gmm.transport.pair import GaussianMixturePair
+from coupled_gmm.transport.pair import GaussianMixturePair, transport_problem
 from coupled_gmm.transport.plan import Plan, from_potentials, from_vertex
+from coupled_gmm.transport.problem import TransportProblem, tau_of_rho
+from coupled_gmm.transport.sinkhorn import Sinkhorn
 
 ENTROPIC_METHODS = ("entropic", "sinkhorn")
 METHODS = (*ENTROPIC_METHODS, "exact")
-MAX_ITERATIONS = {"entropic": 500, "sinkhorn": 20_000, "exact": 100_000}
-SMALL = 64  # components up to which exact plans are solved inside XLA
+Init = tuple[Float[Array, " K0"], Float[Array, " K1"]]
+
+
+class PlanSolver(Protocol):
+    """What finds the potentials of a plan, from those of a nearby one.
+
+    Programs hold solvers as static arguments, so equal ones are equal, and hash so.
+    """
+
+    @property
+    def solves_masses(self) -> bool:
+        """Whether masses that answer to potentials may be solved for with the plan (`masses`), in this one's place."""
+        ...
+
+    def __call__(self, problem: TransportProblem, init: Init, tol: Array, max_iterations: int) -> Potentials: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Entropic:
+    """`entropic.solve`, from the side with fewer components: its linear systems are that large."""
+
+    solves_masses = True
+
+    def __call__(self, problem: TransportProblem, init: Init, tol: Array, max_iterations: int) -> Potentials:
+        if problem.cost.shape[0] <= problem.cost.shape[1]:
+            return entropic.solve(problem, init[0], tol, max_iterations)
+        return entropic.solve(problem.transpose(), init[1], tol, max_iterations).swap()
+
+
+ENTROPIC = Entropic()
 
 
 def solve_plan(
@@ -61,7 +90,9 @@ def solve_plan(
     checks.instance("pair", pair, GaussianMixturePair)
     checks.choice("method", method, METHODS)
     tol = checks.scalar("tol", tol, above=0, batched=True)
-    limit = MAX_ITERATIONS[method] if max_iterations is None else checks.integer("max_iterations", max_iterations, 1)
+    limit = (
+        limits.MAX_ITERATIONS[method] if max_iterations is None else checks.integer("max_iterations", max_iterations, 1)
+    )
     k0, k1 = pair.gmm0.n_components, pair.gmm1.n_components
     if init is None:
         init = (jnp.zeros(k0), jnp.zeros(k1))
@@ -80,17 +111,17 @@ def solve_plan(
 
 
 @program("solver", "max_iterations")
-def _solve_plan(pair: GaussianMixturePair, init: Any, tol: Array, solver: "Solver", max_iterations: int) -> Plan:
+def _solve_plan(pair: GaussianMixturePair, init: Any, tol: Array, solver: PlanSolver, max_iterations: int) -> Plan:
     cost = pair.cost_matrix()
-    problem = (cost, pair.gmm0.log_weights, pair.gmm1.log_weights, pair.epsilon, pair.rho, init, tol.astype(cost.dtype))
-    return from_potentials(pair, cost, solver(*jax.lax.stop_gradient(problem), max_iterations, pair.balanced))
+    problem, init, tol = jax.lax.stop_gradient((transport_problem(pair, cost), init, tol.astype(cost.dtype)))
+    return from_potentials(pair, cost, solver(problem, init, tol, max_iterations))
 
 
 @program("max_iterations")
 def _solve_exactly(pair: GaussianMixturePair, tol: Array, max_iterations: int) -> Plan:
     cost = pair.cost_matrix()
     problem = jax.lax.stop_gradient((cost, pair.gmm0.weights, pair.gmm1.weights))
-    if max(cost.shape) <= SMALL:
+    if max(cost.shape) <= limits.MAX_SIZE_IN_XLA:
         vertex, _ = exact.solve(*problem, max_iterations)
     else:
         vertex = exact.solve_on_host(*problem, max_iterations)
@@ -124,87 +155,23 @@ def mw2_squared(gmm0: GaussianMixture, gmm1: GaussianMixture, *, epsilon: Any = 
 @program("exactly")
 def _mw2_squared(pair: GaussianMixturePair, exactly: bool) -> tuple[Array, Array]:
     if exactly:
-        plan = _solve_exactly(pair, jnp.asarray(1e-4), MAX_ITERATIONS["exact"])
+        plan = _solve_exactly(pair, jnp.asarray(limits.MAX_MW2_MARGINAL_ERROR), limits.MAX_ITERATIONS["exact"])
         return plan.transport_cost, plan.status
-    # As far as the precision goes: the error of <P, C> is of the order of the marginals'.
-    tol = 1e-10 if pair.gmm0.dtype == jnp.float64 else 1e-6
+    tol = limits.value_tolerance(pair.gmm0.dtype)
     init = jnp.zeros_like(pair.gmm0.weights), jnp.zeros_like(pair.gmm1.weights)
-    plan = _solve_plan(pair, init, jnp.asarray(tol), solve_entropic, MAX_ITERATIONS["entropic"])
-    good = (plan.status == Status.PRECISION) & (plan.marginal_error <= 1e-4)
+    plan = _solve_plan(pair, init, jnp.asarray(tol), ENTROPIC, limits.MAX_ITERATIONS["entropic"])
+    good = (plan.status == Status.PRECISION) & (plan.marginal_error <= limits.MAX_MW2_MARGINAL_ERROR)
     return plan.transport_cost, jnp.where(good, Status.CONVERGED, plan.status)
 
 
-Solver = Callable[..., Potentials]
-
-
-def solver_for(method: str, pair: GaussianMixturePair) -> Solver:
+def solver_for(method: str, pair: GaussianMixturePair) -> PlanSolver:
     """The solver of a method, with what it needs to know before compilation; equal choices are equal (and hash so)."""
     if method == "entropic":
-        return solve_entropic
+        return ENTROPIC
     if not checks.known(pair.epsilon, pair.rho):
         raise ValueError(
             "method: 'sinkhorn' needs values of epsilon and rho that are known when it is compiled (OTT branches on tau); "
             "use 'entropic' under jit and vmap"
         )
     epsilon, rho0, rho1 = (float(jnp.reshape(x, ())) for x in (pair.epsilon, pair.rho0, pair.rho1))
-    return _Sinkhorn(1 / (1 + epsilon / rho0), 1 / (1 + epsilon / rho1))
-
-
-def solve_entropic(
-    cost: Array,
-    log_a: Array,
-    log_b: Array,
-    epsilon: Array,
-    rho: Array,
-    init: Any,
-    tol: Array,
-    limit: int,
-    balanced: bool,
-) -> Potentials:
-    """`entropic.solve`, from the side with fewer components: its linear systems are that large."""
-    if cost.shape[0] <= cost.shape[1]:
-        return entropic.solve(cost, log_a, log_b, epsilon, rho, init[0], tol, limit, balanced)
-    rho = jnp.flip(rho) if jnp.ndim(rho) else rho
-    return entropic.solve(cost.T, log_b, log_a, epsilon, rho, init[1], tol, limit, balanced).swap()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Sinkhorn:
-    r"""OTT's Sinkhorn on the same problem.
-
-    Unbalanced, OTT measures the plan's entropy against the counting measure. On the masses :math:`a^{1 + \epsilon/\rho_0}` and
-    :math:`b^{1 + \epsilon/\rho_1}` its optimality conditions are those of :math:`KL(P | a b^T)` on a and b.
-    """
-
-    tau0: float
-    tau1: float
-
-    def __call__(
-        self,
-        cost: Array,
-        log_a: Array,
-        log_b: Array,
-        epsilon: Array,
-        rho: Array,
-        init: Any,
-        tol: Array,
-        limit: int,
-        balanced: bool,
-    ) -> Potentials:
-        from ott.geometry import geometry  # slow to import, and only needed here
-        from ott.problems.linear import linear_problem
-        from ott.solvers.linear import sinkhorn
-
-        a, b = jnp.exp(log_a / self.tau0), jnp.exp(log_b / self.tau1)  # 1 / tau = 1 + epsilon / rho
-        geom = geometry.Geometry(cost_matrix=cost, epsilon=epsilon)  # pyright: ignore[reportArgumentType]
-        problem = linear_problem.LinearProblem(geom, a=a, b=b, tau_a=self.tau0, tau_b=self.tau1)
-        offsets = epsilon * log_a, epsilon * log_b  # -inf where there is no mass: OTT's kernel then has no part of it
-        limit = max(10, limit // 10 * 10)  # whole blocks of OTT's ten inner iterations
-        solver = sinkhorn.Sinkhorn(threshold=tol, max_iterations=limit)  # pyright: ignore[reportArgumentType]
-        output = solver(problem, init=(init[0] + offsets[0], init[1] + offsets[1]))
-        g = jnp.where(jnp.isinf(log_b), 0, output.g - offsets[1])
-        inverse_rho0, inverse_rho1 = duals.inverse_prices(rho, balanced)
-        f = entropic.transform(cost, log_b, g, epsilon, inverse_rho0)
-        g = entropic.transform(cost.T, log_a, f, epsilon, inverse_rho1)
-        end = entropic.Annealed(f, jnp.asarray(output.n_iters), jnp.asarray(False), ())
-        return entropic.certified(cost, log_a, log_b, f, g, epsilon, rho, tol, end, balanced)
+    return Sinkhorn(tau_of_rho(rho0, epsilon), tau_of_rho(rho1, epsilon))

@@ -12,12 +12,12 @@ import pytest
 import scipy.sparse
 
 import coupled_gmm as cg
-from coupled_gmm import cli
 from coupled_gmm.core import checks, foreign
 from coupled_gmm.data import clouds
 from coupled_gmm.fits import coupled
-from coupled_gmm.jobs import terminal
-from coupled_gmm.jobs.config import FitConfig, load_config
+from coupled_gmm.jobs import fit, terminal
+from coupled_gmm.jobs.fit import FitConfig, FitJob
+from coupled_gmm.jobs.registry import load_config
 from coupled_gmm.jobs.sections import ConfigError
 
 X = np.array([[1.5, 2.25], [-3.0, 0.5], [0.125, 4.0]])
@@ -34,7 +34,7 @@ def read(folder, text0, text1, keys="", ending=".csv"):
     files = [("a.csv", "a.npy")[not isinstance(text0, str)], ("b.csv", "b.npy")[not isinstance(text1, str)]]
     path = folder / "c.toml"
     path.write_text(f'[data]\ncloud0 = "{files[0]}"\ncloud1 = "{files[1]}"\n{keys}\n{REST}')
-    return cli._read_data(path, load_config(path, FitConfig))
+    return FitJob().read(path, load_config(path, FitConfig))
 
 
 XY = "x,y\n1.5,2.25\n-3.0,0.5\n0.125,4.0\n"
@@ -59,10 +59,10 @@ BARE = XY.partition("\n")[2]
     ],
 )  # fmt: skip
 def test_files_are_paired(tmp_path, text0, text1, keys, names):
-    points, beside = read(tmp_path, text0, text1, keys)
-    for x in points:
+    both = read(tmp_path, text0, text1, keys)
+    for x in both.points:
         np.testing.assert_array_equal(x, X)
-    assert beside.names == names
+    assert both.names == names
 
 
 @pytest.mark.parametrize(
@@ -84,28 +84,28 @@ def test_files_that_do_not_pair_are_refused(tmp_path, text0, text1, says):
 
 
 def test_an_order_put_right_is_said(tmp_path):
-    _, beside = read(tmp_path, XY, YX)
-    assert list(beside.notes) == ["cloud1: columns put into cloud0's order, x, y"]
-    _, beside = read(tmp_path, "id,x\n1,2\n2,5\n", "x\n3\n")
-    assert beside.notes[0].startswith("cloud0: left out 'id', which counts the rows")
+    both = read(tmp_path, XY, YX)
+    assert list(both.notes) == ["cloud1: columns put into cloud0's order, x, y"]
+    both = read(tmp_path, "id,x\n1,2\n2,5\n", "x\n3\n")
+    assert both.notes[0].startswith("cloud0: left out 'id', which counts the rows")
 
 
 def test_ambiguous_headers_name_the_key(tmp_path):
     with pytest.raises(ConfigError, match=r"data.cloud0: .*a\.csv: .*say which with header = true or header = false"):
         read(tmp_path, "0,1\n5,6\n", "0,1\n5,6\n")
-    points, _ = read(tmp_path, "0,1\n5,6\n", "0,1\n5,6\n", "header = false")
+    points, *_ = read(tmp_path, "0,1\n5,6\n", "0,1\n5,6\n", "header = false")
     np.testing.assert_array_equal(points[0], [[0, 1], [5, 6]])
 
 
 def test_names_go_into_the_run(tmp_path, monkeypatch):
     """Into its configuration, and with it into the pictures."""
-    points, beside = read(tmp_path, XY, YX)
-    monkeypatch.setattr(cli, "_pooled_start", lambda *_: type("Start", (), {"n_steps": 1, "gmm": None}))
-    monkeypatch.setattr(cli, "_pair", lambda *_: type("Pair", (), {"epsilon": 0.1}))
-    monkeypatch.setattr(cli, "_fit_pair", lambda *_: None)
+    both = read(tmp_path, XY, YX)
+    monkeypatch.setattr(fit, "_pooled_start", lambda *_: type("Start", (), {"n_steps": 1, "gmm": None}))
+    monkeypatch.setattr(fit, "_pair", lambda *_: type("Pair", (), {"epsilon": 0.1}))
+    monkeypatch.setattr(fit, "_fit_pair", lambda *_: None)
     path = tmp_path / "c.toml"
-    settings, _ = cli._fit(path, load_config(path, FitConfig), points, beside, terminal.console())
-    assert settings.data.columns == ["x", "y"]
+    config, _ = FitJob().solve(path, load_config(path, FitConfig), both, terminal.console())
+    assert config.data.columns == ["x", "y"]
 
 
 PANDAS = pytest.param("pandas", marks=pytest.mark.skipif(importlib.util.find_spec("pandas") is None, reason="optional"))

@@ -139,7 +139,7 @@ def test_sinkhorn_takes_one_tau():
     with pytest.raises(ValueError, match=r"^method: .*have \[0.5 +0.75\], \[0.75 +0.5 *\]"):  # in node order: (1, 2)
         fit_module._edge_solver("sinkhorn", graph)
     graph = cg.MixtureGraph.from_mixtures(GMMS, edges, epsilon=0.1, rho=[0.1, 0.3])
-    assert fit_module._edge_solver("entropic", graph) is solvers.solve_entropic
+    assert fit_module._edge_solver("entropic", graph) is solvers.ENTROPIC
     with pytest.raises(ValueError, match=r"^method: 'sinkhorn' needs one tau .*have 0.5, 0.75; use 'entropic', or"):
         fit(clouds(), graph, method="sinkhorn")
 

@@ -19,6 +19,7 @@ from coupled_gmm import cli
 from coupled_gmm.core import interrupts
 from coupled_gmm.data.saving import load, save
 from coupled_gmm.jobs import folders, run, terminal
+from coupled_gmm.jobs.barycenter import BarycenterJob
 from coupled_gmm.jobs.sections import ConfigError
 
 CONFIG = """
@@ -54,21 +55,21 @@ def solved(tmp_path, monkeypatch):
     gmm = cg.GaussianMixture.from_moments(np.zeros((2, 2)), np.stack([np.eye(2)] * 2), [0.5, 0.5])
     calls = []
 
-    def solve(path, settings, given, rest, console):
-        calls.append(settings)
-        return settings, gmm
+    def solve(job, path, config, inputs, console):
+        calls.append(config)
+        return config, gmm
 
-    def write(folder, config, fit, given):
-        save(folder / run.FIT, fit)
+    def write(folder, job, config, result, inputs):
+        save(folder / run.FIT, result)
         for name in ("config.toml", "mixture.csv"):
             (folder / name).write_text(f"of call {len(calls)}")
 
-    monkeypatch.setattr(cli, "_barycenter", solve)
+    monkeypatch.setattr(BarycenterJob, "solve", solve)
     monkeypatch.setattr(run, "_write", write)
-    monkeypatch.setattr(cli.tables, "print_summary", lambda console, fit: console.print("tables"))
+    monkeypatch.setattr(BarycenterJob, "sheets", lambda job, result: ())
     monkeypatch.setattr(cg.GaussianMixture, "raise_if_failed", lambda self: None, raising=False)
     monkeypatch.setattr(cg.GaussianMixture, "message", "done", raising=False)
-    monkeypatch.setattr(cli, "_read_members", lambda path, settings: ([gmm], [gmm]))
+    monkeypatch.setattr(BarycenterJob, "read", lambda job, path, config: ([gmm], [gmm]))
     (tmp_path / "c.toml").write_text(BARYCENTER)
     return SimpleNamespace(folder=tmp_path, config=tmp_path / "c.toml", calls=calls)
 
@@ -178,7 +179,7 @@ def test_an_older_run_stays_where_a_new_one_fails(solved, monkeypatch):
 
 
 def test_ctrl_c_without_a_watcher_is_one_line_and_status_130(solved, monkeypatch):
-    monkeypatch.setattr(cli, "_barycenter", raising(KeyboardInterrupt()))
+    monkeypatch.setattr(BarycenterJob, "solve", raising(KeyboardInterrupt()))
     result = call("barycenter", solved.config, "--out", solved.folder / "out")
     assert (result.exit_code, result.stderr) == (130, "interrupted\n")
     assert files(solved.folder / "out") == []
@@ -287,7 +288,8 @@ def test_a_run_is_saved_whoever_reads_what_it_prints(tmp_path, shell):
     command = shell.format(command=" ".join([*COMMAND, "barycenter"]), config=tmp_path / "c.toml", out=tmp_path / "out")
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=150)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert isinstance(run.read(tmp_path / "out"), cg.BarycenterFit)
+    job, result = run.read(tmp_path / "out")
+    assert isinstance(job, BarycenterJob) and isinstance(result, cg.BarycenterFit)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,13 @@ from problems import DATA
 
 from coupled_gmm.transport import entropic, masses
 from coupled_gmm.transport.masses import Response
+from coupled_gmm.transport.problem import TransportProblem
 
-solve = jax.jit(masses.solve, static_argnums=6)
+solve = jax.jit(masses.solve, static_argnums=3)
+
+
+def balanced(cost, log_a, log_b, epsilon):
+    return TransportProblem.of_log_masses(cost, log_a, log_b, epsilon=epsilon, balanced=True)
 
 
 def log_sum_exp(x, axis):
@@ -50,7 +55,8 @@ def solved(problem, free=(True, True), tol=1e-10, limit=500):
         logs = [jnp.asarray(np.log(p)) for p in present]
     pair = [tuple(jnp.asarray(v) for v in values) for values in (targets, rates, free)]
     zeros = tuple(jnp.zeros(k) for k in cost.shape)
-    return solve(jnp.asarray(cost), *logs, jnp.asarray(epsilon), zeros, jnp.asarray(tol), limit, Response(*pair))
+    arrays = balanced(jnp.asarray(cost), *logs, jnp.asarray(epsilon))
+    return solve(arrays, zeros, jnp.asarray(tol), limit, Response(*pair))
 
 
 @pytest.mark.parametrize(("k0", "k1"), [(1, 3), (3, 4)])
@@ -152,7 +158,8 @@ def test_masses_that_must_move_far_are_found(precision_bits):
             for rate in (0.003, 0.03, 0.1, 0.3, 1.0, 3.0):
                 response = Response((n, m), (jnp.asarray(rate),) * 2, (yes, yes))
                 log_a = jnp.log(a)
-                end = solve(cost, log_a, log_a, jnp.asarray(epsilon), (zeros, zeros), jnp.asarray(1e-4), 200, response)
+                problem = balanced(cost, log_a, log_a, jnp.asarray(epsilon))
+                end = solve(problem, (zeros, zeros), jnp.asarray(1e-4), 200, response)
                 assert bool(end.converged), (epsilon, rate, end.marginal_error, end.n_iterations)
 
 
@@ -165,7 +172,8 @@ def test_components_that_no_cloud_asks_for_give_up_their_mass(x64):
     response = Response((n, m), (jnp.float32(0.1),) * 2, (yes, yes))
 
     def one(log_a, epsilon):
-        return masses.solve(cost, log_a, log_a, epsilon, (zeros, zeros), jnp.float32(1e-4), 200, response)
+        problem = balanced(cost, log_a, log_a, epsilon)
+        return masses.solve(problem, (zeros, zeros), jnp.float32(1e-4), 200, response)
 
     ends = jax.jit(jax.vmap(one))(jnp.log(jnp.stack([a, n])), jnp.asarray([6e-3, 1e-2], jnp.float32))
     assert ends.converged.all()
@@ -197,11 +205,9 @@ def chain_problem():
 def test_warm_starts_are_as_good_as_cold_ones_in_float32(shift):
     """Neither a common shift of the potentials nor a distance that bounded steps would have to crawl is carried on."""
     cost, a, b, warm = chain_problem()
-    arrays = [jnp.asarray(v, jnp.float32) for v in (cost, np.log(a), np.log(b), 0.1, np.inf)]
-    run = jax.jit(entropic.solve, static_argnums=(7, 8))
-    ends = [
-        run(*arrays, jnp.asarray(init, jnp.float32), jnp.float32(7e-5), 200, True) for init in (0 * warm, warm + shift)
-    ]
+    problem = balanced(*(jnp.asarray(v, jnp.float32) for v in (cost, np.log(a), np.log(b), 0.1)))
+    run = jax.jit(entropic.solve, static_argnums=3)
+    ends = [run(problem, jnp.asarray(init, jnp.float32), jnp.float32(7e-5), 200) for init in (0 * warm, warm + shift)]
     for end in ends:
         assert end.marginal_error < 2e-4, end.marginal_error
         assert end.n_iterations < 100
@@ -214,6 +220,6 @@ def test_warm_starts_are_as_good_as_cold_ones_in_float32(shift):
 def test_a_plan_of_nan_meets_no_bound():
     zeros, one = jnp.zeros(2), jnp.asarray(1.0)
     cost = jnp.asarray([[0.0, jnp.nan], [1.0, 0.0]])
-    end = entropic.solve(cost, zeros - 0.7, zeros - 0.7, one, one, zeros, one, 10, True)
+    end = entropic.solve(balanced(cost, zeros - 0.7, zeros - 0.7, one), zeros, one, 10)
     assert np.isinf(end.marginal_error)
     assert not end.converged

@@ -12,7 +12,8 @@ from problems import DATA, random_covariances, random_mixture
 from twins import linear_programme, log_sum_exp, primal, sinkhorn
 
 import coupled_gmm as cg
-from coupled_gmm.transport import duals, solvers
+from coupled_gmm.transport import duals, limits, solvers
+from coupled_gmm.transport.problem import TransportProblem
 
 SHAPES = [(1, 4), (3, 4), (6, 4)]
 NUMBERS = (
@@ -218,7 +219,8 @@ def test_absent_components_may_be_anywhere():
 @jax.jit
 def dual_and_gradient(pair, found):
     def value(cost, a, b):
-        return duals.dual_value(cost, a, b, *found.potentials, pair.epsilon, pair.rho, pair.balanced)
+        prices = {"epsilon": pair.epsilon, "rho": pair.rho, "balanced": pair.balanced}
+        return duals.dual_value(TransportProblem.of_masses(cost, a, b, **prices), *found.potentials)
 
     return jax.value_and_grad(value, (0, 1, 2))(found.cost, pair.gmm0.weights, pair.gmm1.weights)
 
@@ -295,7 +297,7 @@ def test_status_says_what_happened():
     precise = cg.solve_plan(hard, tol=1e-9)
     assert not precise.converged and int(precise.status) == cg.Status.PRECISION
     assert "float64" in precise.message and precise.marginal_error < 1e-3
-    assert precise.n_iterations < solvers.MAX_ITERATIONS["entropic"]
+    assert precise.n_iterations < limits.MAX_ITERATIONS["entropic"]
     with pytest.raises(cg.FitError, match="float64"):
         precise.raise_if_failed()
     cg.solve_plan(make_pair(1, 3, 5, 0.1)).raise_if_failed()
@@ -509,6 +511,6 @@ def test_a_plan_on_which_the_residual_alone_leads_astray(x64):
     data = np.load(DATA / "slow_plan.npz")
     cost, a, b, epsilon = (jnp.asarray(data[name]) for name in ("cost", "a", "b", "eps"))
     init = jnp.zeros(len(a)), jnp.zeros(len(b))
-    infinite, tol = jnp.asarray(jnp.inf), jnp.asarray(1e-4)
-    found = solvers.solve_entropic(cost, jnp.log(a), jnp.log(b), epsilon, infinite, init, tol, 500, True)
+    problem = TransportProblem.of_masses(cost, a, b, epsilon=epsilon, balanced=True)
+    found = solvers.ENTROPIC(problem, init, jnp.asarray(1e-4), 500)
     assert found.converged and found.n_iterations < 100

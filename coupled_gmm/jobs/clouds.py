@@ -1,0 +1,141 @@
+"""Clouds that a configuration names: two files, or a built-in source."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, Self
+
+import jax
+import numpy as np
+from jaxtyping import Array
+from pydantic import AfterValidator, Field, ValidationInfo, model_validator
+
+from coupled_gmm.core import checks
+from coupled_gmm.core.checks import brief
+from coupled_gmm.data import clouds
+from coupled_gmm.data.clouds import FORMATS, ending
+from coupled_gmm.jobs.config import Seed
+from coupled_gmm.jobs.sections import ConfigError, Section, absolute, at, blame, refuse
+
+TUTORIAL_SIZE = 10_000
+MOST_POINTS = 100_000_000  # that are drawn
+PointCount = Annotated[int, Field(ge=1, le=MOST_POINTS)]
+Points = tuple[np.ndarray | Array, np.ndarray | Array]
+PointWeights = tuple[np.ndarray | None, np.ndarray | None]
+
+
+def is_file(weights: str | None) -> bool:
+    """Whether data.weights names a file, not a column: it ends as a file that can be read does."""
+    return weights is not None and ending(weights) in FORMATS
+
+
+def _cloud(name: str, info: ValidationInfo) -> str:
+    if not is_file(name):
+        raise refuse(f"can't read {brief(name)}; use a file that ends in one of {', '.join(FORMATS)}")
+    return absolute(name, info)
+
+
+def _weights(name: str, info: ValidationInfo) -> str:
+    return absolute(name, info) if is_file(name) else name
+
+
+CloudFile = Annotated[str, AfterValidator(_cloud)]
+Weights = Annotated[str, AfterValidator(_weights)]
+
+
+class Data(Section):
+    """A built-in source, or two files."""
+
+    source: Literal["tutorial", "photographs"] | None = None
+    n: PointCount | None = None  # points in each cloud of a built-in source
+    seed: Seed | None = None
+    cloud0: CloudFile | None = None
+    cloud1: CloudFile | None = None
+    columns: Annotated[list[str], Field(min_length=1)] | None = (
+        None  # of tables, the features; None: all, paired by name
+    )
+    header: bool | None = None  # of text, whether the first line holds names; None: told from the file, or refused
+    key0: str | None = None  # the array of a .npz
+    key1: str | None = None
+    weights0: Weights | None = None  # a column or .npz array beside the cloud, or a file of its own
+    weights1: Weights | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.source is None:
+            for key in ("cloud0", "cloud1"):
+                if getattr(self, key) is None:
+                    raise refuse("missing; name a file, or set source to 'tutorial' or 'photographs'", key)
+            for key in ("n", "seed"):
+                if getattr(self, key) is not None:
+                    raise refuse("is for built-in sources; remove it, or set source", key)
+        else:
+            for key in ("cloud0", "cloud1", "columns", "header", "key0", "key1", "weights0", "weights1"):
+                if getattr(self, key) is not None:
+                    raise refuse(f"is for clouds from files; remove it, or remove source = {self.source!r}", key)
+        return self
+
+    def completed(self) -> Self:
+        """With the defaults of built-in sources written out."""
+        if self.source is None:
+            return self
+        n = TUTORIAL_SIZE if self.source == "tutorial" and self.n is None else self.n
+        return self.model_copy(update={"n": n, "seed": self.seed or 0})
+
+
+class CloudPair(NamedTuple):
+    """Both clouds, and what was read beside their points."""
+
+    points: Points
+    weights: PointWeights = (None, None)
+    names: tuple[str, ...] | None = None  # of the features
+    notes: Sequence[str] = ()
+
+
+def read_pair(path: Path, data: Data, precision: str) -> CloudPair:
+    """The clouds of [data], with all the digits that files hold: the fit centres them before it rounds.
+
+    Raises:
+      ConfigError: a file can't be read or used, or the clouds do not have the same features.
+    """
+    if data.source == "tutorial":
+        return CloudPair(clouds.tutorial_clouds(jax.random.key(data.seed or 0), data.n or TUTORIAL_SIZE))
+    if data.source == "photographs":
+        with blame(path, "data", Data):
+            x0, x1 = clouds.photograph_clouds(data.n, data.seed or 0)
+        dtype = np.dtype(precision)
+        return CloudPair((x0.astype(dtype), x1.astype(dtype)))
+    (cloud0, w0), (cloud1, w1) = (_read_side(path, data, side, precision) for side in "01")
+    with blame(path, "data", Data):
+        given = cloud1.names
+        cloud0, cloud1 = clouds.paired(("cloud0", "cloud1"), cloud0, cloud1)
+    x0, x1 = cloud0.points, cloud1.points
+    if x0.shape[1] != x1.shape[1]:
+        both = f"{x1.shape[1]} features and cloud0 has {x0.shape[1]}"
+        raise ConfigError(f"{path}: data.cloud1: has {both}; choose the same ones with columns")
+    notes = [f"cloud{side}: {note}" for side, cloud in enumerate((cloud0, cloud1)) for note in cloud.notes]
+    if given != cloud1.names:
+        notes.append(f"cloud1: columns put into cloud0's order, {', '.join(cloud0.names or ())}")
+    return CloudPair((x0, x1), (w0, w1), cloud0.names if cloud1.names else None, notes)
+
+
+def _read_side(path: Path, data: Data, side: str, precision: str) -> tuple[clouds.Cloud, np.ndarray | None]:
+    file, name = getattr(data, f"cloud{side}"), getattr(data, f"weights{side}")
+    inside = None if is_file(name) else name
+    with at(path, f"data.cloud{side}"):
+        exclude = [] if inside is None else [inside]
+        options = {"columns": data.columns, "key": getattr(data, f"key{side}"), "header": _header(data, file)}
+        cloud = clouds.read_named_cloud(file, exclude=exclude, **options)
+        single = cloud.points.dtype == np.float32 and precision == "float32"
+        cloud = cloud._replace(points=cloud.points if single else cloud.points.astype(np.float64))
+        checks.points(file, cloud.points)
+    if name is None:
+        return cloud, None
+    with at(path, f"data.weights{side}"):
+        source = name if inside is None else file
+        w = clouds.read_weights(source, name=inside, header=_header(data, source)).astype(np.float64)
+        checks.weights(source, w, len(cloud.points))
+        return cloud, w
+
+
+def _header(data: Data, file: str) -> bool | None:
+    return data.header if ending(file) in clouds.TEXT else None

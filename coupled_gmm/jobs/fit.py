@@ -1,0 +1,276 @@
+"""The job `fit`: two mixtures fitted to two clouds so that they stay close, from its configuration to its pictures."""
+
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import jax
+import numpy as np
+import optax
+import polars as pl
+from pydantic import BeforeValidator, Field, model_validator
+from rich.console import Console
+
+import coupled_gmm as cg
+from coupled_gmm.core.checks import brief
+from coupled_gmm.core.progress import ProgressBar
+from coupled_gmm.core.status import Status
+from coupled_gmm.jobs.clouds import CloudPair, Data, Points, PointWeights, read_pair
+from coupled_gmm.jobs.config import Count, JobConfig, NonNegative, Output, Positive, Precision, Seed, Starts, Steps
+from coupled_gmm.jobs.job import Job
+from coupled_gmm.jobs.sections import Section, blame, refuse
+from coupled_gmm.jobs.tables import MOST_ROWS, Sheet, history_table, quantities
+from coupled_gmm.jobs.terminal import say
+
+_USABLE = (Status.CONVERGED, Status.STEPS_DONE, Status.NOT_CONVERGED, Status.PRECISION)  # ends of a start
+# Arguments whose key has another name, or stands in another section.
+_KEYS = {"x": "data", "x0": "data.cloud0", "x1": "data.cloud1", "point_weights": "data.weights0"}
+_KEYS |= {"point_weights0": "data.weights0", "point_weights1": "data.weights1", "ridge": "fit.ridge"}
+_KEYS |= {"init": "fit.ridge", "gmm": "fit.ridge", "pair.gmm0": "fit.ridge", "pair.gmm1": "fit.ridge"}
+_COLUMNS = ("q0", "q1", "transport", "objective", "penalized_log_likelihood", "marginal_error")
+_RGB = ("red", "green", "blue")
+_LARGEST_MATRIX = 12  # columns that a terminal has room for; larger plans are listed
+
+
+def _prices(at_most: float) -> BeforeValidator:
+    """Above 0: one number, or a list of two, for mixture 0 and for mixture 1."""
+
+    def check(given: Any) -> float | list[float]:
+        several = given if isinstance(given, list) else [given]
+        if isinstance(given, list) and len(given) != 2:
+            raise refuse(f"must be one number or two (of mixture 0 and of mixture 1), got {brief(given)}")
+        for one in several:
+            number = isinstance(one, (int, float)) and not isinstance(one, bool)
+            if not number or (isinstance(one, int) and one > sys.float_info.max):
+                raise refuse(f"must be a valid number, got {brief(one)}")
+            if not one > 0:
+                raise refuse(f"must be greater than 0, got {brief(one)}")
+            if one > at_most:
+                raise refuse(f"must be less than or equal to {at_most:g}, got {brief(one)}")
+        return [float(one) for one in several] if isinstance(given, list) else float(given)
+
+    return BeforeValidator(check)
+
+
+Tau = Annotated[float | list[float], _prices(1)]
+Rho = Annotated[float | list[float], _prices(math.inf)]
+
+
+class Start(Section):
+    """The pooled fit: one mixture for both clouds together, from which the two mixtures start."""
+
+    n_components: Count
+    seed: Seed = 0
+    n_init: Starts = 10
+    max_steps: Steps = 100
+    tol: NonNegative = 1e-5
+
+
+class Fit(Section):
+    """The coupled fit; the names are those of `fit_pair` and `GaussianMixturePair`."""
+
+    transport_weight: NonNegative
+    epsilon: Positive | None = None
+    tau: Tau | None = None
+    rho: Rho | None = None
+    em_steps: Steps = 30
+    m_steps: Steps = 20
+    optimizer: Literal["default", "adam"] = "default"
+    learning_rate: Positive | None = None
+    tol: NonNegative = 0.0
+    freeze: list[Literal["gmm0", "gmm1"]] = Field(default=[])
+    ridge: NonNegative = 1e-6
+    method: Literal["entropic", "sinkhorn"] = "entropic"
+    chunk_size: Count | None = None
+    precision: Precision = "float32"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.tau is not None and self.rho is not None:
+            raise refuse("tau and rho say the same thing; keep one of them", "rho")
+        if self.optimizer == "default" and self.learning_rate is not None:
+            raise refuse("the default optimizer has none; remove it, or set optimizer = 'adam'", "learning_rate")
+        if self.optimizer == "adam" and self.learning_rate is None:
+            raise refuse("missing; optimizer = 'adam' needs it, for example 1e-3", "learning_rate")
+        return self
+
+
+class FitOutput(Output):
+    max_points_drawn: Count = 5000
+
+
+class FitConfig(JobConfig):
+    command = "fit"
+    data: Data
+    start: Start
+    fit: Fit
+    output: FitOutput = FitOutput()
+
+    def completed(self) -> Self:
+        return self.model_copy(update={"data": self.data.completed()})
+
+
+class FitJob(Job[FitConfig, CloudPair, cg.PairFit]):
+    summary = "Fit two mixtures to two clouds, so that they stay close."
+    config = FitConfig
+    result = cg.PairFit
+    files = ("history.csv", "plan.csv", "clouds.png", "plan.png", "objective.png", "colors.png")
+
+    def read(self, path: Path, config: FitConfig) -> CloudPair:
+        return read_pair(path, config.data, config.precision)
+
+    def solve(self, path: Path, config: FitConfig, inputs: CloudPair, console: Console) -> tuple[FitConfig, cg.PairFit]:
+        points, weights, names, notes = inputs
+        for note in notes:
+            say(console, note)
+        if names is not None:  # kept in the run's configuration, and shown by its pictures
+            config = config.model_copy(update={"data": config.data.model_copy(update={"columns": list(names)})})
+        sizes = " and ".join(f"{len(x):,}" for x in points)
+        say(console, f"clouds: {sizes} points of {points[0].shape[1]} features, {config.precision}")
+        with console.status("fitting the start"), blame(path, "start", Start, _KEYS):
+            pooled = _pooled_start(config, points, weights)
+        components = config.start.n_components
+        say(console, f"start: one mixture of {components} for both clouds, {int(pooled.n_steps)} EM steps")
+        with blame(path, "fit", Fit, _KEYS):
+            pair = _pair(config.fit, pooled.gmm)
+            with ProgressBar(console) as bar:
+                result = _fit_pair(config.fit, pair, points, weights, bar)
+        if config.fit.epsilon is None:
+            chosen = config.fit.model_copy(update={"epsilon": float(f"{float(pair.epsilon):.9g}")})
+            config = config.model_copy(update={"fit": chosen})
+        return config, result
+
+    def tables(self, result: cg.PairFit) -> dict[str, pl.DataFrame]:
+        columns = {name: np.asarray(getattr(result.history, name))[: int(result.n_steps)] for name in _COLUMNS}
+        return {"history.csv": history_table(columns), "plan.csv": _plan(result)}
+
+    def sheets(self, result: cg.PairFit) -> Sequence[Sheet]:
+        return _masses(result), _transfer(result), _costs(result)
+
+    def drawn(self, result: cg.PairFit) -> Any:
+        return result.pair.gmm0, result.pair.gmm1
+
+    def figures(self, config: FitConfig, result: cg.PairFit, inputs: CloudPair) -> dict[str, Any]:
+        from coupled_gmm.plot import mixtures
+
+        photographs = config.data.source == "photographs"
+        options: dict[str, Any] = {
+            "axes": (0, 2) if photographs else (0, 1),
+            "max_points": config.output.max_points_drawn,
+            "feature_names": _RGB if photographs else config.data.columns,
+        }
+        figures = {
+            "clouds.png": mixtures.plot_clouds(result, *inputs.points, **options),
+            "plan.png": mixtures.plot_plan(result.plan),
+            "objective.png": mixtures.plot_history(result),
+        }
+        if photographs:
+            figures["colors.png"] = mixtures.plot_clouds(result, *inputs.points, point_colors="own", **options)
+        return figures
+
+
+def _pooled_start(config: FitConfig, points: Points, weights: PointWeights) -> Any:
+    """One mixture fitted to both clouds together, each cloud counting by its number of points.
+
+    Raises:
+      FitError: that fit failed. Where its steps ran out, it is a start all the same.
+    """
+    start, ridge = config.start, config.fit.ridge
+    pooled, point_weights = np.concatenate(points), None
+    if any(w is not None for w in weights):
+        pairs = zip(points, weights, strict=True)
+        point_weights = np.concatenate([np.ones(len(x)) if w is None else w / w.mean() for x, w in pairs])
+    shared = {"point_weights": point_weights, "ridge": ridge}
+    init = cg.init_gmm(jax.random.key(start.seed), pooled, start.n_components, n_init=start.n_init, **shared)
+    fit = cg.fit_gmm(pooled, init, max_steps=start.max_steps, tol=start.tol, **shared)
+    if int(fit.status) not in _USABLE:
+        raise cg.FitError(f"its start, one mixture for both clouds: {fit.message}")
+    return fit
+
+
+def _pair(section: Fit, gmm: cg.GaussianMixture) -> cg.GaussianMixturePair:
+    if section.rho is not None:
+        return cg.GaussianMixturePair.from_rho(gmm, gmm, section.epsilon, _array(section.rho))
+    return cg.GaussianMixturePair(gmm, gmm, section.epsilon, 1.0 if section.tau is None else _array(section.tau))
+
+
+def _array(given: float | list[float]) -> Any:
+    return np.asarray(given) if isinstance(given, list) else given
+
+
+def _fit_pair(
+    section: Fit, pair: cg.GaussianMixturePair, points: Points, weights: PointWeights, progress: Any
+) -> cg.PairFit:
+    same = ("transport_weight", "em_steps", "m_steps", "learning_rate", "tol", "freeze", "ridge", "method")
+    return cg.fit_pair(
+        *points,
+        pair,
+        point_weights0=weights[0],
+        point_weights1=weights[1],
+        optimizer=optax.adam if section.optimizer == "adam" else None,
+        chunk_size=section.chunk_size,
+        progress=progress,
+        **{name: getattr(section, name) for name in same},
+    )
+
+
+def _plan(fit: cg.PairFit) -> pl.DataFrame:
+    """A row a component of mixture 0, a column a component of mixture 1."""
+    matrix = np.asarray(fit.plan.matrix)
+    return pl.DataFrame({"from": np.arange(len(matrix)), **{f"to_{k}": column for k, column in enumerate(matrix.T)}})
+
+
+def _masses(fit: cg.PairFit) -> Sheet:
+    pair = fit.pair
+    numbers = {"mass in 0": pair.gmm0.weights, "mass in 1": pair.gmm1.weights}
+    if not pair.balanced:
+        outflow, inflow = fit.plan.reweighting()
+        numbers |= {"outflow / mass in 0": outflow, "inflow / mass in 1": inflow}
+        numbers |= {"mass change from 0": fit.plan.mass_change()}
+    count = max(pair.gmm0.n_components, pair.gmm1.n_components)
+    columns = {"component": [str(k) for k in range(count)]}
+    for name, values in numbers.items():
+        column = [f"{value:.4f}" for value in np.asarray(values).tolist()]
+        columns[name] = column + [""] * (count - len(column))
+    return Sheet("Components of mixtures 0 and 1", columns)
+
+
+def _transfer(fit: cg.PairFit) -> Sheet:
+    matrix = np.asarray(fit.plan.matrix, np.float64)
+    if max(matrix.shape) > _LARGEST_MATRIX:
+        return _largest_transfers(matrix)
+    columns = {"": [*(f"from {k}" for k in range(len(matrix))), "inflow"]}
+    for m, column in enumerate(matrix.T):
+        columns[f"to {m}"] = [*map(_mass, column), f"{column.sum():.4f}"]
+    columns["outflow"] = [f"{mass:.4f}" for mass in (*matrix.sum(1), matrix.sum())]
+    return Sheet("Mass transfer, from mixture 0 to mixture 1", columns, totals=True)
+
+
+def _largest_transfers(matrix: np.ndarray, count: int = MOST_ROWS) -> Sheet:
+    order = np.argsort(-matrix, axis=None)[:count]
+    froms, tos = np.unravel_index(order, matrix.shape)
+    masses = matrix.ravel()[order]
+    columns = {"from": [str(k) for k in froms], "to": [str(m) for m in tos], "mass": [_mass(mass) for mass in masses]}
+    return Sheet(f"Mass transfer, the {count} largest of {matrix.size} (all are in plan.csv)", columns)
+
+
+def _mass(mass: float) -> str:
+    """A mass to four digits; what rounds to nothing is a dot, so that the transfers stand out."""
+    return "." if abs(mass) < 5e-5 else f"{mass:.4f}"
+
+
+def _costs(fit: cg.PairFit) -> Sheet:
+    plan, pair = fit.plan, fit.pair
+    rows = {
+        "epsilon": f"{float(pair.epsilon):.6g}",
+        "rho": "infinite (balanced)" if pair.balanced else ", ".join(f"{rho:.6g}" for rho in np.ravel(pair.rho)),
+        "total mass F": f"{float(plan.total_mass):.6f}",
+        "transport cost <P, C>": f"{float(plan.transport_cost):.6f}",
+        "regularised cost": f"{float(plan.regularized_cost):.6f}",
+        "marginal error": f"{float(plan.marginal_error):.1e}",
+        "penalised log-likelihood": f"{float(fit.penalized_log_likelihood):.6f}",
+        "EM steps": str(int(fit.n_steps)),
+    }
+    return quantities("Costs", rows)

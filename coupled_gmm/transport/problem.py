@@ -1,0 +1,198 @@
+r"""The transport problem between two discrete measures, and what potentials say about it.
+
+.. math:: \min_{P \ge 0} \langle P, C \rangle + \epsilon KL(P | a b^T) + \rho_0 KL(P 1 | a) + \rho_1 KL(P^T 1 | b)
+
+A price :math:`\rho` that is infinite holds its marginal. The solution is :math:`P = a b^T \exp((f + g - C) / \epsilon)`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from coupled_gmm.core import checks
+from coupled_gmm.core.errors import ArgumentError
+from coupled_gmm.core.tree import pytree, static
+from coupled_gmm.gaussians.mixture import log_weights
+
+BALANCED = float("1")  # an object of its own, to tell a tau that was given
+
+
+@pytree
+class TransportProblem:
+    """Costs and masses with their logarithms (the derivatives in a mass of zero are those of the mass), and the prices."""
+
+    cost: Float[Array, "K0 K1"]
+    a: Float[Array, " K0"]
+    b: Float[Array, " K1"]
+    log_a: Float[Array, " K0"]
+    log_b: Float[Array, " K1"]
+    epsilon: Float[Array, ""]
+    rho0: Float[Array, ""]  # the price of changing a
+    rho1: Float[Array, ""]  # the price of changing b
+    balanced: bool = static()  # both prices are infinite, and known to be before compilation
+
+    @classmethod
+    def of_masses(
+        cls, cost: Array, a: Array, b: Array, *, epsilon: Array, rho: Array | None = None, balanced: bool
+    ) -> "TransportProblem":
+        """From masses; `rho` is one price or two, None is infinite."""
+        return cls._of(cost, (a, b), (log_weights(a), log_weights(b)), epsilon, rho, balanced)
+
+    @classmethod
+    def of_log_masses(
+        cls, cost: Array, log_a: Array, log_b: Array, *, epsilon: Array, rho: Array | None = None, balanced: bool
+    ) -> "TransportProblem":
+        """From logarithms of masses, -inf where there is none; `rho` is one price or two, None is infinite."""
+        return cls._of(cost, (jnp.exp(log_a), jnp.exp(log_b)), (log_a, log_b), epsilon, rho, balanced)
+
+    @classmethod
+    def _of(
+        cls, cost: Array, masses: tuple, log_masses: tuple, epsilon: Array, rho: Array | None, balanced: bool
+    ) -> "TransportProblem":
+        rho0, rho1 = both_sides(jnp.full_like(epsilon, jnp.inf) if rho is None else rho)
+        (a, b), (log_a, log_b) = masses, log_masses
+        return cls(
+            cost=cost, a=a, b=b, log_a=log_a, log_b=log_b, epsilon=epsilon, rho0=rho0, rho1=rho1, balanced=balanced
+        )
+
+    def transpose(self) -> "TransportProblem":
+        """The same problem from b to a."""
+        return TransportProblem(
+            cost=self.cost.T,
+            a=self.b,
+            b=self.a,
+            log_a=self.log_b,
+            log_b=self.log_a,
+            epsilon=self.epsilon,
+            rho0=self.rho1,
+            rho1=self.rho0,
+            balanced=self.balanced,
+        )
+
+    def at(self, epsilon: Array) -> "TransportProblem":
+        """The same problem at another epsilon."""
+        return dataclasses.replace(self, epsilon=epsilon)
+
+    def with_log_masses(self, log_a: Array, log_b: Array) -> "TransportProblem":
+        """The same problem between other masses."""
+        return dataclasses.replace(self, a=jnp.exp(log_a), b=jnp.exp(log_b), log_a=log_a, log_b=log_b)
+
+    @property
+    def inverse_rhos(self) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """1 / rho of both sides: zero where a mass is held."""
+        if self.balanced:
+            zero = jnp.zeros((), self.rho0.dtype)
+            return zero, zero
+        return 1 / self.rho0, 1 / self.rho1
+
+    def exponent(self, f: Float[Array, " K0"], g: Float[Array, " K1"]) -> Float[Array, "K0 K1"]:
+        """f + g - C, the smallest of the three added last: where mass moves the other two nearly cancel, and are exact."""
+        f, cost = f[:, None], self.cost
+        size_f, size_g, size = jnp.abs(f), jnp.abs(g), jnp.abs(cost)
+        one_last = jnp.where(size_f < size_g, (g - cost) + f, (f - cost) + g)
+        return jnp.where(size < jnp.minimum(size_f, size_g), (f + g) - cost, one_last)
+
+    def log_plan(self, f: Array, g: Array) -> Float[Array, "K0 K1"]:
+        """The logarithm of `plan`, from those of the masses."""
+        return self.log_a[:, None] + self.log_b + self.exponent(f, g) / self.epsilon
+
+    def plan(self, f: Array, g: Array) -> Float[Array, "K0 K1"]:
+        r""":math:`a b^T \exp((f + g - C) / \epsilon)`, differentiable in a mass of zero too, where the logarithm is not.
+
+        At such a mass potentials may be so large that the exponential must be kept finite, so that it vanishes in the product.
+        """
+        kernel = jnp.exp(jnp.minimum(self.exponent(f, g) / self.epsilon, largest_exponent(self.cost)))
+        return self.a[:, None] * self.b * kernel
+
+    def c_transform(self, g: Float[Array, " K1"], near: Array | None = None) -> Float[Array, " K0"]:
+        """The f that is optimal for a given g, at its own side's price: a half-step of Sinkhorn's iteration.
+
+        Rounded least about one that is `near`. The g that is optimal for f is that of the transposed problem.
+        """
+        near = jnp.zeros(len(self.cost), self.cost.dtype) if near is None else near
+        total = jax.nn.logsumexp(self.log_b + self.exponent(near, g) / self.epsilon, axis=1)
+        return (near - self.epsilon * total) / (1 + self.epsilon * self.inverse_rhos[0])
+
+    def marginal_error(self, f: Array, g: Array) -> Float[Array, ""]:
+        """L1 distance of the plan's marginals from a and b, or from a e^(-f / rho0) and b e^(-g / rho1) when unbalanced."""
+        part, log_mass = self.relative_marginal_error(f, g)
+        return part * jnp.exp(log_mass)
+
+    def relative_marginal_error(self, f: Array, g: Array) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """The marginal error as a part of the mass that moves (of 1, if balanced), and the logarithm of that mass."""
+        inverse_rho0, inverse_rho1 = self.inverse_rhos
+        log_plan = self.log_plan(f, g)
+        log_mass = jnp.zeros((), self.cost.dtype) if self.balanced else jax.nn.logsumexp(log_plan)
+        plan = jnp.exp(log_plan - log_mass)
+        # A mass of zero stays zero whatever its potential is, which may be too large for the exponential.
+        rows = jnp.exp(self.log_a - f * inverse_rho0 - log_mass)
+        columns = jnp.exp(self.log_b - g * inverse_rho1 - log_mass)
+        part = jnp.sum(jnp.abs(plan.sum(1) - rows)) + jnp.sum(jnp.abs(plan.sum(0) - columns))
+        return jnp.where(jnp.isnan(part), jnp.inf, part), log_mass  # no bound that it is compared with is met
+
+    def dual_objective(self, f: Array, g: Array) -> Float[Array, ""]:
+        r""":math:`\langle \phi(f), a \rangle + \langle \phi(g), b \rangle + \epsilon (|a||b| - |P|)`, by the formula:
+        :math:`\phi(f) = \rho (1 - e^{-f / \rho})` at its side's price, or f where that is infinite."""
+        mass = jnp.sum(self.plan(f, g))
+        if not self.balanced:
+            f, g = _worth(f, self.rho0), _worth(g, self.rho1)
+        return f @ self.a + g @ self.b + self.epsilon * (jnp.sum(self.a) * jnp.sum(self.b) - mass)
+
+
+def largest_exponent(x: Array) -> Array:
+    """An exponent that leaves room for a product."""
+    return 0.5 * jnp.log(jnp.finfo(x.dtype).max)
+
+
+def _worth(potential: Array, rho: Array) -> Array:
+    finite = jnp.where(jnp.isinf(rho), 1, rho)
+    changed = -finite * jnp.expm1(jnp.minimum(-potential / finite, largest_exponent(potential)))
+    return jnp.where(jnp.isinf(rho), potential, changed)
+
+
+def both_sides(rho: Array, batch_ndim: int = 0) -> tuple[Array, Array]:
+    """rho of either side, from one number for both, or two on the axis behind those of a batch."""
+    return (rho[..., 0], rho[..., 1]) if jnp.ndim(rho) > batch_ndim else (rho, rho)
+
+
+def rho_of_tau(tau: Array, epsilon: Array) -> Array:
+    r""":math:`\rho = \epsilon \tau / (1 - \tau)`; infinite where tau is 1."""
+    return jnp.where(tau < 1, epsilon * tau / jnp.where(tau < 1, 1 - tau, 1), jnp.inf)
+
+
+def tau_of_rho(rho: Any, epsilon: Any) -> Any:
+    r""":math:`\tau = \rho / (\rho + \epsilon)`; 1 where rho is infinite."""
+    return 1 / (1 + epsilon / rho)
+
+
+class Prices(NamedTuple):
+    """What changes of mass cost, checked: tau or rho as a user gave one of them."""
+
+    value: Array
+    is_tau: bool
+    balanced: bool  # all are known to be infinite
+
+    @classmethod
+    def given(cls, tau: Any, rho: Any, check: Callable[..., Array]) -> "Prices":
+        """`check(name, value, **bounds)` refuses what is out of range or of another shape."""
+        if rho is not None and tau is not BALANCED:
+            raise ArgumentError(
+                "rho", "given beside tau, and both say what it costs to change masses", "keep one of them"
+            )
+        if rho is None:
+            value, held = check("tau", tau, above=0, at_most=1), (tau, 1)
+        else:
+            value, held = check("rho", rho, above=0, infinite=True), (rho, np.inf)
+        balanced = checks.known(held[0]) and bool(np.all(np.asarray(held[0]) == held[1]))
+        return cls(value, rho is None, balanced)
+
+    def rho(self, epsilon: Array) -> Array:
+        """The prices themselves, by the epsilon of each."""
+        if not self.is_tau:
+            return self.value
+        return rho_of_tau(self.value, jnp.expand_dims(epsilon, range(jnp.ndim(epsilon), jnp.ndim(self.value))))
