@@ -73,7 +73,7 @@ class TransportProblem:
             cost=self.cost.T,
             a=self.b,
             b=self.a,
-            log_masses=None if self.log_masses is None else self.log_masses[::-1],
+            log_masses=None if self.log_masses is None else (self.log_masses[1], self.log_masses[0]),
             epsilon=self.epsilon,
             rho0=self.rho1,
             rho1=self.rho0,
