@@ -53,7 +53,7 @@ class TransportProblem:
     def _of(
         cls, cost: Array, masses: tuple, log_masses: tuple | None, epsilon: Array, rho: Array | None, balanced: bool
     ) -> "TransportProblem":
-        rho0, rho1 = both_sides(jnp.full_like(epsilon, jnp.inf) if rho is None else rho)
+        rho0, rho1 = both_sides(jnp.full_like(epsilon, jnp.inf) if rho is None else rho, jnp.ndim(epsilon))
         a, b = masses
         return cls(cost=cost, a=a, b=b, log_masses=log_masses, epsilon=epsilon, rho0=rho0, rho1=rho1, balanced=balanced)
 

@@ -171,7 +171,7 @@ def test_refused_graphs(arguments, message):
         ({"rho": [1.0, 2.0, 3.0]}, r"rho: expected one number or one .* 2 edges, or two: \(1, 2\) or \(2, 2\), got"),
         ({"rho": [[1.0, 2.0, 3.0]] * 2}, "rho: expected one number or one for each"),
         ({"rho": [1.0, -2.0]}, "rho: must be above 0"),
-        ({"rho": 1.0, "tau": 1.0}, "rho: is given beside tau"),
+        ({"rho": 1.0, "tau": 1.0}, "rho: given beside tau"),
         ({"tau": 1.1}, "tau: must be above 0 and at most 1"),
         ({"node_weights": [1.0, 2.0]}, "node_weights: expected shape"),
         ({"node_weights": [1.0, -2.0, 1.0]}, "node_weights: 1 weights are negative"),
