@@ -95,10 +95,7 @@ def _exit_status(job: str) -> Iterator[None]:
     """What went wrong as a status and lines on standard error; a traceback only for our own mistakes."""
     try:
         yield
-    except ConfigError as error:
-        terminal.say_error(str(error))
-        raise typer.Exit(2) from error
-    except installation.MissingExtraError as error:
+    except (ConfigError, installation.MissingExtraError) as error:
         terminal.say_error(str(error))
         raise typer.Exit(2) from error
     except cg.FitError as error:

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from coupled_gmm.barycenters.problem import (
@@ -31,7 +30,7 @@ from coupled_gmm.barycenters.problem import (
     one_precision,
 )
 from coupled_gmm.core import checks, chunks, matrices
-from coupled_gmm.core.errors import ArgumentError, ArgumentTypeError
+from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.programs import program
 from coupled_gmm.core.status import Outcome, Status, first_status
 from coupled_gmm.core.tree import chosen, counted, new, number, pytree, saved, taken
@@ -123,12 +122,7 @@ def flow(
     targets, coefficients, epsilon = check_problem("target", target, coefficients, method, epsilon)
     if source.n_features != targets[0].n_features:
         raise ArgumentError("source", f"has {source.n_features} features, and the target has {targets[0].n_features}")
-    built = isinstance(optimizer, optax.GradientTransformation)
-    if optimizer is not None and not built and not callable(optimizer):
-        raise ArgumentTypeError(
-            "optimizer",
-            f"expected None, an optax factory such as optax.adam, or a built optax transformation, got {type(optimizer).__name__}",
-        )
+    built = checks.is_built_optimizer("optimizer", optimizer)
     at_most = 1 if optimizer is None else None
     rates = (
         checks.scalar("step_size", step_size, above=0, at_most=at_most),

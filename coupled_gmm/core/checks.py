@@ -10,6 +10,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding
 
@@ -333,3 +334,12 @@ def choice(name: str, value: Any, options: tuple[str, ...]) -> str:
     if not isinstance(value, str) or value not in options:
         raise ArgumentError(name, f"expected one of {', '.join(map(repr, options))}, got {brief(value)}")
     return value
+
+
+def is_built_optimizer(name: str, value: Any) -> bool:
+    """Whether an optimiser is a built optax transformation; otherwise it must be None or a factory of one."""
+    built = isinstance(value, optax.GradientTransformation)
+    if value is not None and not built and not callable(value):
+        expected = "None, an optax factory such as optax.adam, or a built optax transformation"
+        raise ArgumentTypeError(name, f"expected {expected}, got {type(value).__name__}")
+    return built

@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Float
 
 from coupled_gmm.core import checks, chunks, foreign, report
-from coupled_gmm.core.errors import ArgumentError, ArgumentTypeError
+from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.programs import program
 from coupled_gmm.core.tree import new, taken
 from coupled_gmm.fits import em, frame
@@ -49,12 +48,7 @@ def _check_run(
     chunk_size: int | None,
     progress: Any,
 ) -> _Run:
-    built = isinstance(optimizer, optax.GradientTransformation)
-    if optimizer is not None and not built and not callable(optimizer):
-        raise ArgumentTypeError(
-            "optimizer",
-            f"expected None, an optax factory such as optax.adam, or a built optax transformation, got {type(optimizer).__name__}",
-        )
+    built = checks.is_built_optimizer("optimizer", optimizer)
     factory = optimizer is not None and not built
     if factory and learning_rate is None:
         raise ArgumentError("learning_rate", "an optax factory needs one", "pass learning_rate=1e-2, say")

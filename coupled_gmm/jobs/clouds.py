@@ -10,7 +10,6 @@ from jaxtyping import Array
 from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
 from coupled_gmm.core import checks
-from coupled_gmm.core.checks import brief
 from coupled_gmm.data import clouds
 from coupled_gmm.data.clouds import FORMATS, ending
 from coupled_gmm.jobs.config import Seed
@@ -30,7 +29,7 @@ def is_file(weights: str | None) -> bool:
 
 def _cloud(name: str, info: ValidationInfo) -> str:
     if not is_file(name):
-        raise refuse(f"can't read {brief(name)}; use a file that ends in one of {', '.join(FORMATS)}")
+        raise refuse(f"can't read {checks.brief(name)}; use a file that ends in one of {', '.join(FORMATS)}")
     return absolute(name, info)
 
 

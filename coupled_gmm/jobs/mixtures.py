@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from pydantic import AfterValidator, Field, model_validator
 
+from coupled_gmm.core.tree import listed
 from coupled_gmm.data import saving
 from coupled_gmm.gaussians.mixture import GaussianMixture
 from coupled_gmm.jobs.config import NonNegative
@@ -87,9 +88,8 @@ def read_all(path: Path, key: str, mixtures: Sequence[Mixture], precision: str) 
 
 def described(gmms: Sequence[GaussianMixture]) -> str:
     """Their sizes, in words."""
-    *sizes, last = [str(gmm.n_components) for gmm in gmms]
-    listed = f"{', '.join(sizes)} and {last}" if sizes else last
-    return f"{listed} components of {gmms[0].n_features} features, {gmms[0].dtype}"
+    sizes = listed(gmm.n_components for gmm in gmms)
+    return f"{sizes} components of {gmms[0].n_features} features, {gmms[0].dtype}"
 
 
 def example(name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

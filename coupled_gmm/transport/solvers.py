@@ -67,7 +67,7 @@ def solve_plan(
 
     Args:
       pair: the mixtures, epsilon and rho.
-      method: "entropic", Newton's method on log-marginals with annealed epsilon (`coupled_gmm.entropic`), or "sinkhorn",
+      method: "entropic", Newton's method on log-marginals with annealed epsilon (`transport.entropic`), or "sinkhorn",
         OTT's, on the same costs; "exact", the linear programme of a balanced pair, by the simplex method: compiled up to 64
         components a side, so that it batches and runs on a GPU, by POT's network simplex on the host beyond.
       init: potentials (f, g) of a nearby plan to start from, as in `plan.potentials`; None starts from zero. An exact plan
