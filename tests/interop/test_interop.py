@@ -281,7 +281,7 @@ def ott_with(loc) -> ott_mixture.GaussianMixture:
     return ott_mixture.GaussianMixture(jnp.asarray(loc), scale.params, probabilities.Probabilities(jnp.zeros(1)))
 
 
-def broken_estimator() -> sk.GaussianMixture:
+def broken_estimator():
     estimator = fitted("full")
     estimator.weights_ = estimator.weights_ / 2
     return estimator
