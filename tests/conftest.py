@@ -14,7 +14,6 @@ import jax
 import numpy as np
 import pytest
 
-
 DEAR = (
     "test_notebooks",
     "test_coupled",
