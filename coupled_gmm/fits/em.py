@@ -18,9 +18,12 @@ from coupled_gmm.core import checks, matrices, report
 from coupled_gmm.core.expansions import two_sum
 from coupled_gmm.core.status import Status, first_status
 from coupled_gmm.core.tree import chosen, pytree, saved
-from coupled_gmm.fits import frame, m_step, statistics
+from coupled_gmm.fits import frame, optimisers, statistics
 from coupled_gmm.fits.frame import Sight
 from coupled_gmm.fits.graph import MixtureGraph
+from coupled_gmm.fits.m_step import MStep, ascend
+from coupled_gmm.fits.objective import Objective, Terms, no_terms, transport_terms
+from coupled_gmm.fits.optimisers import Optimiser
 from coupled_gmm.fits.statistics import Parameters
 from coupled_gmm.gaussians.mixture import GaussianMixture
 from coupled_gmm.transport import entropic, limits, solvers
@@ -97,14 +100,14 @@ class Task(NamedTuple):
     floors: Float[Array, "V d"]
     controls: Controls
     options: FitOptions
-    optimiser: m_step.Optimiser
+    optimiser: Optimiser
 
 
 class _Place(NamedTuple):
     """Where a fit stands: parameters, and what was seen of J there."""
 
     parameters: Parameters
-    terms: m_step.Terms
+    terms: Terms
     log_likelihoods: Float[Array, " V"]  # the densities' own
     penalized: Float[Array, " V"]  # with the ridge's term
     rest: Float[Array, " V"]  # what rounding has left of these
@@ -133,7 +136,7 @@ class Solution(NamedTuple):
     """Where a fit ended, in data units: the nodes there, J and its terms, and how it went."""
 
     nodes: GaussianMixture
-    terms: m_step.Terms
+    terms: Terms
     log_likelihoods: Float[Array, " V"]
     value: Float[Array, ""]
     status: Int[Array, ""]
@@ -149,7 +152,7 @@ def run(problem: MixtureGraph, sight: Sight, controls: Controls, options: FitOpt
 
     def em_step(carry: tuple[FitState, History]) -> tuple[FitState, History]:
         before, history = carry
-        state, row = raise_objective(task, before, e_step(task, before))
+        state, row = m_step(task, before, e_step(task, before))
         history = jax.tree.map(lambda h, r: h.at[before.step].set(jnp.where(state.running, r, jnp.nan)), history, row)
         if options.progress:
             counts = {"running": state.running, "em_steps": controls.em_steps, "step": before.step}
@@ -165,10 +168,10 @@ def prepare(problem: MixtureGraph, sight: Sight, controls: Controls, options: Fi
     dtype = problem.nodes.dtype
     controls = jax.tree.map(lambda c: c.astype(dtype) if jnp.issubdtype(c, jnp.floating) else c, controls)
     if options.optimizer is None:
-        optimiser = m_step.lbfgs_optimiser()
+        optimiser = optimisers.lbfgs_optimiser()
     else:
         rate = controls.learning_rate
-        optimiser = m_step.optax_optimiser(options.optimizer if rate is None else options.optimizer(rate))
+        optimiser = optimisers.optax_optimiser(options.optimizer if rate is None else options.optimizer(rate))
     graph = _in_frame(problem, sight.frame.unit)
     return Task(problem, graph, sight, sight.floors(controls.ridge), controls, options, optimiser)
 
@@ -178,7 +181,7 @@ def start(task: Task) -> FitState:
     graph, frame_of = task.graph, task.sight.frame
     parameters = frame_of.parameters(task.given.nodes, jnp.where(graph.frozen[:, None], 0, task.floors))
     parameters = frame.apart(parameters, task.sight.has_cloud & ~graph.frozen)
-    terms, zeros = m_step.no_terms(graph), jnp.zeros(graph.n_nodes, parameters.means.dtype)
+    terms, zeros = no_terms(graph), jnp.zeros(graph.n_nodes, parameters.means.dtype)
     zero = jnp.zeros((), zeros.dtype)
     return FitState(
         step=jnp.asarray(0),
@@ -197,15 +200,14 @@ def e_step(task: Task, state: FitState) -> statistics.Sums:
     return statistics.additive_sums(state.parameters, task.sight.chunks, task.floors, state.place.penalized)
 
 
-def raise_objective(task: Task, state: FitState, sums: statistics.Sums) -> tuple[FitState, History]:
+def m_step(task: Task, state: FitState, sums: statistics.Sums) -> tuple[FitState, History]:
     """The M-step, from the whole clouds' sums: J where the E-step was, whether the fit ends there, and where it goes next."""
     graph, controls = task.graph, task.controls
     found = statistics.centred(sums, state.parameters)
     # The last round only looks at where the fit has come to.
     budget = jnp.where(state.step < controls.em_steps, controls.m_steps, 1)
-    moved = m_step.m_step(
-        found, task.floors, graph, state.potentials, task.options.solver, task.optimiser, task.sight.frame.unit, budget
-    )
+    objective = Objective(found, task.floors, graph, task.options.solver)
+    moved = ascend(objective, state.potentials, task.optimiser, task.sight.frame.unit, budget)
     place, gain = _arrived(state.place, found, moved, graph)
     fell = (state.step > 0) & (task.options.optimizer is None) & (gain < -_rounding(state.place, place))
     status = _status(state, place.value, gain, fell, moved, controls)
@@ -231,7 +233,7 @@ def finish(task: Task, state: FitState, history: History) -> Solution:
     status = _checked(status, task.given, nodes, sight.frame.unit * place.parameters.factors, sight.has_cloud)
     return Solution(
         nodes=nodes,
-        terms=m_step.scaled(place.terms, sight.frame.unit**2),
+        terms=place.terms.scaled(sight.frame.unit**2),
         log_likelihoods=jnp.asarray(row.log_likelihoods),
         value=row.penalized_log_likelihood,
         status=status,
@@ -251,9 +253,7 @@ def _in_frame(problem: MixtureGraph, unit: Array) -> MixtureGraph:
     )
 
 
-def _arrived(
-    before: _Place, found: statistics.Statistics, moved: m_step.MStep, graph: MixtureGraph
-) -> tuple[_Place, Array]:
+def _arrived(before: _Place, found: statistics.Statistics, moved: MStep, graph: MixtureGraph) -> tuple[_Place, Array]:
     """The place that was looked at, and what J has gained on the way to it, to less than a rounding unit of J."""
     penalized, rest = two_sum(before.penalized, found.penalized)
     log_likelihoods, terms = before.penalized + found.log_likelihood, moved.initial
@@ -270,7 +270,7 @@ def _rounding(before: _Place, place: _Place) -> Array:
 
 
 def _status(
-    state: FitState, value: Array, gain: Array, fell: Array, moved: m_step.MStep, controls: Controls
+    state: FitState, value: Array, gain: Array, fell: Array, moved: MStep, controls: Controls
 ) -> Int[Array, ""]:
     """Whether and why a fit ends here.
 
@@ -342,7 +342,7 @@ def _row(task: Task, place: _Place, marginal_error: Array) -> History:
     return History(
         q=terms.q - volume,
         transport_terms=terms.transport * unit**2,
-        objective=m_step.objective(terms, graph) - graph.node_weights @ volume,
+        objective=terms.total(graph) - graph.node_weights @ volume,
         penalized_log_likelihood=place.value - graph.node_weights @ volume,
         marginal_error=marginal_error,
         log_likelihoods=place.log_likelihoods - volume,
@@ -357,7 +357,7 @@ def value(problem: MixtureGraph, sight: Sight, ridge: Array) -> Float[Array, ""]
     graph = _in_frame(problem, unit)
     parameters = sight.frame.parameters(problem.nodes, jnp.zeros_like(floors))
     found = statistics.e_step(parameters, sight.chunks, floors)
-    start = m_step.no_terms(graph).potentials
-    transport, _, _ = m_step.transport_terms(parameters, graph, start, solvers.ENTROPIC)
+    start = no_terms(graph).potentials
+    transport, _, _ = transport_terms(parameters, graph, start, solvers.ENTROPIC)
     volume = jnp.where(sight.has_cloud, problem.nodes.n_features * jnp.log(unit), 0)
     return problem.node_weights @ (found.penalized - volume) - graph.edge_weights @ transport
