@@ -8,7 +8,7 @@ last round of the loop looks at where the fit has come to, and moves nothing.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from coupled_gmm.fits.graph import MixtureGraph
 from coupled_gmm.fits.m_step import MStep, ascend
 from coupled_gmm.fits.objective import Objective, Terms, no_terms, transport_terms
 from coupled_gmm.fits.optimisers import Optimiser
+from coupled_gmm.fits.request import Controls, FitOptions
 from coupled_gmm.fits.statistics import Parameters
 from coupled_gmm.gaussians.mixture import GaussianMixture
 from coupled_gmm.transport import entropic, limits, solvers
@@ -69,26 +70,6 @@ _NO_DERIVATIVE = (
     "a fit can't be differentiated: it is a run of an optimiser, not a value; differentiate "
     "coupled_gmm.penalized_log_likelihood at the fitted pair instead"
 )
-
-
-class Controls(NamedTuple):
-    """What a user sweeps: leaves, whose change recompiles nothing."""
-
-    ridge: Float[Array, ""]
-    tol: Float[Array, ""]
-    em_steps: Int[Array, ""]
-    m_steps: Int[Array, ""]
-    learning_rate: Float[Array, ""] | None
-    listener: Any = None  # the number that rows are delivered to
-
-
-class FitOptions(NamedTuple):
-    """What a fit's program depends on: their change recompiles."""
-
-    rows: int  # of the history, at least as many as steps
-    solver: solvers.PlanSolver
-    optimizer: Any
-    progress: bool
 
 
 class Task(NamedTuple):

@@ -260,5 +260,5 @@ def _name_constant_features(name: str, x: Any, ridge: Any) -> None:
     warnings.warn(
         f"{name}: features {constant} are constant; they do not tell components apart, and their variance is the ridge's "
         "floor: that part of their variance in the other clouds, or of 1",
-        stacklevel=4,
+        stacklevel=5,  # past `view_of`, to who calls the fit
     )
