@@ -191,7 +191,7 @@ def m_step(task: Task, state: FitState, sums: statistics.Sums) -> tuple[FitState
     moved = ascend(objective, state.potentials, task.optimiser, task.sight.frame.unit, budget)
     place, gain = _arrived(state.place, found, moved, graph)
     fell = (state.step > 0) & (task.options.optimizer is None) & (gain < -_rounding(state.place, place))
-    status = _status(state, place.value, gain, fell, moved, controls)
+    status = _status_of_step(state, place.value, gain, fell, moved, controls)
     after = FitState(
         step=state.step + (status == _RUNNING),
         parameters=moved.parameters,
@@ -210,14 +210,12 @@ def finish(task: Task, state: FitState, history: History) -> Solution:
     sight, place = task.sight, state.place
     nodes = task.given.fitted(sight.frame.mixture(place.parameters, sight.far))
     row = _row(task, place, jnp.zeros_like(place.value))
-    status = _with_plans(state.status, place.terms.potentials)
-    status = _checked(status, task.given, nodes, sight.frame.unit * place.parameters.factors, sight.has_cloud)
     return Solution(
         nodes=nodes,
         terms=place.terms.scaled(sight.frame.unit**2),
         log_likelihoods=jnp.asarray(row.log_likelihoods),
         value=row.penalized_log_likelihood,
-        status=status,
+        status=_status_of_end(task, state, nodes),
         n_steps=state.step,
         history=history,
     )
@@ -250,7 +248,7 @@ def _rounding(before: _Place, place: _Place) -> Array:
     return _ROUNDINGS * jnp.finfo(place.value.dtype).eps * (1 + jnp.abs(place.value) + before.rise)
 
 
-def _status(
+def _status_of_step(
     state: FitState, value: Array, gain: Array, fell: Array, moved: MStep, controls: Controls
 ) -> Int[Array, ""]:
     """Whether and why a fit ends here.
@@ -259,49 +257,46 @@ def _status(
     undone nor the one from here promises more.
     """
     tol = controls.tol
-    asked, still = tol > 0, (state.step > 0) & (gain <= tol)
+    asked, still, steps_done = tol > 0, (state.step > 0) & (gain <= tol), state.step >= controls.em_steps
     met = asked & still & ~fell & (state.left <= tol) & (moved.ahead <= tol)
+    stalled = asked & still & ~met & ~state.moved
     collapsed = fell & (gain < -_FALL * (1 + jnp.abs(value)))
     missed = jnp.fmax(state.marginal_error, moved.marginal_error) > limits.MAX_MARGINAL_ERROR
     ends = [
+        (~jnp.isfinite(value), Status.NOT_FINITE),
+        # While the fit runs, the next plans may be good ones again.
+        (missed & (fell | stalled | met | steps_done), Status.PLAN_NOT_CONVERGED),
         (collapsed, Status.COLLAPSED),
         (fell, jnp.where(asked, Status.PRECISION, Status.STEPS_DONE)),
-        (asked & still & ~met & ~state.moved, Status.STALLED),
+        (stalled, Status.STALLED),
         (met, Status.CONVERGED),
-        (state.step >= controls.em_steps, jnp.where(asked, Status.NOT_CONVERGED, Status.STEPS_DONE)),
+        (steps_done, jnp.where(asked, Status.NOT_CONVERGED, Status.STEPS_DONE)),
     ]
-    ended = first_status(ends, _RUNNING)
-    spoilt = [
-        (~jnp.isfinite(value), Status.NOT_FINITE),
-        (
-            (ended != _RUNNING) & missed,
-            Status.PLAN_NOT_CONVERGED,
-        ),  # while it runs, the next plans may be good ones again
+    return first_status(ends, _RUNNING)
+
+
+def _status_of_end(task: Task, state: FitState, nodes: GaussianMixture) -> Int[Array, ""]:
+    """The status after a look at the last plans and mixtures: a fit has not converged whose plans have not, a component may
+    have starved, and work that was done may have left one without a density in this precision."""
+    plans, given = state.place.terms.potentials, task.given
+    fitted, short = task.sight.has_cloud & ~given.frozen, ~plans.converged
+    starved = jnp.any((nodes.weights == 0) & (given.nodes.weights > 0), axis=-1) & (not given.n_edges)
+    singular = _singular(task.sight.frame.unit * state.place.parameters.factors, nodes.weights)
+    converged, steps_done = state.status == Status.CONVERGED, state.status == Status.STEPS_DONE
+    ends = [
+        ((converged | steps_done) & jnp.any(singular & fitted), Status.SINGULAR),
+        (converged & jnp.any(short & ~plans.stalled), Status.PLAN_NOT_CONVERGED),
+        (converged & jnp.any(starved & fitted), Status.STARVED),
+        (converged & jnp.any(short), Status.PRECISION),
     ]
-    return first_status(spoilt, ended)
+    return first_status(ends, state.status)
 
 
-def _with_plans(status: Array, plans: entropic.Potentials) -> Int[Array, ""]:
-    """The status after a look at the plans: a fit has not converged whose plans have not."""
-    short = ~plans.converged
-    unsolved = jnp.where(jnp.any(short & ~plans.stalled), Status.PLAN_NOT_CONVERGED, Status.PRECISION)
-    return jnp.where((status == Status.CONVERGED) & jnp.any(short), unsolved, status)
-
-
-def _checked(
-    status: Array, problem: MixtureGraph, nodes: GaussianMixture, factors: Array, has_cloud: Array
-) -> Int[Array, ""]:
-    """The status after a look at the mixtures: a component that was starved, or has no density in this precision."""
-    converged, fitted = status == Status.CONVERGED, has_cloud & ~problem.frozen
-    done = converged | (status == Status.STEPS_DONE)
-    if not problem.n_edges:
-        starved = jnp.any((nodes.weights == 0) & (problem.nodes.weights > 0), axis=-1)
-        status = jnp.where(converged & jnp.any(starved & fitted), Status.STARVED, status)
-    # The pivots that `matrices.cholesky` will meet, and what it takes for zero, with room for rounding.
+def _singular(factors: Float[Array, "V K d d"], weights: Float[Array, "V K"]) -> Bool[Array, " V"]:
+    """Whether a component has a pivot that `matrices.cholesky` will take for zero, with room for rounding."""
     pivots = jnp.diagonal(factors, axis1=-2, axis2=-1) ** 2
     least = 8 * jnp.finfo(pivots.dtype).eps * jnp.sum(factors**2, axis=-1) + jnp.finfo(pivots.dtype).tiny
-    singular = jnp.any(jnp.any(pivots <= least, axis=-1) & (nodes.weights > 0), axis=-1)
-    return jnp.where(done & jnp.any(singular & fitted), Status.SINGULAR, status)
+    return jnp.any(jnp.any(pivots <= least, axis=-1) & (weights > 0), axis=-1)
 
 
 def _columns(row: History) -> dict[str, Array]:

@@ -317,12 +317,7 @@ class Plan(Stackable, Outcome):
 @matrices.precise
 def from_potentials(pair: GaussianMixturePair, cost: Array, solution: Potentials) -> Plan:
     """The plan of potentials that a solver returned, with its status."""
-    ends = [
-        (~jnp.isfinite(solution.marginal_error), Status.NOT_FINITE),
-        (solution.converged, Status.CONVERGED),
-        (solution.stalled, Status.PRECISION),
-    ]
-    status = first_status(ends, Status.NOT_CONVERGED)
+    status = _status(jnp.isfinite(solution.marginal_error), solution.converged, solution.stalled)
     f, g = jax.lax.stop_gradient((solution.f, solution.g))
     potentials = duals.implicit(transport_problem(pair, cost), f, g)
     return Plan(pair, cost, potentials, status, solution.n_iterations)
@@ -332,13 +327,14 @@ def from_vertex(pair: GaussianMixturePair, cost: Array, vertex: Vertex, tol: Arr
     """The plan of an exact solver's vertex, with its status."""
     error = _distance(vertex.matrix, pair.gmm0.weights, pair.gmm1.weights)
     finite = jnp.all(jnp.isfinite(vertex.f)) & jnp.all(jnp.isfinite(vertex.g)) & jnp.isfinite(vertex.gap)
-    ends = [
-        (~(finite & jnp.isfinite(error)), Status.NOT_FINITE),
-        (~vertex.done, Status.NOT_CONVERGED),
-        ((error <= tol) & vertex.optimal, Status.CONVERGED),
-    ]
-    status = first_status(ends, Status.PRECISION)
+    status = _status(finite & jnp.isfinite(error), (error <= tol) & vertex.optimal, vertex.done)
     return Plan(pair, cost, (vertex.f, vertex.g), status, vertex.n_iterations, vertex.matrix, vertex.gap)
+
+
+def _status(finite: Array, converged: Array, stopped: Array) -> Int[Array, ""]:
+    """How any plan's solver ended: it met the tolerance; or stopped by itself short of it; or else its iterations ran out."""
+    ends = [(~finite, Status.NOT_FINITE), (converged, Status.CONVERGED), (stopped, Status.PRECISION)]
+    return first_status(ends, Status.NOT_CONVERGED)
 
 
 def _ratio(flow: Array, mass: Array) -> Array:
