@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from coupled_gmm.core import checks, installation
-from coupled_gmm.core.tree import new, saved_class
+from coupled_gmm.core.tree import saved_class, unchecked
 from coupled_gmm.data import archive, validity
 
 FORMAT = "coupled_gmm"
@@ -224,4 +224,4 @@ def _build(name: str, fields: dict[str, Any]) -> Any:
     if wrong:
         wrong = ", ".join(checks.brief(field).strip("'\"") for field in sorted(wrong)[:5])
         raise ValueError(f"its {name} differs from this package's in {wrong}; install the coupled_gmm that wrote it")
-    return new(cls, **{name: defaults[name] for name in optional} | fields)
+    return unchecked(cls, **{name: defaults[name] for name in optional} | fields)

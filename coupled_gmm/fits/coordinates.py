@@ -89,8 +89,8 @@ def _natural_scale(base: Parameters, statistics: Statistics, graph: MixtureGraph
     likelihood = graph.node_weights[:, None] * statistics.masses
     pull = jnp.zeros_like(graph.node_weights).at[graph.sources].add(graph.edge_weights)
     pull = pull.at[graph.targets].add(graph.edge_weights)
-    spread = jnp.mean(jnp.sum(base.factors**2, axis=-1), axis=-1)
-    curvature = likelihood + 2 * pull[:, None] * jnp.exp(base.log_weights) * spread
+    variance = jnp.mean(jnp.sum(base.factors**2, axis=-1), axis=-1)
+    curvature = likelihood + 2 * pull[:, None] * jnp.exp(base.log_weights) * variance
     most = jnp.maximum(1, graph.node_weights)[:, None]
     return jnp.where(curvature > jnp.finfo(curvature.dtype).eps * most, jax.lax.rsqrt(curvature + 1e-6 * most), 0)
 

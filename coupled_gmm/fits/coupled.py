@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from coupled_gmm.core import checks
 from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.programs import program
-from coupled_gmm.core.tree import new, taken
+from coupled_gmm.core.tree import take, unchecked
 from coupled_gmm.fits import em, frame
 from coupled_gmm.fits.frame import Sight
 from coupled_gmm.fits.graph import MixtureGraph
@@ -32,7 +32,9 @@ def _edge_solver(method: str, graph: MixtureGraph) -> solvers.PlanSolver:
     with jax.ensure_compile_time_eval():  # of a graph that is known, inside jit as well
         graph, _ = graph.in_node_order()
         prices = {"epsilon": graph.epsilon, "rho": graph.rho, "balanced": graph.balanced}
-        edges = new(GaussianMixturePair, gmm0=graph.nodes, gmm1=graph.nodes, **prices)  # of which prices are looked at
+        edges = unchecked(
+            GaussianMixturePair, gmm0=graph.nodes, gmm1=graph.nodes, **prices
+        )  # of which prices are looked at
         if not graph.balanced and checks.known(graph.epsilon, graph.rho):
             tau = np.asarray(edges.tau)
             if not np.allclose(tau, tau[0], rtol=1e-5, atol=0):
@@ -42,7 +44,7 @@ def _edge_solver(method: str, graph: MixtureGraph) -> solvers.PlanSolver:
                     f"'sinkhorn' needs one tau = rho / (rho + epsilon) for all edges, and these have {each}",
                     "use 'entropic', or give all edges the same tau",
                 )
-        return solvers.solver_for(method, taken(edges, 0))
+        return solvers.solver_for(method, take(edges, 0))
 
 
 @program("options")
@@ -53,8 +55,8 @@ def _fit_graph(problem: MixtureGraph, sight: Sight, controls: Controls, options:
     end = em.run(ordered, sight, controls, options)
     back = jnp.argsort(order) if problem.n_edges > 1 else order
     history = dataclasses.replace(end.history, transport_terms=end.history.transport_terms[:, back])
-    ends = [taken(end.nodes, index) for index in (problem.sources, problem.targets)]
-    pairs = new(
+    ends = [take(end.nodes, index) for index in (problem.sources, problem.targets)]
+    pairs = unchecked(
         GaussianMixturePair,
         gmm0=ends[0],
         gmm1=ends[1],
@@ -62,7 +64,7 @@ def _fit_graph(problem: MixtureGraph, sight: Sight, controls: Controls, options:
         rho=problem.rho,
         balanced=problem.balanced,
     )
-    found = taken((end.terms.costs, end.terms.potentials), back)
+    found = take((end.terms.costs, end.terms.potentials), back)
     costs, potentials = jax.tree.map(
         lambda turned, found: jnp.where(jnp.expand_dims(problem.turned, range(1, found.ndim)), turned, found),
         (found[0].swapaxes(1, 2), found[1].swap()),
@@ -85,7 +87,7 @@ def _fit_pair(
 ) -> PairFit:
     problem = MixtureGraph.from_pair(pair, transport_weight, frozen)
     fit = _fit_graph(problem, sight, controls, options)
-    whole = trimmed(taken(fit.plans, 0), *fit.gmms)
+    whole = trimmed(take(fit.plans, 0), *fit.gmms)
     end = fit.penalized_log_likelihood, fit.status, fit.n_steps, fit.history, fit.log_likelihoods
     return PairFit(whole.pair, whole, *end)
 

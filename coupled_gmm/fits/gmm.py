@@ -14,7 +14,7 @@ from coupled_gmm.core import checks
 from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.programs import program
 from coupled_gmm.core.status import Outcome, Status
-from coupled_gmm.core.tree import counted, number, pytree, saved, taken
+from coupled_gmm.core.tree import counted, number, pytree, saved, take
 from coupled_gmm.fits import em, frame, starts
 from coupled_gmm.fits.frame import Sight, View
 from coupled_gmm.fits.graph import MixtureGraph
@@ -58,7 +58,7 @@ def init_gmm(
     ridge = checks.scalar("ridge", ridge, at_least=0)
     view = view_of([_cloud(x, point_weights)], [], ridge)
     _check_distinct(view, n_components)
-    return taken(_draws(key, view, ridge, n_components, n_init, 1), 0)
+    return take(_draws(key, view, ridge, n_components, n_init, 1), 0)
 
 
 def _cloud(x: Any, point_weights: Any) -> GivenCloud:
@@ -250,8 +250,8 @@ def _fit(inits: GaussianMixture, sight: Sight, controls: Controls, options: FitO
         return MixtureFit(gmm, end.log_likelihoods[0], end.status, end.n_steps, history, end.value)
 
     if len(inits.weights) == 1:
-        return dataclasses.replace(one(taken(inits, 0)), start=jnp.zeros((), jnp.int32))
+        return dataclasses.replace(one(take(inits, 0)), start=jnp.zeros((), jnp.int32))
     ends = jax.lax.map(one, inits)
     values = jnp.where(jnp.isfinite(ends.penalized_log_likelihood), ends.penalized_log_likelihood, -jnp.inf)
     best = jnp.argmax(values)
-    return dataclasses.replace(taken(ends, best), start=best)
+    return dataclasses.replace(take(ends, best), start=best)

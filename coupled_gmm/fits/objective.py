@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from coupled_gmm.core.tree import taken
+from coupled_gmm.core.tree import take
 from coupled_gmm.fits.graph import MixtureGraph
 from coupled_gmm.fits.statistics import Parameters, Statistics, expected_log_likelihood
 from coupled_gmm.gaussians import bures
@@ -116,7 +116,7 @@ def transport_terms(
         value = duals.dual_value(problem, solved.f, solved.g)
         return value, *jax.lax.stop_gradient((cost, solved))
 
-    sources, targets = taken(parameters, graph.sources), taken(parameters, graph.targets)
+    sources, targets = take(parameters, graph.sources), take(parameters, graph.targets)
     return jax.vmap(edge)(sources, targets, graph.epsilon, graph.rho, potentials)
 
 

@@ -23,14 +23,14 @@ from jaxtyping import Array, Float
 
 from coupled_gmm.core import matrices
 from coupled_gmm.core.chunks import Chunks
-from coupled_gmm.core.tree import pytree, taken
+from coupled_gmm.core.tree import pytree, take
 from coupled_gmm.gaussians.density import LOG_2PI
 
 _FEW_FEATURES = 64
 
 
 class Parameters(NamedTuple):
-    """Mixtures as a fit carries them: lower triangular factors, and log-weights of which -inf is legal."""
+    """Mixtures as a fit carries them: lower triangular factors, and log-weights of which -inf is valid."""
 
     means: Float[Array, "*V K d"]
     factors: Float[Array, "*V K d d"]
@@ -119,7 +119,7 @@ def additive_sums(
 
     def accumulate(totals, lost, index):
         owner = chunks.owners[index]
-        chunk = chunks.points[index], chunks.weights[index], taken(components, owner), reference[owner]
+        chunk = chunks.points[index], chunks.weights[index], take(components, owner), reference[owner]
         sums, _ = ravel_pytree(_chunk_sums(*chunk))
         # Kahan's sum: thousands of chunks in float32 would lose what the M-step must gain.
         before, sums = totals[owner], sums - lost[owner]

@@ -73,7 +73,7 @@ def to_sklearn(gmm: GaussianMixture) -> Any:
 
 
 def from_ott(gmm_or_pair: Any) -> GaussianMixture | GaussianMixturePair:
-    """OTT's GaussianMixture or GaussianMixturePair as ours, in the precision of its means; legal under jit.
+    """OTT's GaussianMixture or GaussianMixturePair as ours, in the precision of its means; works under jit.
 
     A pair keeps epsilon and tau. Its `lock_gmm1` has no counterpart and is ignored: `fit_pair` has `freeze` for that.
 

@@ -243,15 +243,15 @@ class Plan(Stackable, Outcome):
         """Primal minus dual objective, at least 0 up to rounding: a bound on how far `regularized_cost` is from optimal.
 
         Masses that are kept count as such: of a plan rounded to its marginals (Altschuler, Weed & Rigollet 2017). The optimum lies
-        between that legal plan's cost and the dual's; the raw plan's own may lie outside. Of an exact plan, a sum of mass times
+        between that feasible plan's cost and the dual's; the raw plan's own may lie outside. Of an exact plan, a sum of mass times
         reduced cost, which does not cancel: a bound for the masses that the plan has.
         """
         if self.gap is not None:
             return jax.lax.stop_gradient(self.gap)
         fixed = jax.lax.stop_gradient(self)
         raw, dual = fixed._parts(fixed.matrix).total, fixed._dual()
-        legal = fixed._parts(_legal(fixed.matrix, *fixed._masses, fixed.pair)).total
-        return jnp.maximum(legal, raw) - jnp.minimum(dual, raw)
+        feasible = fixed._parts(_feasible(fixed.matrix, *fixed._masses, fixed.pair)).total
+        return jnp.maximum(feasible, raw) - jnp.minimum(dual, raw)
 
     @mapped
     @matrices.precise
@@ -356,7 +356,7 @@ def _distance(matrix: Array, a: Array, b: Array) -> Array:
     return jnp.sum(jnp.abs(matrix.sum(1) - a)) + jnp.sum(jnp.abs(matrix.sum(0) - b))
 
 
-def _legal(matrix: Array, a: Array, b: Array, pair: GaussianMixturePair) -> Array:
+def _feasible(matrix: Array, a: Array, b: Array, pair: GaussianMixturePair) -> Array:
     """A plan of about the same cost with the marginals that are kept."""
     if pair.balanced:
         return _rounded(matrix, a, b)
