@@ -100,7 +100,7 @@ class FitState(NamedTuple):
     """What the next step of a fit needs of the steps before; how these went is in the history."""
 
     step: Int[Array, ""]
-    parameters: Parameters  # of the next E-step
+    base: statistics.Base  # of the next E-step
     potentials: entropic.Potentials  # from which its plans start
     place: _Place  # of the last E-step
     marginal_error: Float[Array, ""]  # the largest of any plan so far
@@ -166,7 +166,7 @@ def start(task: Task) -> FitState:
     zero = jnp.zeros((), zeros.dtype)
     return FitState(
         step=jnp.asarray(0),
-        parameters=parameters,
+        base=statistics.Base.of(parameters),
         potentials=terms.potentials,
         place=_Place(parameters, terms, zeros, zeros, zeros, value=zero - jnp.inf, rise=zero),
         marginal_error=zero,
@@ -178,13 +178,13 @@ def start(task: Task) -> FitState:
 
 def e_step(task: Task, state: FitState) -> statistics.Sums:
     """What all points say of the present mixtures: sums, to which any source of points may add its own."""
-    return statistics.additive_sums(state.parameters, task.sight.chunks, task.floors, state.place.penalized)
+    return statistics.additive_sums(state.base, task.sight.chunks, task.floors, state.place.penalized)
 
 
 def m_step(task: Task, state: FitState, sums: statistics.Sums) -> tuple[FitState, History]:
     """The M-step, from the whole clouds' sums: J where the E-step was, whether the fit ends there, and where it goes next."""
     graph, controls = task.graph, task.controls
-    found = statistics.centred(sums, state.parameters)
+    found = statistics.centred(sums, state.base)
     # The last round only looks at where the fit has come to.
     budget = jnp.where(state.step < controls.em_steps, controls.m_steps, 1)
     objective = Objective(found, task.floors, graph, task.options.solver)
@@ -194,7 +194,7 @@ def m_step(task: Task, state: FitState, sums: statistics.Sums) -> tuple[FitState
     status = _status_of_step(state, place.value, gain, fell, moved, controls)
     after = FitState(
         step=state.step + (status == _RUNNING),
-        parameters=moved.parameters,
+        base=statistics.Base.of(moved.parameters),
         potentials=moved.potentials,
         place=chosen(fell, state.place, place),  # J never falls: a step on which it did is taken back
         marginal_error=jnp.fmax(state.marginal_error, moved.marginal_error),
