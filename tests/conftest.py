@@ -3,16 +3,24 @@
 import os
 import tempfile
 
+# Set before JAX is imported, for notebooks' kernels and command lines as well: one compilation cache, and quick compiling.
 os.environ.setdefault("JAX_PLATFORMS", "")
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "coupled_gmm_test_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
 
 import jax
 import numpy as np
 import pytest
 
-_CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "coupled_gmm_test_cache"))
-jax.config.update("jax_compilation_cache_dir", _CACHE)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+DEAR = (
+    "test_notebooks",
+    "test_coupled",
+    "test_barycenter",
+    "test_cli",
+    "test_plan",
+)  # begun first, so that none is left at the end
 
 
 def pytest_collection_modifyitems(items):
@@ -20,13 +28,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.stem != "test_notebooks":
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _programs_are_dropped():
-    """Each file leaves its programs behind: some thousands in one process are more memory maps than Linux allows."""
-    yield
-    jax.clear_caches()
+    items.sort(key=lambda item: item.path.stem not in DEAR)
 
 
 @pytest.fixture

@@ -87,7 +87,8 @@ def test_plans_are_read_where_promotion_is_refused():
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         again = cg.solve_plan(pair(tau=0.5))
         read = {name: getattr(again, name) for name in names}
-        again.reweighting(), again.conditionals()
+        again.reweighting()
+        again.conditionals()
     for name in names:
         jax.tree.map(np.testing.assert_array_equal, read[name], getattr(plan, name))
 

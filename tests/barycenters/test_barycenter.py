@@ -275,12 +275,14 @@ def weight_programme(costs, masses, coefficients):
         for j in range(k):
             row = np.zeros(len(price))
             row[ends[b] + j : ends[b + 1] : k] = 1
-            equal.append(row), right.append(masses[b][j])
+            equal.append(row)
+            right.append(masses[b][j])
         for i in range(n if b else 0):  # the same row sums as the first plan
             row = np.zeros(len(price))
             row[ends[b] + i * k : ends[b] + (i + 1) * k] = 1
             row[i * sizes[0] : (i + 1) * sizes[0]] = -1
-            equal.append(row), right.append(0.0)
+            equal.append(row)
+            right.append(0.0)
     found = linprog(price, A_eq=np.array(equal), b_eq=right, method="highs")
     assert found.status == 0
     return found.fun

@@ -108,7 +108,8 @@ def test_sizes_of_a_bucket_share_every_program():
         )
         assert coupled.history.objective.shape == (steps,)
         cg.penalized_log_likelihood(coupled.pair, x0, x1, transport_weight=0.1)
-        found.log_prob(x0), found.component_log_prob(x0), found.log_posterior(x0)
+        for method in (found.log_prob, found.component_log_prob, found.log_posterior):
+            method(x0)
         images = cg.map_points(coupled.plan, x0), cg.map_points(coupled.plan, x0, method="random", key=key)
         assert all(image.shape == (n, 2) for image in images)
         coupled.plan.point_reweighting(x0)

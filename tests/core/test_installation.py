@@ -126,4 +126,4 @@ def test_other_failures_of_an_import_stay_what_they_are():
         from math import absent  # noqa: F401
     inner, outer = installation.needed("tables", "x"), installation.needed("cli", "y")
     with pytest.raises(installation.MissingExtraError, match=r"^x: "), outer, inner:
-        import no_such_library  # noqa: F401
+        import no_such_library  # noqa: F401  # pyright: ignore[reportMissingImports]
