@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from coupled_gmm.core import checks, chunks, matrices
+from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.programs import program
 from coupled_gmm.core.tree import unchecked
 from coupled_gmm.gaussians import bures, mixture
@@ -61,7 +62,7 @@ def map_points(
     checks.instance("plan", plan, Plan)
     checks.choice("method", method, ("barycentric", "random"))
     if method == "random" and key is None:
-        raise ValueError("key: method 'random' draws at random; pass a key such as jax.random.key(0)")
+        raise ArgumentError("key", "method 'random' draws at random", "pass a key such as jax.random.key(0)")
     near, (x,), centre = _about_one_point(plan, x=x)
     centre = jnp.zeros(x.shape[1], x.dtype) if centre is None else centre
     numbers = near.pair.gmm0.n_components * x.shape[1]
