@@ -210,7 +210,7 @@ def chunked():
         pair, rows = cg.GaussianMixturePair(gmm0, gmm1, epsilon=0.1), []
         options = {"transport_weight": 0.2, "point_weights0": weights, "ridge": 0.0}
         fit = cg.fit_pair(x0, x1, pair, chunk_size=13, progress=rows.append, **options, **STEPS)
-        yield x0, x1, pair, options, fit, rows
+    return x0, x1, pair, options, fit, rows
 
 
 def test_the_objective_is_what_the_fit_reports(chunked, x64):
