@@ -224,6 +224,16 @@ def test_the_objective_is_what_the_fit_reports(chunked, x64):
         np.testing.assert_allclose(cg.penalized_log_likelihood(mixtures, x0, x1, **options), value, rtol=1e-9)
 
 
+def test_the_log_likelihoods_are_those_of_the_densities():
+    """Without the ridge's term, which J contains."""
+    x0, x1, gmm0, gmm1 = small_problem()
+    pair = cg.GaussianMixturePair(gmm0, gmm1, epsilon=0.1)
+    fit = cg.fit_pair(x0, x1, pair, transport_weight=0.01, ridge=0.1, **STEPS)
+    expected = [log_likelihood(fit.pair.gmm0, x0), log_likelihood(fit.pair.gmm1, x1)]
+    np.testing.assert_allclose(fit.log_likelihoods, expected, rtol=1e-4)
+    assert float(fit.penalized_log_likelihood) < sum(expected) - 0.01 * float(fit.plan.regularized_cost) - 0.01
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("tau", [1.0, 0.9])
 def test_chunks_change_nothing(x64, tau):

@@ -99,16 +99,15 @@ class TestDegenerateClouds:
         assert float(fit.log_likelihood) > twin.score(x) - 0.05
 
     def test_constant_features_are_named(self):
-        """Three of these eight pixels of digits never change; the others fit as they do without them."""
-        x = load_digits().data[:, [0, 10, 21, 32, 35, 39, 44, 52]]
-        with pytest.warns(UserWarning, match=r"x: features \[0, 3, 5\] are constant"):
-            fit = fitted(x, 5, ridge=1e-3)
-        rest = np.setdiff1d(np.arange(8), [0, 3, 5])
-        same = fitted(x[:, rest], 5, ridge=1e-3)
+        """Three of these five pixels of digits never change; the others fit as they do without them."""
+        x = load_digits().data[:, [0, 21, 32, 39, 44]]
+        with pytest.warns(UserWarning, match=r"x: features \[0, 2, 3\] are constant"):
+            fit = fitted(x, 3, ridge=1e-3)
+        same = fitted(x[:, [1, 4]], 3, ridge=1e-3)
         constant = -1.5 * np.log(2 * np.pi * 1e-3)
         np.testing.assert_allclose(fit.log_likelihood, same.log_likelihood + constant, rtol=2e-3)
         np.testing.assert_allclose(fit.gmm.covariances[:, 0, 0], 1e-3, rtol=1e-4)
-        with pytest.raises(ValueError, match=r"x: features \[0, 3, 5\] are constant, and ridge is 0"):
+        with pytest.raises(ValueError, match=r"x: features \[0, 2, 3\] are constant, and ridge is 0"):
             cg.fit_gmm(x, fit.gmm, ridge=0)
 
     def test_more_features_than_points_in_a_cluster(self):
@@ -127,10 +126,10 @@ class TestDegenerateClouds:
         """Equal points, and a ridge raised after the start was made: no component dies of it."""
         rng = np.random.RandomState(1)
         x = np.concatenate([np.ones((360, 2)), 6 + rng.randn(600, 2)])
-        start = cg.init_gmm(jax.random.key(0), x, 2)
+        start = cg.init_gmm(jax.random.key(0), x, 2, n_init=1)
         fit = cg.fit_gmm(x, start, ridge=1e-3)
         np.testing.assert_allclose(sorted(np.asarray(fit.gmm.weights)), [0.375, 0.625], atol=1e-4)
-        same = cg.fit_gmm(x, cg.init_gmm(jax.random.key(0), x, 2, ridge=1e-3), ridge=1e-3)
+        same = cg.fit_gmm(x, cg.init_gmm(jax.random.key(0), x, 2, n_init=1, ridge=1e-3), ridge=1e-3)
         np.testing.assert_allclose(fit.log_likelihood, same.log_likelihood, atol=1e-4)
 
     @pytest.mark.slow
@@ -159,10 +158,6 @@ class TestDegenerateClouds:
         floor = 0.1 * x.var(0)
         least = float(fit.log_likelihood) - 0.5 * np.max(np.einsum("kii,i->k", inverse, floor))
         assert least < float(fit.penalized_log_likelihood) < float(fit.log_likelihood) - 0.01
-        pair = cg.GaussianMixturePair(fit.gmm, fit.gmm, epsilon=0.1)
-        coupled = cg.fit_pair(x, x + 0.1, pair, transport_weight=0.01, ridge=0.1, em_steps=3)
-        expected = [jnp.mean(g.log_prob(y)) for g, y in ((coupled.pair.gmm0, x), (coupled.pair.gmm1, x + 0.1))]
-        np.testing.assert_allclose(coupled.log_likelihoods, expected, rtol=1e-4)
 
 
 class TestClaims:
