@@ -282,11 +282,11 @@ def assert_same_fit(fit, other, way: Way, components=(slice(None), slice(None)),
 @pytest.mark.parametrize(
     ("case", "way"),
     [
-        # Far from 0 is another program; one way of them runs always.
+        # Far from 0 is another program: always of single fits, and in test_offsets.py of a pair.
         pytest.param(case, way, id=f"{case.__name__}-{way}", marks=pytest.mark.slow if slow else ())
         for case in CASES
         for way in WAYS
-        for slow in [way.x64 or (case is offset and way is not WAYS[0])]
+        for slow in [way.x64 or case is offset]
     ],
 )
 def test_fit_pair(case, way):
@@ -396,7 +396,8 @@ class TestEqualProblems:
             np.testing.assert_allclose(leaf[present], other, rtol=1e-10, atol=1e-12)
         np.testing.assert_allclose(fit.history.log_likelihood, alone.history.log_likelihood, rtol=1e-12)
 
-    @pytest.mark.parametrize("way", [MARKED[0], *(pytest.param(w, id=str(w), marks=pytest.mark.slow) for w in WAYS[1:])])
+    @pytest.mark.slow
+    @pytest.mark.parametrize("way", WAYS, ids=str)
     def test_offset(self, way):
         """Means carry the rounding of their own size; nothing else knows where the origin is."""
         with jax.enable_x64(way.x64):
