@@ -38,7 +38,9 @@ def points(gmm: cg.GaussianMixture, n: int, seed: int = 0) -> np.ndarray:
     rng = np.random.RandomState(seed)
     means, covariances, weights = (np.asarray(leaf, np.float64) for leaf in (gmm.means, gmm.covariances, gmm.weights))
     labels = rng.choice(len(weights), n, p=weights / weights.sum())
-    return means[labels] + np.einsum("nij,nj->ni", np.linalg.cholesky(covariances)[labels], rng.randn(n, means.shape[1]))
+    return means[labels] + np.einsum(
+        "nij,nj->ni", np.linalg.cholesky(covariances)[labels], rng.randn(n, means.shape[1])
+    )
 
 
 KINDS = ("regular", "absent", "singular source", "singular target", "absent and singular")

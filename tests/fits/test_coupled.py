@@ -89,7 +89,11 @@ def random_problem(seed, n=2000):
 
 @pytest.mark.parametrize(
     ("seed", "wide"),  # each is a program of its own; one always: 1 against 4 components of 6 features, unbalanced
-    [pytest.param(s, w, marks=[] if (s, w) == (0, False) else pytest.mark.slow) for s in range(20) for w in (False, True)],
+    [
+        pytest.param(s, w, marks=[] if (s, w) == (0, False) else pytest.mark.slow)
+        for s in range(20)
+        for w in (False, True)
+    ],
 )
 def test_penalized_log_likelihood_never_falls(seed, wide):
     with jax.enable_x64(wide):
