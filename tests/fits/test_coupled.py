@@ -17,7 +17,7 @@ from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
 
 import coupled_gmm as cg
-from coupled_gmm.core.tree import taken
+from coupled_gmm.core.tree import take
 from coupled_gmm.fits import coupled as fit_module
 
 
@@ -141,7 +141,7 @@ def test_jit_and_vmap_equal_the_loop():
     batch = jax.jit(jax.vmap(run))(scales, weights)
     for i in range(3):
         alone = run(scales[i], weights[i])
-        chex.assert_trees_all_close(taken(batch.pair, i), alone.pair, rtol=2e-3, atol=2e-4)
+        chex.assert_trees_all_close(take(batch.pair, i), alone.pair, rtol=2e-3, atol=2e-4)
         chex.assert_trees_all_close(batch.penalized_log_likelihood[i], alone.penalized_log_likelihood, rtol=1e-5)
 
 
