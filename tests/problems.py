@@ -33,6 +33,16 @@ def random_mixture(seed: int, n_components: int, n_features: int, shift: float =
     return cg.GaussianMixture.from_moments(means, random_covariances(rng, n_components, n_features, condition), weights)
 
 
+def points(gmm: cg.GaussianMixture, n: int, seed: int = 0) -> np.ndarray:
+    """Points (n, d) of a mixture, drawn by NumPy: nothing is compiled for them."""
+    rng = np.random.RandomState(seed)
+    means, covariances, weights = (np.asarray(leaf, np.float64) for leaf in (gmm.means, gmm.covariances, gmm.weights))
+    labels = rng.choice(len(weights), n, p=weights / weights.sum())
+    return means[labels] + np.einsum(
+        "nij,nj->ni", np.linalg.cholesky(covariances)[labels], rng.randn(n, means.shape[1])
+    )
+
+
 KINDS = ("regular", "absent", "singular source", "singular target", "absent and singular")
 
 

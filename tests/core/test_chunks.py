@@ -101,7 +101,7 @@ def test_sizes_of_a_bucket_share_every_program():
 
     def everything(n, steps):
         x0, x1 = (rng.randn(size, 2) + 3 * rng.randint(2, size=(size, 1)) for size in (n, n + 1))
-        start = cg.init_gmm(key, x0, 2, n_init=1)
+        start = cg.init_gmm(key, x0, 3, n_init=1)
         found = cg.fit_gmm(x0, start, max_steps=steps, point_weights=rng.rand(n)).gmm
         coupled = cg.fit_pair(
             x0, x1, cg.GaussianMixturePair(found, found, 0.1), transport_weight=0.1, em_steps=steps, m_steps=steps

@@ -149,7 +149,7 @@ class TestLaws:
     @pytest.mark.parametrize("seed", range(6))
     def test_log_likelihood_never_falls(self, precision, seed):
         w = np.random.RandomState(seed).rand(N)
-        init = cg.init_gmm(jax.random.key(seed), cloud(seed), K, point_weights=w, ridge=1e-2)
+        init = cg.init_gmm(jax.random.key(seed), cloud(seed), K, point_weights=w, n_init=1, ridge=1e-2)
         fit = cg.fit_gmm(cloud(seed), init, point_weights=w, tol=0, ridge=(0.0, 1e-6, 1e-2)[seed % 3])
         values = np.array([*fit.history.penalized_log_likelihood, fit.penalized_log_likelihood], np.float64)
         slack = 1e-9 if precision < 1e-9 else 1e-6 * (1 + abs(values[:-1]))
@@ -244,7 +244,7 @@ class TestStart:
     def test_moments_are_those_of_the_cloud(self, precision):
         """Whatever the partition: the law of total expectation, and of total variance plus the floor."""
         w = np.random.RandomState(2).rand(N)
-        gmm = cg.init_gmm(jax.random.key(0), cloud(), K, point_weights=w, ridge=1e-2)
+        gmm = cg.init_gmm(jax.random.key(0), cloud(), K, point_weights=w, n_init=1, ridge=1e-2)
         mean = np.average(cloud(), axis=0, weights=w)
         covariance = np.cov(cloud().T, aweights=w, bias=True)
         np.testing.assert_allclose(np.sum(gmm.weights), 1, rtol=4 * precision)
@@ -255,15 +255,15 @@ class TestStart:
         assert (np.asarray(gmm.weights) > 0).all()
 
     def test_every_cluster_gets_a_centre(self):
-        """Clusters 1e4 standard deviations apart: a draw that is not weighted by distance misses one nearly always."""
+        """Clusters 1e4 standard deviations apart: a draw that is not weighted by distance misses one of them in 8 of 10."""
         rng = np.random.RandomState(0)
-        centres = 1e4 * np.array([[0, 0], [1, 0], [0, 1], [1, 1], [2, 3]])
-        x = np.repeat(centres, 12, axis=0) + rng.randn(N, 2)
-        for seed in range(3):
-            gmm = cg.init_gmm(jax.random.key(seed), x, 5)
+        centres = 1e4 * np.array([[0, 0], [1, 0], [2, 3]])
+        x = np.repeat(centres, 20, axis=0) + rng.randn(N, 2)
+        for seed in range(10):
+            gmm = cg.init_gmm(jax.random.key(seed), x, K, n_init=1)
             distances = np.linalg.norm(np.asarray(gmm.means)[:, None] - centres, axis=-1)
-            assert sorted(distances.argmin(1)) == list(range(5))
-            np.testing.assert_allclose(gmm.weights, 0.2, rtol=1e-5)
+            assert sorted(distances.argmin(1)) == list(range(K))
+            np.testing.assert_allclose(gmm.weights, 1 / K, rtol=1e-5)
             assert distances.min(1).max() < 2
 
     def test_as_many_components_as_distinct_points(self, precision):
@@ -271,7 +271,7 @@ class TestStart:
         values = np.round(8 * cloud()[:K]) / 8
         labels = np.arange(N) % 4 % K
         x = values[labels]
-        gmm = cg.init_gmm(jax.random.key(1), x, K, ridge=1e-2)
+        gmm = cg.init_gmm(jax.random.key(1), x, K, n_init=1, ridge=1e-2)
         order, expected = np.lexsort(np.asarray(gmm.means).T), np.lexsort(values.T)
         np.testing.assert_allclose(gmm.means[order], values[expected], rtol=20 * precision)
         np.testing.assert_allclose(gmm.weights[order], (np.bincount(labels) / N)[expected], rtol=20 * precision)
@@ -294,9 +294,9 @@ class TestStart:
         assert (one.means != other.means).any()
 
     def test_more_draws_are_no_worse_on_average(self):
-        """The best of eight draws is likelier than single ones."""
+        """The best of the draws that are made unless told otherwise is likelier than single ones."""
         single, best = (
-            np.mean([cg.init_gmm(jax.random.key(s), cloud(), 5, n_init=n).log_prob(cloud()).mean() for s in range(20)])
-            for n in (1, 8)
+            np.mean([np.mean(cg.init_gmm(jax.random.key(s), cloud(), K, **n).log_prob(cloud())) for s in range(20)])
+            for n in ({"n_init": 1}, {})
         )
         assert best > single

@@ -87,28 +87,27 @@ class TestUnits:
 
 class TestDegenerateClouds:
     def test_a_rare_flag(self):
-        """0/1, set in 100 of 30,000 rows."""
+        """0/1, set in 100 of 30,000 rows; of the program of carats and dollars."""
         rng = np.random.RandomState(0)
-        x = np.column_stack([rng.randn(30_000, 2), np.zeros(30_000)])
-        x[rng.choice(30_000, 100, replace=False), 2] = 1
+        x = np.column_stack([rng.randn(30_000), np.zeros(30_000)])
+        x[rng.choice(30_000, 100, replace=False), 1] = 1
         x[15_000:, 0] += 5
         fit = fitted(x, 3)
         assert fit.converged
         np.testing.assert_allclose(sorted(np.asarray(fit.gmm.weights)), [1 / 300, 0.5, 0.5], atol=0.01)
-        twin = GaussianMixture(3, random_state=0, reg_covar=1e-6 * x[:, 2].var()).fit(x)
+        twin = GaussianMixture(3, random_state=0, reg_covar=1e-6 * x[:, 1].var()).fit(x)
         assert float(fit.log_likelihood) > twin.score(x) - 0.05
 
     def test_constant_features_are_named(self):
-        """Three of digits' 64 pixels never change; the others fit as they do without them."""
-        x = load_digits().data
-        with pytest.warns(UserWarning, match=r"x: features \[0, 32, 39\] are constant"):
-            fit = fitted(x, 5, ridge=1e-3)
-        rest = np.setdiff1d(np.arange(64), [0, 32, 39])
-        same = fitted(x[:, rest], 5, ridge=1e-3)
+        """Three of these five pixels of digits never change; the others fit as they do without them."""
+        x = load_digits().data[:, [0, 21, 32, 39, 44]]
+        with pytest.warns(UserWarning, match=r"x: features \[0, 2, 3\] are constant"):
+            fit = fitted(x, 3, ridge=1e-3)
+        same = fitted(x[:, [1, 4]], 3, ridge=1e-3)
         constant = -1.5 * np.log(2 * np.pi * 1e-3)
         np.testing.assert_allclose(fit.log_likelihood, same.log_likelihood + constant, rtol=2e-3)
         np.testing.assert_allclose(fit.gmm.covariances[:, 0, 0], 1e-3, rtol=1e-4)
-        with pytest.raises(ValueError, match=r"x: features \[0, 32, 39\] are constant, and ridge is 0"):
+        with pytest.raises(ValueError, match=r"x: features \[0, 2, 3\] are constant, and ridge is 0"):
             cg.fit_gmm(x, fit.gmm, ridge=0)
 
     def test_more_features_than_points_in_a_cluster(self):
@@ -124,13 +123,13 @@ class TestDegenerateClouds:
             np.testing.assert_allclose(jnp.mean(wide.log_prob(x)), fit.log_likelihood, atol=0.05)
 
     def test_a_start_thinner_than_the_floor(self):
-        """Twenty equal points, and a ridge raised after the start was made: no component dies of it."""
+        """Equal points, and a ridge raised after the start was made: no component dies of it."""
         rng = np.random.RandomState(1)
-        x = np.concatenate([np.ones((60, 2)), 6 + rng.randn(100, 2)])
-        start = cg.init_gmm(jax.random.key(0), x, 2)
+        x = np.concatenate([np.ones((360, 2)), 6 + rng.randn(600, 2)])
+        start = cg.init_gmm(jax.random.key(0), x, 2, n_init=1)
         fit = cg.fit_gmm(x, start, ridge=1e-3)
         np.testing.assert_allclose(sorted(np.asarray(fit.gmm.weights)), [0.375, 0.625], atol=1e-4)
-        same = cg.fit_gmm(x, cg.init_gmm(jax.random.key(0), x, 2, ridge=1e-3), ridge=1e-3)
+        same = cg.fit_gmm(x, cg.init_gmm(jax.random.key(0), x, 2, n_init=1, ridge=1e-3), ridge=1e-3)
         np.testing.assert_allclose(fit.log_likelihood, same.log_likelihood, atol=1e-4)
 
     @pytest.mark.slow
@@ -152,17 +151,13 @@ class TestDegenerateClouds:
             assert np.isfinite(ratio).all() and np.max(ratio) < 10
 
     def test_both_log_likelihoods_are_reported(self):
-        x = clusters(200)
-        fit = fitted(x, 2, ridge=0.1)
+        x = clusters()
+        fit = fitted(x, 3, ridge=0.1)
         np.testing.assert_allclose(fit.log_likelihood, jnp.mean(fit.gmm.log_prob(x)), rtol=1e-5)
         inverse = np.linalg.inv(fit.gmm.covariances)
         floor = 0.1 * x.var(0)
         least = float(fit.log_likelihood) - 0.5 * np.max(np.einsum("kii,i->k", inverse, floor))
         assert least < float(fit.penalized_log_likelihood) < float(fit.log_likelihood) - 0.01
-        pair = cg.GaussianMixturePair(fit.gmm, fit.gmm, epsilon=0.1)
-        coupled = cg.fit_pair(x, x + 0.1, pair, transport_weight=0.01, ridge=0.1, em_steps=3)
-        expected = [jnp.mean(g.log_prob(y)) for g, y in ((coupled.pair.gmm0, x), (coupled.pair.gmm1, x + 0.1))]
-        np.testing.assert_allclose(coupled.log_likelihoods, expected, rtol=1e-4)
 
 
 class TestClaims:
@@ -198,9 +193,11 @@ class TestClaims:
                 max_steps=3000,
                 tol=tol,
             )
-        assert single.converged and double.converged
-        assert 0.8 < int(single.n_steps) / int(double.n_steps) < 1.25
-        np.testing.assert_allclose(single.log_likelihood, double.log_likelihood, atol=3e-6)
+            steps, value = int(double.n_steps), float(double.log_likelihood)
+            assert double.converged
+        assert single.converged
+        assert 0.8 < int(single.n_steps) / steps < 1.25
+        np.testing.assert_allclose(single.log_likelihood, value, atol=3e-6)
 
     @pytest.mark.slow
     def test_an_m_step_that_was_refused_is_no_convergence(self):
@@ -245,7 +242,7 @@ class TestStarts:
 
     def test_a_number_of_components(self):
         """Each start is fitted to the end; the best one wins, and the rest is as from that start alone."""
-        x = clusters(100)
+        x = clusters()
         fit = cg.fit_gmm(x, 3, key=jax.random.key(0), n_init=4)
         starts = [cg.init_gmm(jax.random.key(s), x, 3, n_init=1) for s in range(4)]
         several = cg.fit_gmm(x, starts)
