@@ -14,12 +14,21 @@ import jax
 import numpy as np
 import pytest
 
+DEAR = (
+    "test_notebooks",
+    "test_coupled",
+    "test_barycenter",
+    "test_cli",
+    "test_plan",
+)  # begun first, so that none is left at the end
+
 
 def pytest_collection_modifyitems(items):
     """A file's tests run in one process, which compiles their programs once; notebooks have processes of their own."""
     for item in items:
         if item.path.stem != "test_notebooks":
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    items.sort(key=lambda item: item.path.stem not in DEAR)
 
 
 @pytest.fixture

@@ -39,6 +39,9 @@ def taken(tree: T, index: Any) -> T:
     return jax.tree.map(lambda leaf: leaf[index], tree)
 
 
+_row = jax.jit(taken)  # one program for all rows of all leaves
+
+
 def chosen(condition: Any, one: T, other: T) -> T:
     """One of two trees of the same structure."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), one, other)
@@ -69,6 +72,7 @@ class Stackable:
             index = operator.index(index)
             if not -size <= index < size:
                 raise IndexError(f"{type(self).__name__}: there are {size} in the stack, and no number {index}")
+            return _row(self, index % size)
         return taken(self, index)
 
     def __iter__(self) -> Iterator[Self]:

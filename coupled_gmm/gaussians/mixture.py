@@ -70,17 +70,14 @@ class GaussianMixture(Stackable):
         checks.finite("covariances", covariances)
         weights = checks.weights("weights", weights, n_components)
         dtype = jnp.result_type(means, covariances, weights)
-        if checks.known(weights) and abs(float(jnp.sum(weights)) - 1) > 1e-3:
-            raise ArgumentError(
-                "weights", f"must sum to 1 within 1e-3, got {float(jnp.sum(weights)):.6g}", "divide by the sum"
-            )
+        if checks.known(weights) and abs((total := float(np.sum(np.asarray(weights)))) - 1) > 1e-3:
+            raise ArgumentError("weights", f"must sum to 1 within 1e-3, got {total:.6g}", "divide by the sum")
         if checks.known(covariances):
             check_covariances(np.asarray(covariances, np.float64), float(jnp.finfo(dtype).eps))
-        covariances = 0.5 * (covariances + matrices.transpose(covariances))
+        covariances, weights = _normalized(covariances, weights, dtype)
         # A copy of the means: JAX may take over the memory of a NumPy array, and its owner may write to that.
-        means, covariances = jnp.array(means, dtype), covariances.astype(dtype)
-        remainders = _remainders(given, means, covariances)
-        return cls(means, covariances, (weights / jnp.sum(weights)).astype(dtype), remainders)
+        means = jnp.array(means, dtype)
+        return cls(means, covariances, weights, _remainders(given, means, covariances))
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
@@ -205,13 +202,13 @@ class GaussianMixture(Stackable):
         return chunks.first(_sample(self, key, n if traced else chunks.rounded(n)), n)
 
     @mapped
-    @matrices.precise
+    @program()
     def mean(self) -> Float[Array, " d"]:
         """Mean of the whole mixture."""
         return self.weights @ self.means
 
     @mapped
-    @matrices.precise
+    @program()
     def covariance(self) -> Float[Array, "d d"]:
         """Covariance of the whole mixture: within plus between components."""
         (near,), _ = about_one_point(self)
@@ -325,6 +322,7 @@ def alike(gmms: Sequence[GaussianMixture]) -> list[GaussianMixture]:
     ]
 
 
+@program()
 def stack(gmms: Sequence[GaussianMixture]) -> GaussianMixture:
     """Mixtures on a leading axis, padded to the largest."""
     size = max(gmm.n_components for gmm in gmms)
@@ -366,6 +364,13 @@ def moved_back(gmm: GaussianMixture, centre: Float[Array, " d"] | None) -> Gauss
         return gmm
     means, remainders = two_sum(centre, gmm.means)
     return dataclasses.replace(gmm, means=means, remainders=remainders)
+
+
+@program("dtype")
+def _normalized(covariances: Array, weights: Array, dtype: Any) -> tuple[Array, Array]:
+    """Covariances that are symmetric and weights that sum to one, to rounding."""
+    symmetric = 0.5 * (covariances + matrices.transpose(covariances))
+    return symmetric.astype(dtype), (weights / jnp.sum(weights)).astype(dtype)
 
 
 def _remainders(given: Any, means: Array, covariances: Array) -> Array | None:

@@ -5,9 +5,10 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from coupled_gmm.core import checks, installation, matrices
+from coupled_gmm.core.programs import program
 from coupled_gmm.gaussians.mixture import GaussianMixture
 from coupled_gmm.transport.pair import GaussianMixturePair
 
@@ -145,9 +146,13 @@ def to_pot(
 
 def _mixture_from_ott(name: str, gmm: Any) -> GaussianMixture:
     means = checks.array(f"{name}.loc", gmm.loc, "K", "d")
-    covariances = matrices.gram(gmm.cholesky)
-    # With float64 enabled, OTT derives these two in it even from float32 parameters.
-    return _from_moments(name, means, covariances.astype(means.dtype), gmm.component_weights.astype(means.dtype))
+    return _from_moments(name, means, *_covariances_and_weights(gmm, means.dtype))
+
+
+@program("dtype")
+def _covariances_and_weights(gmm: Any, dtype: Any) -> tuple[Array, Array]:
+    """Of a mixture of OTT's, which with float64 enabled derives them in it even from float32 parameters."""
+    return matrices.gram(gmm.cholesky).astype(dtype), gmm.component_weights.astype(dtype)
 
 
 def _mixture_to_ott(name: str, gmm: GaussianMixture) -> Any:
@@ -155,13 +160,19 @@ def _mixture_to_ott(name: str, gmm: GaussianMixture) -> Any:
 
     _check_single(name, gmm)
     gmm.check_densities(name)
-    present, factor = gmm.weights > 0, gmm.cholesky
-    usable = present | jnp.all(jnp.diagonal(factor, axis1=-2, axis2=-1) > 0, axis=-1)
-    factor = jnp.where(usable[:, None, None], factor, jnp.eye(gmm.n_features, dtype=gmm.dtype))
+    factors, logits = _factors_and_logits(gmm)
+    scale = scale_tril.ScaleTriL.from_cholesky(factors)
+    return gaussian_mixture.GaussianMixture(gmm.means, scale.params, probabilities.Probabilities(logits))
+
+
+@program()
+def _factors_and_logits(gmm: GaussianMixture) -> tuple[Array, Array]:
+    """As OTT's mixtures have them: finite for absent components too, and relative to the last component."""
+    present, factors = gmm.weights > 0, gmm.cholesky
+    usable = present | jnp.all(jnp.diagonal(factors, axis1=-2, axis2=-1) > 0, axis=-1)
+    factors = jnp.where(usable[:, None, None], factors, jnp.eye(gmm.n_features, dtype=gmm.dtype))
     logits = jnp.where(present, gmm.log_weights, 2 * math.log(jnp.finfo(gmm.dtype).tiny))
-    scale = scale_tril.ScaleTriL.from_cholesky(factor)
-    weights = probabilities.Probabilities(logits[:-1] - logits[-1])
-    return gaussian_mixture.GaussianMixture(gmm.means, scale.params, weights)
+    return factors, logits[:-1] - logits[-1]
 
 
 def _from_moments(name: str, means: Any, covariances: Any, weights: Any) -> GaussianMixture:

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from coupled_gmm.core import checks, matrices
+from coupled_gmm.core.programs import program
 from coupled_gmm.core.status import Outcome, Status, first_status
 from coupled_gmm.core.tree import Stackable, counted, mapped, number, pytree, saved
 from coupled_gmm.transport import duals
@@ -125,7 +126,7 @@ class Plan(Stackable, Outcome):
 
     @property
     @mapped
-    @matrices.precise
+    @program()
     def matrix(self) -> Float[Array, "K0 K1"]:
         """Mass from each component of gmm0 to each of gmm1."""
         if self.vertex is not None:
@@ -135,7 +136,7 @@ class Plan(Stackable, Outcome):
 
     @property
     @mapped
-    @matrices.precise
+    @program()
     def normalized_matrix(self) -> Float[Array, "K0 K1"]:
         """The plan divided by its total mass, however little that is."""
         if self.vertex is not None:
@@ -143,7 +144,7 @@ class Plan(Stackable, Outcome):
         return jax.nn.softmax(self._problem.log_plan(*self.potentials), axis=(0, 1))
 
     @mapped
-    @matrices.precise
+    @program()
     def conditionals(self) -> tuple[Float[Array, "K0 K1"], Float[Array, "K0 K1"]]:
         """The plan's rows over their own sums, and its columns over theirs: where mass goes, and where it comes from.
 
@@ -160,13 +161,14 @@ class Plan(Stackable, Outcome):
 
     @property
     @mapped
+    @program()
     def total_mass(self) -> Float[Array, ""]:
         """F: 1 when balanced, at most 1 otherwise."""
         return jnp.sum(self.matrix)
 
     @property
     @mapped
-    @matrices.precise
+    @program()
     def transport_cost(self) -> Float[Array, ""]:
         """<P, C>, squared data units."""
         if self.vertex is None:
@@ -178,7 +180,7 @@ class Plan(Stackable, Outcome):
 
     @property
     @mapped
-    @matrices.precise
+    @program()
     def regularized_cost(self) -> Float[Array, ""]:
         r""":math:`\langle P, C \rangle + \epsilon KL(P | a b^T) + \rho_0 KL(P 1 | a) + \rho_1 KL(P^T 1 | b)`, the primal
         objective.
@@ -193,14 +195,14 @@ class Plan(Stackable, Outcome):
 
     @property
     @mapped
-    @matrices.precise
+    @program()
     def cost_parts(self) -> CostParts:
         """The terms of `regularized_cost`."""
         return self._parts(self.matrix)
 
     @property
     @mapped
-    @matrices.precise
+    @program()
     def normalized_cost(self) -> Float[Array, ""]:
         r"""The objective at the normalised plan P / F.
 
@@ -210,7 +212,7 @@ class Plan(Stackable, Outcome):
 
     @property
     @mapped
-    @matrices.precise
+    @program()
     def mass_penalty(self) -> Float[Array, ""]:
         r""":math:`(\epsilon + \rho_0 + \rho_1)(F \log F - F + 1)`: the price of a total mass F, zero at 1; a lower bound of the
         cost. Zero where one side's masses are kept: F is then 1."""
@@ -222,6 +224,7 @@ class Plan(Stackable, Outcome):
 
     @property
     @mapped
+    @program()
     def cost_bound(self) -> Float[Array, ""]:
         r""":math:`\epsilon + \rho_0 + \rho_1`, the cost of moving nothing: no optimal plan costs more. Infinite where a side's
         masses are kept."""
@@ -229,7 +232,7 @@ class Plan(Stackable, Outcome):
 
     @property
     @mapped
-    @matrices.precise
+    @program()
     def marginal_error(self) -> Float[Array, ""]:
         r"""L1 distance of the raw plan's marginals from a and b, or from :math:`a e^{-f/\rho_0}` and :math:`b e^{-g/\rho_1}`."""
         if self.vertex is not None:
@@ -238,7 +241,7 @@ class Plan(Stackable, Outcome):
 
     @property
     @mapped
-    @matrices.precise
+    @program()
     def duality_gap(self) -> Float[Array, ""]:
         """Primal minus dual objective, at least 0 up to rounding: a bound on how far `regularized_cost` is from optimal.
 
@@ -254,7 +257,7 @@ class Plan(Stackable, Outcome):
         return jnp.maximum(legal, raw) - jnp.minimum(dual, raw)
 
     @mapped
-    @matrices.precise
+    @program()
     def reweighting(self) -> tuple[Float[Array, " K0"], Float[Array, " K1"]]:
         """Outflow over mass of gmm0's components, inflow over mass of gmm1's; 1 where a component has no mass to speak of: no more
         than a rounding unit of all of it."""
@@ -262,7 +265,7 @@ class Plan(Stackable, Outcome):
         return _ratio(matrix.sum(1), a), _ratio(matrix.sum(0), b)
 
     @mapped
-    @matrices.precise
+    @program()
     def mass_change(self) -> Float[Array, " K0"]:
         r"""Factor by which the mass of what leaves each component of gmm0 changes on its way to gmm1, along the plan.
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from coupled_gmm.core import checks
 from coupled_gmm.core.errors import ArgumentError
+from coupled_gmm.core.programs import program
 from coupled_gmm.core.tree import pytree, static
 from coupled_gmm.gaussians.mixture import log_weights
 
@@ -166,6 +167,7 @@ def both_sides(rho: Array, batch_ndim: int = 0) -> tuple[Array, Array]:
     return (rho[..., 0], rho[..., 1]) if jnp.ndim(rho) > batch_ndim else (rho, rho)
 
 
+@program()
 def rho_of_tau(tau: Array, epsilon: Array) -> Array:
     r""":math:`\rho = \epsilon \tau / (1 - \tau)`; infinite where tau is 1."""
     return jnp.where(tau < 1, epsilon * tau / jnp.where(tau < 1, 1 - tau, 1), jnp.inf)
