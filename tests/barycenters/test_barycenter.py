@@ -288,18 +288,34 @@ def weight_programme(costs, masses, coefficients):
     return found.fun
 
 
+def widened(moments, k):
+    """The same mixture beside absent copies of its components, k in all."""
+    index, n = np.arange(k), len(moments[2])
+    return (*(part[index % n] for part in moments[:2]), np.where(index < n, moments[2][index % n], 0))
+
+
+def learnt(moments, start, coefficients):
+    """A barycenter of other sizes in the seed problem's shapes, for one compilation: what is added has no mass, or counts zero."""
+    missing = 3 - len(moments)
+    counts = np.append(np.zeros(missing), coefficients)
+    wide = [widened(m, k) for m, k in zip([*seed_problem()[0][:missing], *moments], SIZES)]
+    found = cg.barycenter(
+        mixtures(wide), mixture(widened(start, 6)), coefficients=counts, learn_weights=True, tol=1e-12
+    )
+    n = len(start[2])
+    np.testing.assert_array_equal(found.gmm.weights[n:], 0)
+    assert found.converged and falls(found.history, int(found.n_steps))
+    return found, tuple(part[:n] for part in host(found.gmm))
+
+
 @pytest.mark.parametrize("sizes", [(2, 3), pytest.param((3, 2, 2), marks=pytest.mark.slow)])
 def test_learnt_weights_are_the_best(x64, sizes):
     """At the supports that came out, no weights on a grid do better, and a linear programme written apart agrees."""
     coefficients = np.arange(1, len(sizes) + 1) / sum(range(1, len(sizes) + 1))
     for seed in range(3):
         moments = tiny_problem(seed, sizes)
-        start = mixture((*host(random_mixture(100 + seed, 3, 2))[:2], np.full(3, 1 / 3)))
-        options = {"coefficients": coefficients, "tol": 1e-12}
-        found = cg.barycenter(mixtures(moments), start, learn_weights=True, **options)
-        assert found.converged
-        assert falls(found.history, int(found.n_steps))
-        end = host(found.gmm)
+        start = (*host(random_mixture(100 + seed, 3, 2))[:2], np.full(3, 1 / 3))
+        found, end = learnt(moments, start, coefficients)
         np.testing.assert_allclose(np.sum(found.gmm.weights), 1, rtol=1e-12)
         np.testing.assert_allclose(objective(end, moments, coefficients), found.objective, rtol=1e-9)
         costs = [bures_cost(end, m) for m in moments]
@@ -336,12 +352,9 @@ def test_learnt_weights_in_few_steps(x64):
 
 def test_one_mixture_is_assigned_exactly(x64):
     """Each component of a single mixture goes to its nearest: k-means among Gaussians."""
-    gmm = random_mixture(3, 8, 2)
-    moments = [host(gmm)]
-    start = mixture((*(part[:3] for part in moments[0][:2]), np.full(3, 1 / 3)))
-    found = cg.barycenter([gmm], start, learn_weights=True, tol=1e-12)
-    assert found.converged and falls(found.history, int(found.n_steps))
-    end = host(found.gmm)
+    moments = [host(random_mixture(3, 7, 2))]
+    start = (*(part[:3] for part in moments[0][:2]), np.full(3, 1 / 3))
+    found, end = learnt(moments, start, [1])
     cost = bures_cost(end, moments[0])
     nearest = cost.argmin(0)
     np.testing.assert_allclose(end[2], np.bincount(nearest, moments[0][2], 3), rtol=1e-9)
@@ -469,15 +482,23 @@ def with_absent(moments, place=0):
 
 @pytest.mark.parametrize("method", ["exact", pytest.param("entropic", marks=pytest.mark.slow)])
 def test_components_of_weight_zero(x64, method):
-    moments, start = seed_problem()
-    options = {"method": method, "epsilon": None if method == "exact" else 0.1}
-    bare = cg.barycenter(mixtures(moments), mixture(start), **options)
-    gmms = mixtures([with_absent(m, place) for place, m in enumerate(moments)])
-    wide = cg.barycenter(gmms, mixture(with_absent(start, 2)), **options)
-    assert int(wide.status) == int(bare.status) and wide.gmm.weights[2] == 0
-    np.testing.assert_allclose(wide.objective, bare.objective, rtol=1e-9)
-    np.testing.assert_allclose(np.delete(wide.gmm.means, 2, 0), bare.gmm.means, atol=1e-6)
-    np.testing.assert_allclose(np.delete(wide.gmm.covariances, 2, 0), bare.gmm.covariances, atol=1e-6)
+    """Against the twin without them, in the seed problem's shapes; of entropic plans against our own without them."""
+    moments, start = seed_problem((4, 5, 6), n=5)
+    gmms, init = mixtures([with_absent(m, place) for place, m in enumerate(moments)]), mixture(with_absent(start, 2))
+    if method == "exact":
+        wide = cg.barycenter(gmms, init, max_steps=3, tol=0)
+        means, covariances, _ = bare = twin(moments, start, np.full(3, 1 / 3), "joint", 3)
+        value = objective(bare, moments)
+    else:
+        options = {"method": method, "epsilon": 0.1}
+        wide = cg.barycenter(gmms, init, **options)
+        bare = cg.barycenter(mixtures(moments), mixture(start), **options)
+        assert int(wide.status) == int(bare.status)
+        (means, covariances, _), value = host(bare.gmm), bare.objective
+    assert wide.gmm.weights[2] == 0
+    np.testing.assert_allclose(wide.objective, value, rtol=1e-9)
+    np.testing.assert_allclose(np.delete(wide.gmm.means, 2, 0), means, atol=1e-6)
+    np.testing.assert_allclose(np.delete(wide.gmm.covariances, 2, 0), covariances, atol=1e-6)
     np.testing.assert_array_equal(wide.gmm.means[2], 1e3)
     np.testing.assert_allclose(wide.gmm.covariances[2], np.eye(2), rtol=1e-12)
 

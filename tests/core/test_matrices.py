@@ -15,7 +15,8 @@ import coupled_gmm as cg
 from coupled_gmm.core import chunks, matrices
 from coupled_gmm.fits import statistics
 
-SIZES = (1, 2, 3, 8, 20)
+# One, few enough that the loop over columns is laid out flat, and many; the others are the same code.
+SIZES = (1, 3, 20, *(pytest.param(d, marks=pytest.mark.slow) for d in (2, 8)))
 
 
 def covariances_of_rank(rng: np.random.RandomState, d: int, rank: int) -> np.ndarray:

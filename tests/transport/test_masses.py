@@ -186,10 +186,14 @@ def test_levels_of_tiny_targets_are_finite(precision):
     response = Response(
         (jnp.asarray([0.98, 0.02, 2e-29]), jnp.ones(1)), (jnp.asarray(0.1),) * 2, (jnp.asarray(True),) * 2
     )
-    answer = jax.jit(lambda potential, level: masses._Side(response, 0, jnp.zeros(3)).answer(potential, level, 40))
+
+    @jax.jit
+    def answer(response, potential, level):  # an argument, as in a fit: no constants for the compiler to divide by
+        return masses._Side(response, 0, jnp.zeros(3)).answer(potential, level, 40)
+
     for potential in ([0.0, 3.0, 5.0], [5.0, 0.0, 0.0], [1.0, 2.0, 0.0]):
         for level in (2e-29, 1e-10, 1.0):
-            log_mass, slope, _ = answer(jnp.asarray(potential), jnp.asarray(level))
+            log_mass, slope, _ = answer(response, jnp.asarray(potential), jnp.asarray(level))
             assert np.isfinite(np.asarray(slope)).all()
             np.testing.assert_allclose(np.exp(log_mass).sum(), 1, rtol=1e-4, err_msg=f"{potential} {level}")
 
