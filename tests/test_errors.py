@@ -617,6 +617,7 @@ GRAPHS = [
         for case_name, *case in cases
     ],
 )
+@pytest.mark.filterwarnings("ignore:x. features .* are constant")  # said of one point before it is refused
 def test_refused_before_any_program_is_entered(call, error, message, monkeypatch):
     entered = []
     for module, name in PROGRAMS:

@@ -111,7 +111,8 @@ def test_the_header_key_settles_what_cannot_be_told(tmp_path):
     path.write_text("0,1\n5,6\n7,8\n")
     assert clouds.read_named_cloud(path, header=True).names == ("0", "1")
     np.testing.assert_array_equal(clouds.read_cloud(path, header=True), [[5, 6], [7, 8]])
-    np.testing.assert_array_equal(clouds.read_cloud(path, header=False), [[0, 1], [5, 6], [7, 8]])
+    with pytest.warns(UserWarning, match="read as two columns of whole numbers"):
+        np.testing.assert_array_equal(clouds.read_cloud(path, header=False), [[0, 1], [5, 6], [7, 8]])
     np.testing.assert_array_equal(clouds.read_weights(path, name="1", header=True), [6, 8])
     pl.DataFrame(X).write_parquet(tmp_path / "c.parquet")
     with pytest.raises(ValueError, match="header is for text files"):
