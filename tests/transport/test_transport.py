@@ -80,6 +80,7 @@ def moved(gmm0, gmm1, x, y, atol, n_draws):
     return plan.matrix, cg.map_points(plan, x), draws.reshape(len(x), len(n_draws), -1), density
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning:ot")  # POT's own
 @over_shapes(5, (5, 4, 3))
 def test_maps_of_exact_plans_equal_pot(x64, shape, n_pairs):
     """The mean map, the law of the random one and the density of the plan, wherever gmm0 has one."""
