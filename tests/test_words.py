@@ -12,7 +12,7 @@ from problems import random_mixture
 import coupled_gmm as cg
 from coupled_gmm.core import status
 from coupled_gmm.core.status import Status
-from coupled_gmm.core.tree import new
+from coupled_gmm.core.tree import unchecked
 from coupled_gmm.transport.plan import Plan
 
 N, K, D = 60, 2, 2
@@ -28,7 +28,7 @@ def objects():
     graph = cg.MixtureGraph.from_mixtures([*gmms, gmms[0]], [(0, 1), (1, 2)], epsilon=0.5)
     stacked = cg.solve_plan(pair)
     history = fit.history
-    graph_fit = new(
+    graph_fit = unchecked(
         cg.GraphFit,
         gmms=[fit.pair.gmm0, fit.pair.gmm1],
         plans=jax.tree.map(lambda leaf: leaf[None], fit.plan),
@@ -91,7 +91,7 @@ def test_a_repr_never_raises(objects):
         copy = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), one)
         jax.tree.map(lambda leaf: leaf.delete(), copy)
         said.append(repr(copy))
-        said.append(repr(new(type(one))))
+        said.append(repr(unchecked(type(one))))
         assert all(text.startswith(type(one).__name__) and len(text) < 600 for text in said), said
 
 
@@ -126,7 +126,7 @@ def test_a_batch_tells_its_worst_status_and_how_many_of_each():
 
 def changed(tree, **fields):
     old = {name: getattr(tree, name) for name in tree.__dataclass_fields__}
-    return new(type(tree), **{**old, **fields})
+    return unchecked(type(tree), **{**old, **fields})
 
 
 def test_a_fit_tells_of_a_plan_that_stopped_short(objects):

@@ -34,9 +34,9 @@ from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.host import on_host
 from coupled_gmm.core.programs import program
 from coupled_gmm.core.status import Outcome, Status, first_status
-from coupled_gmm.core.tree import counted, number, pytree, saved, taken
+from coupled_gmm.core.tree import counted, number, pytree, saved, take
 from coupled_gmm.gaussians import bures
-from coupled_gmm.gaussians.mixture import GaussianMixture, about_one_point, moved_back, stack
+from coupled_gmm.gaussians.mixture import GaussianMixture, about_one_point, check_features, moved_back, stack
 
 PROJECTIONS = ("joint", "bures", "euclidean")
 _NO_DERIVATIVE = (
@@ -105,7 +105,7 @@ def barycenter(
       gmms: mixtures over the same features, of any numbers of components.
       init: where to start, or several starts of one number of components, of which the best end wins. Its weights are kept
         unless learnt; components of weight zero stay where they are.
-      coefficients: one a mixture, at least 0, not all 0, divided by their sum; None counts all equally.
+      coefficients: one per mixture, at least 0, not all 0, divided by their sum; None counts all equally.
       projection: "joint", which never raises the objective, or POT's "bures" and "euclidean".
       method: "exact" plans, or "entropic" ones: the objective is then the sum of regularised costs.
       epsilon: for entropic plans, above 0, squared data units; None is 1e-2 of the mean cost at the start.
@@ -163,8 +163,7 @@ def _check_starts(init: Any, n_features: int) -> GaussianMixture:
     for i, gmm in enumerate(starts):
         name = "init" if isinstance(init, GaussianMixture) else f"init[{i}]"
         checks.instance(name, gmm, GaussianMixture)
-        if gmm.n_features != n_features:
-            raise ArgumentError(name, f"has {gmm.n_features} features, and the mixtures have {n_features}")
+        check_features(name, gmm, ", and the mixtures have", n_features)
     return stack(starts)
 
 
@@ -199,11 +198,11 @@ def _barycenter(
 ) -> BarycenterFit:
     arguments = gmms, starts, coefficients, epsilon
     gmms, starts, coefficients, epsilon = one_precision(arguments, _NO_DERIVATIVE)
-    problem = build_problem(gmms, coefficients, epsilon, FreeMixture.of(taken(starts, 0)), options.method)
+    problem = build_problem(gmms, coefficients, epsilon, FreeMixture.of(take(starts, 0)), options.method)
     ends = jax.vmap(lambda gmm: _descend(problem, FreeMixture.of(gmm), tol, max_steps, options))(starts)
     finals = jnp.take_along_axis(ends.values, ends.count[:, None] - 1, axis=1)[:, 0]
     best = jnp.argmin(jnp.where(jnp.isfinite(finals), finals, jnp.inf))
-    end, value = taken(ends, best), finals[best]
+    end, value = take(ends, best), finals[best]
     ends = [
         (~jnp.isfinite(value), Status.NOT_FINITE),
         (~end.solved, Status.PLAN_NOT_CONVERGED),

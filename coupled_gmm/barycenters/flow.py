@@ -30,12 +30,11 @@ from coupled_gmm.barycenters.problem import (
     one_precision,
 )
 from coupled_gmm.core import checks, chunks, matrices
-from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.programs import program
 from coupled_gmm.core.status import Outcome, Status, first_status
-from coupled_gmm.core.tree import chosen, counted, new, number, pytree, saved, taken
+from coupled_gmm.core.tree import chosen, counted, number, pytree, saved, take, unchecked
 from coupled_gmm.gaussians import bures
-from coupled_gmm.gaussians.mixture import GaussianMixture, about_one_point, moved_back
+from coupled_gmm.gaussians.mixture import GaussianMixture, about_one_point, check_features, moved_back
 
 _HALVINGS = 12
 _FLOOR = 1e-6  # of the source's mean variance, feature by feature: no covariance is projected to less
@@ -112,7 +111,7 @@ def flow(
         built optax transformation, which has its own rate, of parameters (means, covariances, logits of weights).
       method: "exact" plans, or "entropic" ones: the loss is then the regularised cost.
       epsilon: for entropic plans, above 0, squared data units; None is 1e-2 of the mean cost at the start.
-      coefficients: one a target, at least 0, not all 0, divided by their sum; None counts all equally.
+      coefficients: one per target, at least 0, not all 0, divided by their sum; None counts all equally.
       mean_rate: above 0; the optimiser's updates of means are multiplied by it (POT's example has 2).
 
     Raises:
@@ -120,8 +119,7 @@ def flow(
     """
     checks.instance("source", source, GaussianMixture)
     targets, coefficients, epsilon = check_problem("target", target, coefficients, method, epsilon)
-    if source.n_features != targets[0].n_features:
-        raise ArgumentError("source", f"has {source.n_features} features, and the target has {targets[0].n_features}")
+    check_features("source", source, ", and the target has", targets[0].n_features)
     built = checks.is_built_optimizer("optimizer", optimizer)
     at_most = 1 if optimizer is None else None
     rates = (
@@ -139,7 +137,7 @@ def flow(
 
 
 def _steps(steps: Any, source: GaussianMixture) -> int:
-    """As many as there is room for in the path, a mixture a step."""
+    """As many as there is room for in the path, one mixture per step."""
     n_components, n_features = source.means.shape
     most = min(checks.MOST_STEPS, checks.MOST_NUMBERS // (n_components * n_features**2) - 1)
     return checks.integer("steps", steps, 1, most)
@@ -177,7 +175,7 @@ def _flow(
         (jnp.any(taken_steps & ~solved), Status.PLAN_NOT_CONVERGED),
     ]
     status = first_status(ends, Status.STEPS_DONE)
-    return FlowFit(taken(path, steps), losses[steps], path, status, FlowHistory(losses))
+    return FlowFit(take(path, steps), losses[steps], path, status, FlowHistory(losses))
 
 
 def _recorded(advance: Callable, start: tuple, steps: Array, rows: int) -> tuple[GaussianMixture, Array, Array]:
@@ -229,8 +227,8 @@ def _step(problem: BarycenterProblem, free: FreeMixture, plans: PlansToFixed, pa
     shares = problem.shares(cells, len(free.weights))
     means, factors = problem.means[cells.problem, cells.target], problem.factors[cells.problem, cells.target]
     middle = jax.ops.segment_sum(shares[:, None] * means, cells.source, len(free.weights))
-    spread = bures.averaged(free.factors, factors, cells.source, shares)
-    moved = matrices.gram((1 - part) * free.factors + part * spread)
+    average = bures.averaged(free.factors, factors, cells.source, shares)
+    moved = matrices.gram((1 - part) * free.factors + part * average)
     present = free.weights > 0
     return FreeMixture(
         jnp.where(present[:, None], (1 - part) * free.means + part * middle, free.means),
@@ -291,7 +289,7 @@ def _optax_descent(
         means, covariances, logits = parameters
         # An absent component's logit is masked: infinite, it would make every gradient NaN.
         mass = jnp.where(present, jnp.exp(logits - jnp.max(jnp.where(present, logits, -jnp.inf))), 0)
-        return new(GaussianMixture, means=means, covariances=covariances, weights=mass / jnp.sum(mass))
+        return unchecked(GaussianMixture, means=means, covariances=covariances, weights=mass / jnp.sum(mass))
 
     def evaluated(parameters: tuple, warm_start: Any) -> tuple[PlansToFixed, tuple]:
         free, pull_back = jax.vjp(lambda parameters: FreeMixture.of(mixture(parameters)), parameters)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float
 
 from coupled_gmm.core import checks, matrices
 from coupled_gmm.core.errors import ArgumentError
-from coupled_gmm.core.tree import new, pytree, static
+from coupled_gmm.core.tree import pytree, static, unchecked
 from coupled_gmm.gaussians import bures
 from coupled_gmm.gaussians.mixture import GaussianMixture, in_one_space, stack
 from coupled_gmm.transport import duals, exact, limits, solvers
@@ -30,7 +30,9 @@ class FreeMixture(NamedTuple):
         return cls(gmm.means, gmm.cholesky, gmm.weights)
 
     def mixture(self) -> GaussianMixture:
-        return new(GaussianMixture, means=self.means, covariances=matrices.gram(self.factors), weights=self.weights)
+        return unchecked(
+            GaussianMixture, means=self.means, covariances=matrices.gram(self.factors), weights=self.weights
+        )
 
 
 class PlansToFixed(NamedTuple):
@@ -66,7 +68,14 @@ class BarycenterProblem:
     @classmethod
     def of(cls, gmms: list[GaussianMixture], coefficients: Array, epsilon: Array, method: str) -> "BarycenterProblem":
         stacked = stack(gmms)
-        return cls(stacked.means, stacked.cholesky, stacked.weights, coefficients, epsilon, method)
+        return cls(
+            means=stacked.means,
+            factors=stacked.cholesky,
+            weights=stacked.weights,
+            coefficients=coefficients,
+            epsilon=epsilon,
+            method=method,
+        )
 
     def costs(self, free: FreeMixture) -> Float[Array, "B n K"]:
         """Squared Bures-Wasserstein distances between the components of the free mixture and those of each fixed one."""
@@ -80,7 +89,7 @@ class BarycenterProblem:
         if self.method == "entropic":
             return jnp.zeros((b, n), self.means.dtype), jnp.zeros((b, k), self.means.dtype)
         cells = jnp.zeros((b, n + k - 1), jnp.int32)
-        return exact.Basis(cells, cells, jnp.zeros((b, n + k - 1, n + k), self.means.dtype))  # no legal one
+        return exact.Basis(cells, cells, jnp.zeros((b, n + k - 1, n + k), self.means.dtype))  # no feasible one
 
     def no_plans(self, n: int) -> PlansToFixed:
         """Plans before any: the first solve starts from nothing."""

@@ -11,7 +11,7 @@ from coupled_gmm.barycenters.barycenter import BarycenterFit, reduced
 from coupled_gmm.core import checks
 from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.programs import program
-from coupled_gmm.core.tree import new
+from coupled_gmm.core.tree import unchecked
 from coupled_gmm.gaussians import bures
 from coupled_gmm.gaussians.mixture import GaussianMixture, about_one_point, moved_back
 
@@ -58,7 +58,10 @@ def reduce_gmm(
 
 @program("n_components")
 def _starts(keys: Array, gmm: GaussianMixture, n_components: int) -> GaussianMixture:
-    """Components chosen one by one, each with a probability of its mass times its squared distance to those chosen before."""
+    """Components chosen one by one, each with a probability of its mass times its squared distance to those chosen before.
+
+    `fits.starts` does the same among points, too many for a matrix of their distances.
+    """
     cost = bures.pairwise_cost(gmm.means, gmm.cholesky, gmm.means, gmm.cholesky)
 
     def start(key: Array) -> GaussianMixture:
@@ -74,6 +77,6 @@ def _starts(keys: Array, gmm: GaussianMixture, n_components: int) -> GaussianMix
             choose, jnp.full_like(gmm.weights, jnp.max(cost) + 1), jax.random.split(key, n_components)
         )
         weights = jnp.full(n_components, 1 / n_components, gmm.dtype)
-        return new(GaussianMixture, means=gmm.means[chosen], covariances=gmm.covariances[chosen], weights=weights)
+        return unchecked(GaussianMixture, means=gmm.means[chosen], covariances=gmm.covariances[chosen], weights=weights)
 
     return jax.vmap(start)(keys)

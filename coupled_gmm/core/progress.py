@@ -40,7 +40,7 @@ def table_row(row: dict[str, Any]) -> str:
 class ProgressBar:
     """A context manager to call with a row of each EM step as it is done.
 
-    A row is a dict of numbers: step, em_steps, q0, q1 (one a node), transport, objective, penalized_log_likelihood,
+    A row is a dict of numbers: step, em_steps, q0, q1 (one per node), transport, objective, penalized_log_likelihood,
     marginal_error.
     """
 

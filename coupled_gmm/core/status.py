@@ -82,15 +82,15 @@ SEVERITY = (
     Status.STALLED,
     Status.PRECISION,
     Status.MEAN_NOT_CONVERGED,
-    Status.PLAN_NOT_CONVERGED,
     Status.STARVED,
     Status.COLLAPSED,
+    Status.PLAN_NOT_CONVERGED,
     Status.SINGULAR,
     Status.NOT_FINITE,
 )
-# How a solver reads its end: the first that holds, in this order. What spoils a number comes before what that number says, so
-# a plan that missed its marginals is named before the fall of an objective that it may have caused.
-#     NOT_FINITE, PLAN_NOT_CONVERGED, COLLAPSED or MEAN_NOT_CONVERGED, PRECISION of what fell, STALLED, CONVERGED, the steps ran out
+# A solver that reads its end asks from the worst to the least, so that what spoils a number comes before what that number says: a
+# plan that missed its marginals is named before the fall of an objective that it may have caused. Only whether the tolerance was
+# met is asked before whether the steps ran out, and of a plan before whether it stopped at its precision.
 FAILURES = frozenset(Status) - {Status.CONVERGED, Status.STEPS_DONE}
 Remedies = Mapping[Status, str]
 

@@ -26,7 +26,7 @@ def static(**kwargs: Any) -> Any:
     return dataclasses.field(metadata={"static": True}, **kwargs)
 
 
-def new(cls: type[T], **fields: Any) -> T:
+def unchecked(cls: type[T], **fields: Any) -> T:
     """An instance with these fields and no check: what transformations, and code inside the package, build with."""
     self = object.__new__(cls)
     for name, value in fields.items():
@@ -34,12 +34,12 @@ def new(cls: type[T], **fields: Any) -> T:
     return self
 
 
-def taken(tree: T, index: Any) -> T:
+def take(tree: T, index: Any) -> T:
     """Rows of a tree whose leaves are stacked on a leading axis."""
     return jax.tree.map(lambda leaf: leaf[index], tree)
 
 
-_row = jax.jit(taken)  # one program for all rows of all leaves
+_row = jax.jit(take)  # one program for all rows of all leaves
 
 
 def chosen(condition: Any, one: T, other: T) -> T:
@@ -73,7 +73,7 @@ class Stackable:
             if not -size <= index < size:
                 raise IndexError(f"{type(self).__name__}: there are {size} in the stack, and no number {index}")
             return _row(self, index % size)
-        return taken(self, index)
+        return take(self, index)
 
     def __iter__(self) -> Iterator[Self]:
         return (self[i] for i in range(self._stack("iteration")[0]))
@@ -188,7 +188,7 @@ def pytree(cls: type[T]) -> type[T]:
         return tuple(getattr(self, name) for name in leaves), tuple(getattr(self, name) for name in statics)
 
     def unflatten(aux: Any, children: Any) -> T:
-        return new(cls, **dict(zip(leaves, children, strict=True)), **dict(zip(statics, aux, strict=True)))
+        return unchecked(cls, **dict(zip(leaves, children, strict=True)), **dict(zip(statics, aux, strict=True)))
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     return cls

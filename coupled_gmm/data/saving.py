@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from coupled_gmm.core import checks, installation
-from coupled_gmm.core.tree import new, saved_class
+from coupled_gmm.core.errors import ArgumentError, ArgumentTypeError
+from coupled_gmm.core.tree import saved_class, unchecked
 from coupled_gmm.data import archive, validity
 
 FORMAT = "coupled_gmm"
@@ -138,7 +139,7 @@ def _digest(array: np.ndarray) -> str:
 def _encode(value: Any, where: str, depth: int, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     """A JSON node for `value`; its arrays are collected by name."""
     if depth > _DEEPEST:
-        raise ValueError(f"tree: is nested in more than {_DEEPEST} lists, tuples and dicts; save its parts")
+        raise ArgumentError("tree", f"is nested in more than {_DEEPEST} lists, tuples and dicts", "save its parts")
     if value is None or type(value) in (bool, int, float, str):
         return {"value": _plain(value, where)}
     if isinstance(value, (jax.Array, np.ndarray, np.generic)):
@@ -154,26 +155,29 @@ def _encode(value: Any, where: str, depth: int, arrays: dict[str, np.ndarray]) -
         names = [field.name for field in dataclasses.fields(cls)]
         fields = {name: _encode(getattr(value, name), f"{where}.{name}", depth + 1, arrays) for name in names}
         return {"class": cls.__name__, "fields": fields}
-    raise TypeError(
-        f"{where}: can't save a {type(value).__name__}; save results of this package, arrays, numbers, strings, and "
-        "lists, tuples and dicts (with string keys) of these"
+    raise ArgumentTypeError(
+        where,
+        f"can't save a {type(value).__name__}",
+        "save results of this package, arrays, numbers, strings, and lists, tuples and dicts (with string keys) of these",
     )
 
 
 def _plain(value: Any, where: str) -> Any:
     if type(value) is int and value.bit_length() > _LARGEST_INTEGER:
-        raise ValueError(f"{where}: can't save an integer of more than {_LARGEST_INTEGER} bits; save it as a string")
+        raise ArgumentError(where, f"can't save an integer of more than {_LARGEST_INTEGER} bits", "save it as a string")
     return value
 
 
 def _plain_array(value: Any, where: str) -> np.ndarray:
     """An array as NumPy has it; of a kind that a .npz holds without pickle, and comes back as."""
     if not checks.known(value):
-        raise TypeError(f"{where}: can't save a value under jit or vmap; return it, and save it outside")
+        raise ArgumentTypeError(where, "can't save a value under jit or vmap", "return it, and save it outside")
     if isinstance(value, np.ma.MaskedArray):
-        raise TypeError(f"{where}: can't save a masked array; save its data and its mask")
+        raise ArgumentTypeError(where, "can't save a masked array", "save its data and its mask")
     if getattr(value.dtype, "kind", "V") not in "fiubc":
-        raise TypeError(f"{where}: can't save an array of dtype {value.dtype}; convert it to a NumPy dtype first")
+        raise ArgumentTypeError(
+            where, f"can't save an array of dtype {value.dtype}", "convert it to a NumPy dtype first"
+        )
     return np.array(value, order="C")
 
 
@@ -224,4 +228,4 @@ def _build(name: str, fields: dict[str, Any]) -> Any:
     if wrong:
         wrong = ", ".join(checks.brief(field).strip("'\"") for field in sorted(wrong)[:5])
         raise ValueError(f"its {name} differs from this package's in {wrong}; install the coupled_gmm that wrote it")
-    return new(cls, **{name: defaults[name] for name in optional} | fields)
+    return unchecked(cls, **{name: defaults[name] for name in optional} | fields)

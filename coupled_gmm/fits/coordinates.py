@@ -42,7 +42,7 @@ def _log_softmax(logits: Array, present: Array) -> Array:
     return jnp.where(present, jnp.where(present, logits, 0) - peak - total, -jnp.inf)
 
 
-def thawed(frozen: Bool[Array, " V"], moved: Parameters, kept: Parameters) -> Parameters:
+def restore_frozen(frozen: Bool[Array, " V"], moved: Parameters, kept: Parameters) -> Parameters:
     return jax.tree.map(lambda m, k: jnp.where(jnp.expand_dims(frozen, range(1, m.ndim)), k, m), moved, kept)
 
 
@@ -67,7 +67,7 @@ def log_cholesky_coordinates(
         means, triangle, logits = unravel(x)
         factors = jnp.tril(triangle, -1) + eye * jnp.exp(triangle * eye)
         log_weights = _log_softmax(jnp.where(is_last, 0, logits), present)
-        return thawed(graph.frozen, Parameters(means / unit, factors / unit, log_weights), base)
+        return restore_frozen(graph.frozen, Parameters(means / unit, factors / unit, log_weights), base)
 
     def promise(gradient: Array) -> Float[Array, ""]:
         in_means, in_triangle, in_logits = unravel(gradient)
@@ -89,8 +89,8 @@ def _natural_scale(base: Parameters, statistics: Statistics, graph: MixtureGraph
     likelihood = graph.node_weights[:, None] * statistics.masses
     pull = jnp.zeros_like(graph.node_weights).at[graph.sources].add(graph.edge_weights)
     pull = pull.at[graph.targets].add(graph.edge_weights)
-    spread = jnp.mean(jnp.sum(base.factors**2, axis=-1), axis=-1)
-    curvature = likelihood + 2 * pull[:, None] * jnp.exp(base.log_weights) * spread
+    variance = jnp.mean(jnp.sum(base.factors**2, axis=-1), axis=-1)
+    curvature = likelihood + 2 * pull[:, None] * jnp.exp(base.log_weights) * variance
     most = jnp.maximum(1, graph.node_weights)[:, None]
     return jnp.where(curvature > jnp.finfo(curvature.dtype).eps * most, jax.lax.rsqrt(curvature + 1e-6 * most), 0)
 
@@ -119,7 +119,7 @@ def natural_coordinates(
         stretch = jnp.tril(triangle, -1) + eye * jnp.exp(growth)
         logits = jnp.where(present, log_weights, 0) + logits * scale
         moved = Parameters(means, base.factors @ stretch, _log_softmax(logits, present))
-        return thawed(graph.frozen, moved, base)
+        return restore_frozen(graph.frozen, moved, base)
 
     return Coordinates(start, parameters, lambda gradient: jnp.zeros((), gradient.dtype))
 

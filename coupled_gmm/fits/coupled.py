@@ -5,80 +5,24 @@ A fit is a run, not a value: it can't be differentiated; `penalized_log_likeliho
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from coupled_gmm.core import checks, chunks, foreign, report
+from coupled_gmm.core import checks
 from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.programs import program
-from coupled_gmm.core.tree import new, taken
+from coupled_gmm.core.tree import take, unchecked
 from coupled_gmm.fits import em, frame
-from coupled_gmm.fits.em import Controls, FitOptions
 from coupled_gmm.fits.frame import Sight
 from coupled_gmm.fits.graph import MixtureGraph
+from coupled_gmm.fits.request import Controls, FitOptions, FitRequest, GivenCloud, view_of
 from coupled_gmm.fits.results import GraphFit, PairFit, trimmed
-from coupled_gmm.gaussians.mixture import GaussianMixture
 from coupled_gmm.transport import plan, solvers
 from coupled_gmm.transport.pair import GaussianMixturePair
-
-
-class _Run(NamedTuple):
-    """How a fit was asked for, checked."""
-
-    controls: Controls
-    em_steps: int  # the same as in the controls, where Python counts with it
-    optimizer: Any
-    method: str
-    chunk_size: int | None
-    progress: Any
-
-
-def _check_run(
-    em_steps: int,
-    m_steps: int,
-    optimizer: Any,
-    learning_rate: Any,
-    tol: Any,
-    ridge: Any,
-    method: str,
-    chunk_size: int | None,
-    progress: Any,
-) -> _Run:
-    built = checks.is_built_optimizer("optimizer", optimizer)
-    factory = optimizer is not None and not built
-    if factory and learning_rate is None:
-        raise ArgumentError("learning_rate", "an optax factory needs one", "pass learning_rate=1e-2, say")
-    if learning_rate is not None:
-        if not factory:
-            raise ArgumentError(
-                "learning_rate", "goes with an optax factory only, such as optimizer=optax.adam", "drop it"
-            )
-        learning_rate = checks.scalar("learning_rate", learning_rate, above=0, batched=True)
-    controls = Controls(
-        checks.scalar("ridge", ridge, at_least=0, batched=True),
-        checks.scalar("tol", tol, at_least=0, batched=True),
-        jnp.asarray(checks.integer("em_steps", em_steps, 1, checks.MOST_STEPS), jnp.int32),
-        jnp.asarray(checks.integer("m_steps", m_steps, 1, checks.MOST_STEPS), jnp.int32),
-        learning_rate,
-    )
-    checks.choice("method", method, solvers.ENTROPIC_METHODS)
-    if chunk_size is not None:
-        checks.integer("chunk_size", chunk_size, 1)
-    return _Run(controls, int(em_steps), optimizer, method, chunk_size, progress)
-
-
-def _check_cloud(name: str, x: Any, weights_name: str, weights: Any, gmm: GaussianMixture) -> tuple[Any, Any]:
-    cloud = checks.points(name, x, gmm.n_features)
-    return cloud, None if weights is None else checks.relative_weights(weights_name, weights, len(cloud))
-
-
-def _fit_options(run: _Run, solver: solvers.PlanSolver) -> FitOptions:
-    progress = run.progress is not False and run.progress is not None
-    return FitOptions(chunks.rows(run.em_steps), solver, run.optimizer, progress)
 
 
 def _edge_solver(method: str, graph: MixtureGraph) -> solvers.PlanSolver:
@@ -88,7 +32,9 @@ def _edge_solver(method: str, graph: MixtureGraph) -> solvers.PlanSolver:
     with jax.ensure_compile_time_eval():  # of a graph that is known, inside jit as well
         graph, _ = graph.in_node_order()
         prices = {"epsilon": graph.epsilon, "rho": graph.rho, "balanced": graph.balanced}
-        edges = new(GaussianMixturePair, gmm0=graph.nodes, gmm1=graph.nodes, **prices)  # of which prices are looked at
+        edges = unchecked(
+            GaussianMixturePair, gmm0=graph.nodes, gmm1=graph.nodes, **prices
+        )  # of which prices are looked at
         if not graph.balanced and checks.known(graph.epsilon, graph.rho):
             tau = np.asarray(edges.tau)
             if not np.allclose(tau, tau[0], rtol=1e-5, atol=0):
@@ -98,7 +44,7 @@ def _edge_solver(method: str, graph: MixtureGraph) -> solvers.PlanSolver:
                     f"'sinkhorn' needs one tau = rho / (rho + epsilon) for all edges, and these have {each}",
                     "use 'entropic', or give all edges the same tau",
                 )
-        return solvers.solver_for(method, taken(edges, 0))
+        return solvers.solver_for(method, take(edges, 0))
 
 
 @program("options")
@@ -109,8 +55,8 @@ def _fit_graph(problem: MixtureGraph, sight: Sight, controls: Controls, options:
     end = em.run(ordered, sight, controls, options)
     back = jnp.argsort(order) if problem.n_edges > 1 else order
     history = dataclasses.replace(end.history, transport_terms=end.history.transport_terms[:, back])
-    ends = [taken(end.nodes, index) for index in (problem.sources, problem.targets)]
-    pairs = new(
+    ends = [take(end.nodes, index) for index in (problem.sources, problem.targets)]
+    pairs = unchecked(
         GaussianMixturePair,
         gmm0=ends[0],
         gmm1=ends[1],
@@ -118,7 +64,7 @@ def _fit_graph(problem: MixtureGraph, sight: Sight, controls: Controls, options:
         rho=problem.rho,
         balanced=problem.balanced,
     )
-    found = taken((end.terms.costs, end.terms.potentials), back)
+    found = take((end.terms.costs, end.terms.potentials), back)
     costs, potentials = jax.tree.map(
         lambda turned, found: jnp.where(jnp.expand_dims(problem.turned, range(1, found.ndim)), turned, found),
         (found[0].swapaxes(1, 2), found[1].swap()),
@@ -141,7 +87,7 @@ def _fit_pair(
 ) -> PairFit:
     problem = MixtureGraph.from_pair(pair, transport_weight, frozen)
     fit = _fit_graph(problem, sight, controls, options)
-    whole = trimmed(taken(fit.plans, 0), *fit.gmms)
+    whole = trimmed(take(fit.plans, 0), *fit.gmms)
     end = fit.penalized_log_likelihood, fit.status, fit.n_steps, fit.history, fit.log_likelihoods
     return PairFit(whole.pair, whole, *end)
 
@@ -164,17 +110,23 @@ def penalized_log_likelihood(
     Arguments and errors as in `fit_pair`.
     """
     checks.instance("pair", pair, GaussianMixturePair)
-    x0, x1 = foreign.same_features(["x0", "x1"], [x0, x1])
-    x0, w0 = _check_cloud("x0", x0, "point_weights0", point_weights0, pair.gmm0)
-    x1, w1 = _check_cloud("x1", x1, "point_weights1", point_weights1, pair.gmm1)
     transport_weight = checks.scalar("transport_weight", transport_weight, at_least=0, batched=True)
     ridge = checks.scalar("ridge", ridge, at_least=0, batched=True)
+    if chunk_size is not None:
+        checks.integer("chunk_size", chunk_size, 1)
     pair.gmm0.check_densities("pair.gmm0")
     pair.gmm1.check_densities("pair.gmm1")
-    n_components = max(pair.gmm0.n_components, pair.gmm1.n_components)
-    view = frame.seen(["x0", "x1"], [x0, x1], [w0, w1], [pair.gmm0, pair.gmm1], ridge)
-    sight = view.in_chunks(n_components * pair.n_features, chunk_size)
-    return _value(pair, transport_weight, sight, ridge)
+    view = view_of(_two_clouds(x0, x1, point_weights0, point_weights1), [pair.gmm0, pair.gmm1], ridge)
+    return _value(pair, transport_weight, view.in_chunks(_numbers(pair), chunk_size), ridge)
+
+
+def _two_clouds(x0: Any, x1: Any, weights0: Any, weights1: Any) -> list[GivenCloud]:
+    return [GivenCloud("x0", x0, "point_weights0", weights0), GivenCloud("x1", x1, "point_weights1", weights1)]
+
+
+def _numbers(pair: GaussianMixturePair) -> int:
+    """That a program holds of each point."""
+    return max(pair.gmm0.n_components, pair.gmm1.n_components) * pair.n_features
 
 
 @program()
@@ -221,7 +173,17 @@ def fit_graph(
         raise ArgumentError(
             "graph", f"is a batch of {len(graph.sources)} graphs", "fit them with jax.vmap, or take one of them"
         )
-    run = _check_run(em_steps, m_steps, optimizer, learning_rate, tol, ridge, method, chunk_size, progress)
+    request = FitRequest.checked(
+        ridge=ridge,
+        tol=tol,
+        em_steps=em_steps,
+        m_steps=m_steps,
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+        method=method,
+        chunk_size=chunk_size,
+        progress=progress,
+    )
     clouds = checks.sequence("clouds", clouds)
     weights = [None] * graph.n_nodes if point_weights is None else checks.sequence("point_weights", point_weights)
     for name, given in (("clouds", clouds), ("point_weights", weights)):
@@ -232,12 +194,6 @@ def fit_graph(
             raise ArgumentError(f"point_weights[{i}]", f"node {i} has no cloud to weigh", "pass None, or its cloud")
     if all(cloud is None for cloud in clouds):
         raise ArgumentError("clouds", "every one is None", "a fit needs at least one cloud")
-    names = [f"clouds[{i}]" for i in range(graph.n_nodes)]
-    clouds = foreign.same_features(names, clouds)
-    checked = [
-        (None, None) if cloud is None else _check_cloud(names[i], cloud, f"point_weights[{i}]", weight, graph.nodes)
-        for i, (cloud, weight) in enumerate(zip(clouds, weights, strict=True))
-    ]
     still = np.asarray(graph.frozen) if checks.known(graph.frozen) else np.array([cloud is None for cloud in clouds])
     for i, gmm in enumerate(graph.split(graph.nodes)):
         frozen = bool(still[i])
@@ -245,13 +201,13 @@ def fit_graph(
             gmm.check_densities(f"node {i}")
     matched = graph.n_nodes == 2 and graph.n_edges == 1 and all(cloud is not None for cloud in clouds)
     graph = dataclasses.replace(graph, matched=matched)
-    solver = _edge_solver(method, graph)
-    view = frame.seen(names, [c for c, _ in checked], [w for _, w in checked], [graph.nodes], ridge)
-    sight = view.in_chunks(max(graph.sizes) * graph.nodes.n_features, run.chunk_size)
-    with report.listening(run.progress) as listener:
-        controls = run.controls._replace(listener=listener)
-        fit = _fit_graph(graph, sight, controls, _fit_options(run, solver))
-    return dataclasses.replace(fit, history=chunks.first(fit.history, run.em_steps))
+    given = [
+        GivenCloud(f"clouds[{i}]", cloud, f"point_weights[{i}]", weight)
+        for i, (cloud, weight) in enumerate(zip(clouds, weights, strict=True))
+    ]
+    view = view_of(given, [graph.nodes], ridge)
+    numbers = max(graph.sizes) * graph.nodes.n_features
+    return request.fit(_fit_graph, graph, view=view, numbers=numbers, solver=_edge_solver(method, graph))
 
 
 def fit_pair(
@@ -314,22 +270,25 @@ def fit_pair(
     steps done [[1.5], [8.5]]
     """
     checks.instance("pair", pair, GaussianMixturePair)
-    run = _check_run(em_steps, m_steps, optimizer, learning_rate, tol, ridge, method, chunk_size, progress)
+    request = FitRequest.checked(
+        ridge=ridge,
+        tol=tol,
+        em_steps=em_steps,
+        m_steps=m_steps,
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+        method=method,
+        chunk_size=chunk_size,
+        progress=progress,
+    )
     if not isinstance(freeze, (tuple, list, set, frozenset)) or any(name not in ("gmm0", "gmm1") for name in freeze):
         raise ArgumentError("freeze", f"expected a collection of 'gmm0' and 'gmm1', got {checks.brief(freeze)}")
-    x0, x1 = foreign.same_features(["x0", "x1"], [x0, x1])
-    x0, w0 = _check_cloud("x0", x0, "point_weights0", point_weights0, pair.gmm0)
-    x1, w1 = _check_cloud("x1", x1, "point_weights1", point_weights1, pair.gmm1)
     transport_weight = checks.scalar("transport_weight", transport_weight, at_least=0, batched=True)
     for name, gmm in (("gmm0", pair.gmm0), ("gmm1", pair.gmm1)):
         if name in freeze or not frame.raises(ridge):
             gmm.check_densities(f"pair.{name}")
-    n_components = max(pair.gmm0.n_components, pair.gmm1.n_components)
     solver = solvers.solver_for(method, pair)
     frozen = np.array(["gmm0" in freeze, "gmm1" in freeze])
-    view = frame.seen(["x0", "x1"], [x0, x1], [w0, w1], [pair.gmm0, pair.gmm1], ridge)
-    sight = view.in_chunks(n_components * pair.n_features, run.chunk_size)
-    with report.listening(run.progress) as listener:
-        controls = run.controls._replace(listener=listener)
-        fit = _fit_pair(pair, transport_weight, frozen, sight, controls, _fit_options(run, solver))
-    return dataclasses.replace(fit, history=chunks.first(fit.history, run.em_steps))
+    view = view_of(_two_clouds(x0, x1, point_weights0, point_weights1), [pair.gmm0, pair.gmm1], ridge)
+    problem = pair, transport_weight, frozen
+    return request.fit(_fit_pair, *problem, view=view, numbers=_numbers(pair), solver=solver)

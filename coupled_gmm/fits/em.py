@@ -8,7 +8,7 @@ last round of the loop looks at where the fit has come to, and moves nothing.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,13 @@ from coupled_gmm.core import checks, matrices, report
 from coupled_gmm.core.expansions import two_sum
 from coupled_gmm.core.status import Status, first_status
 from coupled_gmm.core.tree import chosen, pytree, saved
-from coupled_gmm.fits import frame, m_step, statistics
+from coupled_gmm.fits import frame, optimisers, statistics
 from coupled_gmm.fits.frame import Sight
 from coupled_gmm.fits.graph import MixtureGraph
+from coupled_gmm.fits.m_step import MStep, ascend
+from coupled_gmm.fits.objective import Objective, Terms, no_terms, transport_terms
+from coupled_gmm.fits.optimisers import Optimiser
+from coupled_gmm.fits.request import Controls, FitOptions
 from coupled_gmm.fits.statistics import Parameters
 from coupled_gmm.gaussians.mixture import GaussianMixture
 from coupled_gmm.transport import entropic, limits, solvers
@@ -68,26 +72,6 @@ _NO_DERIVATIVE = (
 )
 
 
-class Controls(NamedTuple):
-    """What a user sweeps: leaves, whose change recompiles nothing."""
-
-    ridge: Float[Array, ""]
-    tol: Float[Array, ""]
-    em_steps: Int[Array, ""]
-    m_steps: Int[Array, ""]
-    learning_rate: Float[Array, ""] | None
-    listener: Any = None  # the number that rows are delivered to
-
-
-class FitOptions(NamedTuple):
-    """What a fit's program depends on: their change recompiles."""
-
-    rows: int  # of the history, at least as many as steps
-    solver: solvers.PlanSolver
-    optimizer: Any
-    progress: bool
-
-
 class Task(NamedTuple):
     """What the hooks of a fit share, and no step changes."""
 
@@ -97,14 +81,14 @@ class Task(NamedTuple):
     floors: Float[Array, "V d"]
     controls: Controls
     options: FitOptions
-    optimiser: m_step.Optimiser
+    optimiser: Optimiser
 
 
 class _Place(NamedTuple):
     """Where a fit stands: parameters, and what was seen of J there."""
 
     parameters: Parameters
-    terms: m_step.Terms
+    terms: Terms
     log_likelihoods: Float[Array, " V"]  # the densities' own
     penalized: Float[Array, " V"]  # with the ridge's term
     rest: Float[Array, " V"]  # what rounding has left of these
@@ -116,7 +100,7 @@ class FitState(NamedTuple):
     """What the next step of a fit needs of the steps before; how these went is in the history."""
 
     step: Int[Array, ""]
-    parameters: Parameters  # of the next E-step
+    base: statistics.Base  # of the next E-step
     potentials: entropic.Potentials  # from which its plans start
     place: _Place  # of the last E-step
     marginal_error: Float[Array, ""]  # the largest of any plan so far
@@ -133,7 +117,7 @@ class Solution(NamedTuple):
     """Where a fit ended, in data units: the nodes there, J and its terms, and how it went."""
 
     nodes: GaussianMixture
-    terms: m_step.Terms
+    terms: Terms
     log_likelihoods: Float[Array, " V"]
     value: Float[Array, ""]
     status: Int[Array, ""]
@@ -149,7 +133,7 @@ def run(problem: MixtureGraph, sight: Sight, controls: Controls, options: FitOpt
 
     def em_step(carry: tuple[FitState, History]) -> tuple[FitState, History]:
         before, history = carry
-        state, row = raise_objective(task, before, e_step(task, before))
+        state, row = m_step(task, before, e_step(task, before))
         history = jax.tree.map(lambda h, r: h.at[before.step].set(jnp.where(state.running, r, jnp.nan)), history, row)
         if options.progress:
             counts = {"running": state.running, "em_steps": controls.em_steps, "step": before.step}
@@ -165,10 +149,10 @@ def prepare(problem: MixtureGraph, sight: Sight, controls: Controls, options: Fi
     dtype = problem.nodes.dtype
     controls = jax.tree.map(lambda c: c.astype(dtype) if jnp.issubdtype(c, jnp.floating) else c, controls)
     if options.optimizer is None:
-        optimiser = m_step.lbfgs_optimiser()
+        optimiser = optimisers.lbfgs_optimiser()
     else:
         rate = controls.learning_rate
-        optimiser = m_step.optax_optimiser(options.optimizer if rate is None else options.optimizer(rate))
+        optimiser = optimisers.optax_optimiser(options.optimizer if rate is None else options.optimizer(rate))
     graph = _in_frame(problem, sight.frame.unit)
     return Task(problem, graph, sight, sight.floors(controls.ridge), controls, options, optimiser)
 
@@ -178,11 +162,11 @@ def start(task: Task) -> FitState:
     graph, frame_of = task.graph, task.sight.frame
     parameters = frame_of.parameters(task.given.nodes, jnp.where(graph.frozen[:, None], 0, task.floors))
     parameters = frame.apart(parameters, task.sight.has_cloud & ~graph.frozen)
-    terms, zeros = m_step.no_terms(graph), jnp.zeros(graph.n_nodes, parameters.means.dtype)
+    terms, zeros = no_terms(graph), jnp.zeros(graph.n_nodes, parameters.means.dtype)
     zero = jnp.zeros((), zeros.dtype)
     return FitState(
         step=jnp.asarray(0),
-        parameters=parameters,
+        base=statistics.Base.of(parameters),
         potentials=terms.potentials,
         place=_Place(parameters, terms, zeros, zeros, zeros, value=zero - jnp.inf, rise=zero),
         marginal_error=zero,
@@ -194,24 +178,23 @@ def start(task: Task) -> FitState:
 
 def e_step(task: Task, state: FitState) -> statistics.Sums:
     """What all points say of the present mixtures: sums, to which any source of points may add its own."""
-    return statistics.additive_sums(state.parameters, task.sight.chunks, task.floors, state.place.penalized)
+    return statistics.additive_sums(state.base, task.sight.chunks, task.floors, state.place.penalized)
 
 
-def raise_objective(task: Task, state: FitState, sums: statistics.Sums) -> tuple[FitState, History]:
+def m_step(task: Task, state: FitState, sums: statistics.Sums) -> tuple[FitState, History]:
     """The M-step, from the whole clouds' sums: J where the E-step was, whether the fit ends there, and where it goes next."""
     graph, controls = task.graph, task.controls
-    found = statistics.centred(sums, state.parameters)
+    found = statistics.centred(sums, state.base)
     # The last round only looks at where the fit has come to.
     budget = jnp.where(state.step < controls.em_steps, controls.m_steps, 1)
-    moved = m_step.m_step(
-        found, task.floors, graph, state.potentials, task.options.solver, task.optimiser, task.sight.frame.unit, budget
-    )
+    objective = Objective(found, task.floors, graph, task.options.solver)
+    moved = ascend(objective, state.potentials, task.optimiser, task.sight.frame.unit, budget)
     place, gain = _arrived(state.place, found, moved, graph)
     fell = (state.step > 0) & (task.options.optimizer is None) & (gain < -_rounding(state.place, place))
-    status = _status(state, place.value, gain, fell, moved, controls)
+    status = _status_of_step(state, place.value, gain, fell, moved, controls)
     after = FitState(
         step=state.step + (status == _RUNNING),
-        parameters=moved.parameters,
+        base=statistics.Base.of(moved.parameters),
         potentials=moved.potentials,
         place=chosen(fell, state.place, place),  # J never falls: a step on which it did is taken back
         marginal_error=jnp.fmax(state.marginal_error, moved.marginal_error),
@@ -227,14 +210,12 @@ def finish(task: Task, state: FitState, history: History) -> Solution:
     sight, place = task.sight, state.place
     nodes = task.given.fitted(sight.frame.mixture(place.parameters, sight.far))
     row = _row(task, place, jnp.zeros_like(place.value))
-    status = _with_plans(state.status, place.terms.potentials)
-    status = _checked(status, task.given, nodes, sight.frame.unit * place.parameters.factors, sight.has_cloud)
     return Solution(
         nodes=nodes,
-        terms=m_step.scaled(place.terms, sight.frame.unit**2),
+        terms=place.terms.scaled(sight.frame.unit**2),
         log_likelihoods=jnp.asarray(row.log_likelihoods),
         value=row.penalized_log_likelihood,
-        status=status,
+        status=_status_of_end(task, state, nodes),
         n_steps=state.step,
         history=history,
     )
@@ -251,9 +232,7 @@ def _in_frame(problem: MixtureGraph, unit: Array) -> MixtureGraph:
     )
 
 
-def _arrived(
-    before: _Place, found: statistics.Statistics, moved: m_step.MStep, graph: MixtureGraph
-) -> tuple[_Place, Array]:
+def _arrived(before: _Place, found: statistics.Statistics, moved: MStep, graph: MixtureGraph) -> tuple[_Place, Array]:
     """The place that was looked at, and what J has gained on the way to it, to less than a rounding unit of J."""
     penalized, rest = two_sum(before.penalized, found.penalized)
     log_likelihoods, terms = before.penalized + found.log_likelihood, moved.initial
@@ -269,8 +248,8 @@ def _rounding(before: _Place, place: _Place) -> Array:
     return _ROUNDINGS * jnp.finfo(place.value.dtype).eps * (1 + jnp.abs(place.value) + before.rise)
 
 
-def _status(
-    state: FitState, value: Array, gain: Array, fell: Array, moved: m_step.MStep, controls: Controls
+def _status_of_step(
+    state: FitState, value: Array, gain: Array, fell: Array, moved: MStep, controls: Controls
 ) -> Int[Array, ""]:
     """Whether and why a fit ends here.
 
@@ -278,49 +257,46 @@ def _status(
     undone nor the one from here promises more.
     """
     tol = controls.tol
-    asked, still = tol > 0, (state.step > 0) & (gain <= tol)
+    asked, still, steps_done = tol > 0, (state.step > 0) & (gain <= tol), state.step >= controls.em_steps
     met = asked & still & ~fell & (state.left <= tol) & (moved.ahead <= tol)
+    stalled = asked & still & ~met & ~state.moved
     collapsed = fell & (gain < -_FALL * (1 + jnp.abs(value)))
     missed = jnp.fmax(state.marginal_error, moved.marginal_error) > limits.MAX_MARGINAL_ERROR
     ends = [
+        (~jnp.isfinite(value), Status.NOT_FINITE),
+        # While the fit runs, the next plans may be good ones again.
+        (missed & (fell | stalled | met | steps_done), Status.PLAN_NOT_CONVERGED),
         (collapsed, Status.COLLAPSED),
         (fell, jnp.where(asked, Status.PRECISION, Status.STEPS_DONE)),
-        (asked & still & ~met & ~state.moved, Status.STALLED),
+        (stalled, Status.STALLED),
         (met, Status.CONVERGED),
-        (state.step >= controls.em_steps, jnp.where(asked, Status.NOT_CONVERGED, Status.STEPS_DONE)),
+        (steps_done, jnp.where(asked, Status.NOT_CONVERGED, Status.STEPS_DONE)),
     ]
-    ended = first_status(ends, _RUNNING)
-    spoilt = [
-        (~jnp.isfinite(value), Status.NOT_FINITE),
-        (
-            (ended != _RUNNING) & missed,
-            Status.PLAN_NOT_CONVERGED,
-        ),  # while it runs, the next plans may be good ones again
+    return first_status(ends, _RUNNING)
+
+
+def _status_of_end(task: Task, state: FitState, nodes: GaussianMixture) -> Int[Array, ""]:
+    """The status after a look at the last plans and mixtures: a fit has not converged whose plans have not, a component may
+    have starved, and work that was done may have left one without a density in this precision."""
+    plans, given = state.place.terms.potentials, task.given
+    fitted, short = task.sight.has_cloud & ~given.frozen, ~plans.converged
+    starved = jnp.any((nodes.weights == 0) & (given.nodes.weights > 0), axis=-1) & (not given.n_edges)
+    singular = _singular(task.sight.frame.unit * state.place.parameters.factors, nodes.weights)
+    converged, steps_done = state.status == Status.CONVERGED, state.status == Status.STEPS_DONE
+    ends = [
+        ((converged | steps_done) & jnp.any(singular & fitted), Status.SINGULAR),
+        (converged & jnp.any(short & ~plans.stalled), Status.PLAN_NOT_CONVERGED),
+        (converged & jnp.any(starved & fitted), Status.STARVED),
+        (converged & jnp.any(short), Status.PRECISION),
     ]
-    return first_status(spoilt, ended)
+    return first_status(ends, state.status)
 
 
-def _with_plans(status: Array, plans: entropic.Potentials) -> Int[Array, ""]:
-    """The status after a look at the plans: a fit has not converged whose plans have not."""
-    short = ~plans.converged
-    unsolved = jnp.where(jnp.any(short & ~plans.stalled), Status.PLAN_NOT_CONVERGED, Status.PRECISION)
-    return jnp.where((status == Status.CONVERGED) & jnp.any(short), unsolved, status)
-
-
-def _checked(
-    status: Array, problem: MixtureGraph, nodes: GaussianMixture, factors: Array, has_cloud: Array
-) -> Int[Array, ""]:
-    """The status after a look at the mixtures: a component that was starved, or has no density in this precision."""
-    converged, fitted = status == Status.CONVERGED, has_cloud & ~problem.frozen
-    done = converged | (status == Status.STEPS_DONE)
-    if not problem.n_edges:
-        starved = jnp.any((nodes.weights == 0) & (problem.nodes.weights > 0), axis=-1)
-        status = jnp.where(converged & jnp.any(starved & fitted), Status.STARVED, status)
-    # The pivots that `matrices.cholesky` will meet, and what it takes for zero, with room for rounding.
+def _singular(factors: Float[Array, "V K d d"], weights: Float[Array, "V K"]) -> Bool[Array, " V"]:
+    """Whether a component has a pivot that `matrices.cholesky` will take for zero, with room for rounding."""
     pivots = jnp.diagonal(factors, axis1=-2, axis2=-1) ** 2
     least = 8 * jnp.finfo(pivots.dtype).eps * jnp.sum(factors**2, axis=-1) + jnp.finfo(pivots.dtype).tiny
-    singular = jnp.any(jnp.any(pivots <= least, axis=-1) & (nodes.weights > 0), axis=-1)
-    return jnp.where(done & jnp.any(singular & fitted), Status.SINGULAR, status)
+    return jnp.any(jnp.any(pivots <= least, axis=-1) & (weights > 0), axis=-1)
 
 
 def _columns(row: History) -> dict[str, Array]:
@@ -342,7 +318,7 @@ def _row(task: Task, place: _Place, marginal_error: Array) -> History:
     return History(
         q=terms.q - volume,
         transport_terms=terms.transport * unit**2,
-        objective=m_step.objective(terms, graph) - graph.node_weights @ volume,
+        objective=terms.total(graph) - graph.node_weights @ volume,
         penalized_log_likelihood=place.value - graph.node_weights @ volume,
         marginal_error=marginal_error,
         log_likelihoods=place.log_likelihoods - volume,
@@ -357,7 +333,7 @@ def value(problem: MixtureGraph, sight: Sight, ridge: Array) -> Float[Array, ""]
     graph = _in_frame(problem, unit)
     parameters = sight.frame.parameters(problem.nodes, jnp.zeros_like(floors))
     found = statistics.e_step(parameters, sight.chunks, floors)
-    start = m_step.no_terms(graph).potentials
-    transport, _, _ = m_step.transport_terms(parameters, graph, start, solvers.ENTROPIC)
+    start = no_terms(graph).potentials
+    transport, _, _ = transport_terms(parameters, graph, start, solvers.ENTROPIC)
     volume = jnp.where(sight.has_cloud, problem.nodes.n_features * jnp.log(unit), 0)
     return problem.node_weights @ (found.penalized - volume) - graph.edge_weights @ transport

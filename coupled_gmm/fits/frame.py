@@ -22,7 +22,7 @@ from coupled_gmm.core.chunks import Chunks
 from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.expansions import two_sum
 from coupled_gmm.core.programs import program
-from coupled_gmm.core.tree import new, pytree, static
+from coupled_gmm.core.tree import pytree, static, unchecked
 from coupled_gmm.fits.statistics import Parameters
 from coupled_gmm.gaussians.mixture import GaussianMixture
 
@@ -69,7 +69,7 @@ class Frame:
     def mixture(self, parameters: Parameters, far: bool) -> GaussianMixture:
         """Parameters as mixtures in data units, with remainders where the frame is far from 0."""
         means, lost = two_sum(self.origin, self.unit * parameters.means)
-        return new(
+        return unchecked(
             GaussianMixture,
             means=means,
             covariances=matrices.gram(self.unit * parameters.factors),
@@ -235,11 +235,11 @@ def _check_range(name: str, x: Any, dtype: Any) -> None:
     """Refuse features whose variance is no number of this precision."""
     x, xp = checks.where_it_lies(x)
     columns = np.ascontiguousarray(x.T) if xp is np else x.T  # NumPy reads columns of two numbers twenty times slower
-    spread, limits = np.asarray(xp.max(columns, axis=1) - xp.min(columns, axis=1), np.float64), np.finfo(dtype)
-    held = (np.sqrt(float(limits.tiny)) < spread) & (spread < np.sqrt(float(limits.max)))
-    wrong = np.flatnonzero((spread > 0) & ~held)
+    ranges, limits = np.asarray(xp.max(columns, axis=1) - xp.min(columns, axis=1), np.float64), np.finfo(dtype)
+    held = (np.sqrt(float(limits.tiny)) < ranges) & (ranges < np.sqrt(float(limits.max)))
+    wrong = np.flatnonzero((ranges > 0) & ~held)
     if wrong.size:
-        size = spread[wrong].max()
+        size = ranges[wrong].max()
         raise ArgumentError(
             name,
             f"values of feature {wrong[0]} differ by up to {size:.3g}, and {np.dtype(dtype)} can't hold its square",
@@ -260,5 +260,5 @@ def _name_constant_features(name: str, x: Any, ridge: Any) -> None:
     warnings.warn(
         f"{name}: features {constant} are constant; they do not tell components apart, and their variance is the ridge's "
         "floor: that part of their variance in the other clouds, or of 1",
-        stacklevel=4,
+        stacklevel=5,  # past `view_of`, to who calls the fit
     )

@@ -10,15 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from coupled_gmm.core import checks, chunks
+from coupled_gmm.core import checks
 from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.programs import program
 from coupled_gmm.core.status import Outcome, Status
-from coupled_gmm.core.tree import counted, number, pytree, saved, taken
+from coupled_gmm.core.tree import counted, number, pytree, saved, take
 from coupled_gmm.fits import em, frame, starts
-from coupled_gmm.fits.em import Controls, FitOptions
 from coupled_gmm.fits.frame import Sight, View
 from coupled_gmm.fits.graph import MixtureGraph
+from coupled_gmm.fits.request import Controls, FitOptions, FitRequest, GivenCloud, view_of
 from coupled_gmm.gaussians.mixture import GaussianMixture, stack
 from coupled_gmm.transport import solvers
 
@@ -56,16 +56,13 @@ def init_gmm(
     n_components = checks.integer("n_components", n_components, 1)
     n_init = checks.integer("n_init", n_init, 1, checks.MOST_STARTS)
     ridge = checks.scalar("ridge", ridge, at_least=0)
-    view = _view(x, point_weights, None, ridge)
+    view = view_of([_cloud(x, point_weights)], [], ridge)
     _check_distinct(view, n_components)
-    return taken(_draws(key, view, ridge, n_components, n_init, 1), 0)
+    return take(_draws(key, view, ridge, n_components, n_init, 1), 0)
 
 
-def _view(x: Any, point_weights: Any, gmm: GaussianMixture | None, ridge: Array) -> View:
-    """The cloud in its frame, in the precision of a mixture or the default one."""
-    x = checks.points("x", x, None if gmm is None else gmm.n_features)
-    w = None if point_weights is None else checks.relative_weights("point_weights", point_weights, len(x))
-    return frame.seen(["x"], [x], [w], [] if gmm is None else [gmm], ridge)
+def _cloud(x: Any, point_weights: Any) -> GivenCloud:
+    return GivenCloud("x", x, "point_weights", point_weights)
 
 
 def _check_distinct(view: View, n_components: int) -> None:
@@ -198,19 +195,19 @@ def fit_gmm(
     Raises:
       TypeError, ValueError: an argument of the wrong kind, shape or range.
     """
-    ridge = checks.scalar("ridge", ridge, at_least=0, batched=True)
-    tol = checks.scalar("tol", tol, at_least=0, batched=True)
-    max_steps = checks.integer("max_steps", max_steps, 1, checks.MOST_STEPS)
+    request = FitRequest.checked(ridge=ridge, tol=tol, em_steps=max_steps, steps_name="max_steps")
+    ridge = request.controls.ridge
     if isinstance(init, (int, np.integer)) and not isinstance(init, bool):
-        inits, view = _starts(x, int(init), key, n_init, point_weights, ridge)
+        key, n_init = _check_draws(key, n_init)
+        n_components = checks.integer("init", int(init), 1)
+        view = view_of([_cloud(x, point_weights)], [], ridge)
+        _check_distinct(view, n_components)
+        inits = _draws(key, view, ridge, n_components, n_init, n_init)
     else:
         inits = _given(init, key, n_init, ridge)
-        view = _view(x, point_weights, inits, ridge)
-    sight = view.in_chunks(inits.n_components * inits.n_features)
-    options = FitOptions(chunks.rows(max_steps), solvers.ENTROPIC, None, False)
-    steps = jnp.asarray(max_steps, jnp.int32), jnp.asarray(1, jnp.int32)
-    fit = _fit(inits, sight, Controls(ridge, tol, *steps, None), options)
-    return dataclasses.replace(fit, history=chunks.first(fit.history, max_steps))
+        view = view_of([_cloud(x, point_weights)], [inits], ridge)
+    numbers = inits.n_components * inits.n_features
+    return request.fit(_fit, inits, view=view, numbers=numbers, solver=solvers.ENTROPIC)
 
 
 def _given(init: Any, key: Any, n_init: Any, ridge: Array) -> GaussianMixture:
@@ -231,19 +228,14 @@ def _given(init: Any, key: Any, n_init: Any, ridge: Array) -> GaussianMixture:
     return stack(gmms)
 
 
-def _starts(
-    x: Any, n_components: int, key: Any, n_init: Any, point_weights: Any, ridge: Array
-) -> tuple[GaussianMixture, View]:
-    """As many starts as asked for, stacked, and the cloud as programs take it."""
+def _check_draws(key: Any, n_init: Any) -> tuple[Array, int]:
+    """What decides starts that are drawn, and how many of them are fitted."""
     if key is None:
         raise ArgumentError(
             "key", "a number of components is started at random", "pass a key such as jax.random.key(0)"
         )
-    n_components = checks.integer("init", n_components, 1)
     n_init = N_INIT if n_init is None else checks.integer("n_init", n_init, 1, checks.MOST_STARTS)
-    view = _view(x, point_weights, None, ridge)
-    _check_distinct(view, n_components)
-    return _draws(checks.key("key", key), view, ridge, n_components, n_init, n_init), view
+    return checks.key("key", key), n_init
 
 
 @program("options")
@@ -258,8 +250,8 @@ def _fit(inits: GaussianMixture, sight: Sight, controls: Controls, options: FitO
         return MixtureFit(gmm, end.log_likelihoods[0], end.status, end.n_steps, history, end.value)
 
     if len(inits.weights) == 1:
-        return dataclasses.replace(one(taken(inits, 0)), start=jnp.zeros((), jnp.int32))
+        return dataclasses.replace(one(take(inits, 0)), start=jnp.zeros((), jnp.int32))
     ends = jax.lax.map(one, inits)
     values = jnp.where(jnp.isfinite(ends.penalized_log_likelihood), ends.penalized_log_likelihood, -jnp.inf)
     best = jnp.argmax(values)
-    return dataclasses.replace(taken(ends, best), start=best)
+    return dataclasses.replace(take(ends, best), start=best)

@@ -1,7 +1,6 @@
 """A graph of mixtures: nodes are mixtures, some with a cloud to explain; edges keep two of them close."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from coupled_gmm.core import checks
 from coupled_gmm.core.errors import ArgumentError
-from coupled_gmm.core.tree import counted, listed, pytree, saved, static, taken
+from coupled_gmm.core.tree import counted, listed, pytree, saved, static, take
 from coupled_gmm.gaussians.mixture import GaussianMixture, alike, in_one_space, stack
 from coupled_gmm.transport.pair import GaussianMixturePair
 from coupled_gmm.transport.problem import BALANCED, Prices
@@ -63,8 +62,8 @@ class MixtureGraph:
           edge_weights: lambda, at least 0, one or (E,).
           epsilon: above 0, one or (E,), squared data units; None takes 1e-2 of each edge's mean starting cost.
           tau: in (0, 1], 1 is balanced: :math:`\rho = \epsilon \tau / (1 - \tau)`. So with epsilon None every edge gets
-            a rho of its own; give `rho` where a change of mass shall cost the same on all. One number; one an edge, (E,);
-            or two an edge, (E, 2): of changes at i and at j, where (1, 2) is a pair for all edges. (2,) is one an edge.
+            a rho of its own; give `rho` where a change of mass shall cost the same on all. One number; one per edge, (E,);
+            or two per edge, (E, 2): of changes at i and at j, where (1, 2) is a pair for all edges. (2,) is one per edge.
           rho: in place of tau: above 0, squared data units, infinite is balanced; shapes as of tau.
           node_weights: v, at least 0, (V,); None is 1 each.
           frozen: nodes that a fit leaves as they are.
@@ -83,48 +82,58 @@ class MixtureGraph:
         if epsilon is None:
             pairs = [GaussianMixturePair(*end) for end in ends]
             epsilon = jnp.stack([pair.epsilon for pair in pairs]) if pairs else jnp.ones(0)
-        epsilon = _spread("epsilon", checks.scalar("epsilon", epsilon, above=0, batched=True), len(edges))
+        epsilon = _per_edge("epsilon", checks.scalar("epsilon", epsilon, above=0, batched=True), len(edges))
         rho, balanced = _prices(tau, rho, epsilon)
         edge_weights = checks.scalar("edge_weights", edge_weights, at_least=0, batched=True)
         v = jnp.ones(n_nodes) if node_weights is None else checks.weights("node_weights", node_weights, n_nodes)
         nodes = stack(gmms)
         return cls(
-            nodes,
-            jnp.asarray([i for i, _ in edges], jnp.int32),
-            jnp.asarray([j for _, j in edges], jnp.int32),
-            _spread("edge_weights", edge_weights, len(edges)).astype(nodes.dtype),
-            epsilon.astype(nodes.dtype),
-            rho.astype(nodes.dtype),
-            v.astype(nodes.dtype),
-            jnp.asarray([node in frozen for node in range(n_nodes)]),
-            tuple(gmm.n_components for gmm in gmms),
-            balanced,
+            nodes=nodes,
+            sources=jnp.asarray([i for i, _ in edges], jnp.int32),
+            targets=jnp.asarray([j for _, j in edges], jnp.int32),
+            edge_weights=_per_edge("edge_weights", edge_weights, len(edges)).astype(nodes.dtype),
+            epsilon=epsilon.astype(nodes.dtype),
+            rho=rho.astype(nodes.dtype),
+            node_weights=v.astype(nodes.dtype),
+            frozen=jnp.asarray([node in frozen for node in range(n_nodes)]),
+            sizes=tuple(gmm.n_components for gmm in gmms),
+            balanced=balanced,
         )
 
     @classmethod
     def from_pair(cls, pair: GaussianMixturePair, transport_weight: Array, frozen: Any) -> "MixtureGraph":
         """The graph of two nodes and one edge."""
-        one = functools.partial(jnp.reshape, shape=(1,))
+        dtype = pair.epsilon.dtype
         return cls(
-            stack([pair.gmm0, pair.gmm1]),
-            jnp.zeros(1, jnp.int32),
-            jnp.ones(1, jnp.int32),
-            one(transport_weight).astype(pair.epsilon.dtype),
-            one(pair.epsilon),
-            pair.rho[None],
-            jnp.ones(2, pair.epsilon.dtype),
-            jnp.asarray(frozen),
-            (pair.gmm0.n_components, pair.gmm1.n_components),
-            pair.balanced,
-            True,
+            nodes=stack([pair.gmm0, pair.gmm1]),
+            sources=jnp.zeros(1, jnp.int32),
+            targets=jnp.ones(1, jnp.int32),
+            edge_weights=jnp.reshape(transport_weight, 1).astype(dtype),
+            epsilon=jnp.reshape(pair.epsilon, 1),
+            rho=pair.rho[None],
+            node_weights=jnp.ones(2, dtype),
+            frozen=jnp.asarray(frozen),
+            sizes=(pair.gmm0.n_components, pair.gmm1.n_components),
+            balanced=pair.balanced,
+            matched=True,
         )
 
     @classmethod
     def single(cls, gmm: GaussianMixture) -> "MixtureGraph":
         """The graph of one node and no edge."""
-        none, index = jnp.zeros(0, gmm.dtype), jnp.zeros(0, jnp.int32)
-        one, no = jnp.ones(1, gmm.dtype), jnp.zeros(1, bool)
-        return cls(stack([gmm]), index, index, none, none, none, one, no, (gmm.n_components,), True)
+        none, no_node = jnp.zeros(0, gmm.dtype), jnp.zeros(0, jnp.int32)
+        return cls(
+            nodes=stack([gmm]),
+            sources=no_node,
+            targets=no_node,
+            edge_weights=none,
+            epsilon=none,
+            rho=none,
+            node_weights=jnp.ones(1, gmm.dtype),
+            frozen=jnp.zeros(1, bool),
+            sizes=(gmm.n_components,),
+            balanced=True,
+        )
 
     def _words(self) -> list[str]:
         sizes = f"{self.n_nodes} nodes of {listed(self.sizes)} components, {self.nodes.n_features} features"
@@ -150,7 +159,7 @@ class MixtureGraph:
         rho = self.rho if self.rho.ndim == 1 else jnp.where(self.turned[:, None], self.rho[:, ::-1], self.rho)
         edges = {"sources": sources, "targets": targets, "rho": rho}
         edges |= {"edge_weights": self.edge_weights, "epsilon": self.epsilon}
-        return dataclasses.replace(self, **taken(edges, order)), order
+        return dataclasses.replace(self, **take(edges, order)), order
 
     def fitted(self, fitted: GaussianMixture) -> GaussianMixture:
         """The nodes after a fit; frozen nodes and absent components come back untouched."""
@@ -164,7 +173,7 @@ class MixtureGraph:
 
     def split(self, nodes: GaussianMixture) -> list[GaussianMixture]:
         """Stacked nodes as mixtures of their own sizes."""
-        return [unpadded(taken(nodes, i), size) for i, size in enumerate(self.sizes)]
+        return [unpadded(take(nodes, i), size) for i, size in enumerate(self.sizes)]
 
 
 def _is_node(node: Any, n_nodes: int) -> bool:
@@ -177,7 +186,7 @@ def _check_edges(edges: Any, n_nodes: int) -> list[tuple[int, int]]:
         pair = tuple(edge) if isinstance(edge, (tuple, list, np.ndarray)) else ()
         if len(pair) != 2 or not all(_is_node(node, n_nodes) for node in pair) or pair[0] == pair[1]:
             raise ArgumentError(
-                "edges", f"{edge!r} does not join two of the {n_nodes} nodes", "use indices from 0, two an edge"
+                "edges", f"{edge!r} does not join two of the {n_nodes} nodes", "use indices from 0, two per edge"
             )
         i, j = map(int, pair)
         if (i, j) in pairs or (j, i) in pairs:
@@ -190,7 +199,7 @@ def _check_edges(edges: Any, n_nodes: int) -> list[tuple[int, int]]:
     return pairs
 
 
-def _spread(name: str, value: Array, size: int, two: bool = False) -> Array:
+def _per_edge(name: str, value: Array, size: int, two: bool = False) -> Array:
     """One number for each edge, or two where two are allowed."""
     pairs = ((1, 2), (size, 2)) if two else ()
     if value.shape not in ((), (size,), *pairs):
@@ -205,7 +214,7 @@ def _prices(tau: Any, rho: Any, epsilon: Float[Array, " E"]) -> tuple[Float[Arra
     """rho of every edge, or of both its sides, and whether all of them are known to be infinite."""
 
     def check(name: str, value: Any, **bounds: Any) -> Array:
-        return _spread(name, checks.scalar(name, value, batched=True, **bounds), len(epsilon), two=True)
+        return _per_edge(name, checks.scalar(name, value, batched=True, **bounds), len(epsilon), two=True)
 
     prices = Prices.given(tau, rho, check)
     return prices.rho(epsilon), prices.balanced

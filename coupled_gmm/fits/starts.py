@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from coupled_gmm.core import matrices
 from coupled_gmm.core.chunks import Chunks
-from coupled_gmm.core.tree import chosen, taken
+from coupled_gmm.core.tree import chosen, take
 from coupled_gmm.fits import statistics
 from coupled_gmm.fits.statistics import Parameters
 
@@ -199,7 +199,7 @@ def race(draws: Parameters, chunks: Chunks, floor: Float[Array, " d"], n: int) -
             return found.penalized[0], statistics.maximiser(found, floor[None])[0]
 
         value, end = jax.lax.fori_loop(0, n_steps, step, (value, jax.tree.map(lambda leaf: leaf[None], start)))
-        return value, taken(end, 0)
+        return value, take(end, 0)
 
     def climb_and_rank(carry: tuple, turn: tuple) -> tuple:
         count, n_steps = turn

@@ -23,18 +23,29 @@ from jaxtyping import Array, Float
 
 from coupled_gmm.core import matrices
 from coupled_gmm.core.chunks import Chunks
-from coupled_gmm.core.tree import pytree, taken
+from coupled_gmm.core.tree import pytree, take
 from coupled_gmm.gaussians.density import LOG_2PI
 
 _FEW_FEATURES = 64
 
 
 class Parameters(NamedTuple):
-    """Mixtures as a fit carries them: lower triangular factors, and log-weights of which -inf is legal."""
+    """Mixtures as a fit carries them: lower triangular factors, and log-weights of which -inf is valid."""
 
     means: Float[Array, "*V K d"]
     factors: Float[Array, "*V K d d"]
     log_weights: Float[Array, "*V K"]
+
+
+class Base(NamedTuple):
+    """The parameters that points are seen from, with the inverses of their factors."""
+
+    parameters: Parameters
+    whitening: Float[Array, "*V K d d"]
+
+    @classmethod
+    def of(cls, parameters: Parameters) -> "Base":
+        return cls(parameters, matrices.invert_triangular(parameters.factors))
 
 
 @pytree
@@ -91,13 +102,14 @@ def e_step(
 ) -> Statistics:
     """Statistics of every node's cloud under its mixture (V nodes stacked); zero for nodes that own no chunk.
 
-    Arguments as of `additive_sums`.
+    Arguments as of `additive_sums`, with the parameters of V nodes, stacked.
     """
-    return centred(additive_sums(parameters, chunks, floors, reference), parameters)
+    base = Base.of(parameters)
+    return centred(additive_sums(base, chunks, floors, reference), base)
 
 
 def additive_sums(
-    parameters: Parameters,
+    base: Base,
     chunks: Chunks,
     floors: Float[Array, "V d"],
     reference: Float[Array, " V"] | None = None,
@@ -105,12 +117,12 @@ def additive_sums(
     """What the points of these chunks add to the sums of their nodes; what other chunks add under the same parameters may be added.
 
     Args:
-      parameters: of V nodes, stacked.
+      base: of V nodes, stacked.
       chunks: points, with their parts of the whole cloud's mass as weights.
       floors: the variance that ridge adds to each feature: component log-densities are lowered by tr(floor S^-1) / 2.
       reference: log-likelihoods are summed above it; None is zero.
     """
-    components = _components(parameters, floors)
+    components = _components(base, floors)
     n_nodes, *_ = components.constants.shape
     reference = jnp.zeros(n_nodes, floors.dtype) if reference is None else reference
     zero = components.constants[0, 0]
@@ -119,7 +131,7 @@ def additive_sums(
 
     def accumulate(totals, lost, index):
         owner = chunks.owners[index]
-        chunk = chunks.points[index], chunks.weights[index], taken(components, owner), reference[owner]
+        chunk = chunks.points[index], chunks.weights[index], take(components, owner), reference[owner]
         sums, _ = ravel_pytree(_chunk_sums(*chunk))
         # Kahan's sum: thousands of chunks in float32 would lose what the M-step must gain.
         before, sums = totals[owner], sums - lost[owner]
@@ -134,9 +146,9 @@ def additive_sums(
     return jax.vmap(unravel)(totals)
 
 
-def _components(parameters: Parameters, floors: Array) -> _Component:
+def _components(base: Base, floors: Array) -> _Component:
+    parameters, whitening = base
     d = parameters.means.shape[-1]
-    whitening = matrices.invert_triangular(parameters.factors)
     offsets = jnp.einsum("vkij,vkj->vki", whitening, parameters.means)
     penalties = 0.5 * jnp.einsum("vkij,vj->vk", whitening**2, floors)
     constants = parameters.log_weights - matrices.log_diagonal_sum(parameters.factors) - penalties - 0.5 * d * LOG_2PI
@@ -173,17 +185,17 @@ def _unpenalized(penalties: Array, log_joint: Array, joint: Array, n_features: i
     return jax.nn.logsumexp(log_joint + penalties[:, None], axis=0) - jax.lax.stop_gradient(jnp.max(log_joint, axis=0))
 
 
-def centred(sums: Sums, base: Parameters) -> Statistics:
+def centred(sums: Sums, base: Base) -> Statistics:
     """Moments about the new means from a whole cloud's sums under `base`; none where a component has no mass to speak of."""
-    whitening = matrices.invert_triangular(base.factors)
+    parameters, whitening = base
     empty = _negligible(sums.masses)
     mass = jnp.where(empty, 1, sums.masses)
     shift = jnp.where(empty[..., None], 0, sums.whitened / mass[..., None])
-    cross = sums.cross - sums.whitened[..., None] * base.means[..., None, :]
+    cross = sums.cross - sums.whitened[..., None] * parameters.means[..., None, :]
     second = cross @ matrices.transpose(whitening) / mass[..., None, None]
     second = 0.5 * (second + matrices.transpose(second)) - shift[..., :, None] * shift[..., None, :]
     second = jnp.where(empty[..., None, None], jnp.eye(shift.shape[-1], dtype=shift.dtype), second)
-    return Statistics(base, whitening, sums.masses, shift, second, sums.penalized, sums.log_likelihood)
+    return Statistics(parameters, whitening, sums.masses, shift, second, sums.penalized, sums.log_likelihood)
 
 
 def _negligible(masses: Array) -> Array:

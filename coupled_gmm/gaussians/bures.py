@@ -6,7 +6,7 @@ Between two Gaussians
 
 With :math:`S = L L^T` the last trace is the nuclear norm of :math:`M = L_0^T L_1`, and with the orthogonal polar factor U of M
 the distance of the covariances is :math:`|L_0 - L_1 U^T|^2`. So neither a matrix square root nor its derivative (a Schur
-decomposition, which JAX lacks on GPU) is needed, and singular covariances are legal. U comes from a Newton-Schulz
+decomposition, which JAX lacks on GPU) is needed, and singular covariances are valid. U comes from a Newton-Schulz
 iteration; in one and two dimensions from closed forms.
 """
 
@@ -17,9 +17,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from coupled_gmm.core import checks, matrices
-from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.programs import program
-from coupled_gmm.gaussians.mixture import GaussianMixture, about_one_point
+from coupled_gmm.gaussians.mixture import GaussianMixture, about_one_point, check_features
 
 # What the pairs of one block of a cost matrix may occupy: a core's cache, or enough to fill a GPU.
 _CPU_BLOCK_BYTES, _GPU_BLOCK_BYTES = 2**20, 2**28
@@ -204,8 +203,8 @@ def averaged(
 
     A square root of :math:`T S T` with T the mean of the optimal maps. Shares of a group sum to 1.
     """
-    spread = factors @ matrices.transpose(coupling(start[group], factors))
-    return jax.ops.segment_sum(shares[:, None, None] * spread, group, len(start))
+    aligned = factors @ matrices.transpose(coupling(start[group], factors))
+    return jax.ops.segment_sum(shares[:, None, None] * aligned, group, len(start))
 
 
 def barycenter(
@@ -250,18 +249,9 @@ def bures_cost_matrix(gmm0: GaussianMixture, gmm1: GaussianMixture) -> Float[Arr
     """
     checks.instance("gmm0", gmm0, GaussianMixture)
     checks.instance("gmm1", gmm1, GaussianMixture)
-    same_features(gmm0, gmm1)
+    check_features("gmm1", gmm1, " and gmm0 has", gmm0.n_features)
     (gmm0, gmm1), _ = about_one_point(gmm0, gmm1)
     return _pairwise_cost(gmm0.means, gmm0.cholesky, gmm1.means, gmm1.cholesky)
-
-
-def same_features(gmm0: GaussianMixture, gmm1: GaussianMixture) -> None:
-    if gmm0.n_features != gmm1.n_features:
-        raise ArgumentError(
-            "gmm1",
-            f"has {gmm1.n_features} features and gmm0 has {gmm0.n_features}",
-            "mixtures are compared in one space: take a marginal of one",
-        )
 
 
 def pack(gmm: GaussianMixture) -> Float[Array, "K d+d*d"]:

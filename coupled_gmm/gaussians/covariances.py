@@ -1,4 +1,4 @@
-"""What the host finds out about covariances before a program is compiled: legal ones, singular ones, and how they are rounded."""
+"""What the host finds out about covariances before a program is compiled: valid ones, singular ones, and how they are rounded."""
 
 import contextlib
 

@@ -1,7 +1,7 @@
 """Gaussian mixtures: an immutable pytree of means, covariances and weights.
 
 The three arrays that users think in are the leaves, so ``jax.grad`` of any value returns gradients in means, covariances
-and weights. Factors are derived when they are needed. A component of weight zero is legal and contributes nothing to a
+and weights. Factors are derived when they are needed. A component of weight zero is valid and contributes nothing to a
 value or a gradient, whatever its other parameters are: mixtures of unequal size are padded with such components.
 """
 
@@ -21,7 +21,7 @@ from coupled_gmm.core import checks, chunks, matrices
 from coupled_gmm.core.errors import ArgumentError, ArgumentTypeError
 from coupled_gmm.core.expansions import two_sum
 from coupled_gmm.core.programs import program
-from coupled_gmm.core.tree import Stackable, mapped, new, pytree, saved, single
+from coupled_gmm.core.tree import Stackable, mapped, pytree, saved, single, unchecked
 from coupled_gmm.gaussians.conditional import conditionals
 from coupled_gmm.gaussians.covariances import check_covariances, rounding_errors, which_singular
 from coupled_gmm.gaussians.density import densities, log_weights
@@ -54,7 +54,7 @@ class GaussianMixture(Stackable):
 
         Args:
           means: (K, d), data units.
-          covariances: (K, d, d), symmetric positive semi-definite, squared data units. Singular ones are legal: transport
+          covariances: (K, d, d), symmetric positive semi-definite, squared data units. Singular ones are valid: transport
             needs no more, densities do.
           weights: (K,), at least 0; normalised if they sum to 1 within 1e-3.
 
@@ -212,9 +212,9 @@ class GaussianMixture(Stackable):
     def covariance(self) -> Float[Array, "d d"]:
         """Covariance of the whole mixture: within plus between components."""
         (near,), _ = about_one_point(self)
-        spread = near.means - near.mean()
+        deviations = near.means - near.mean()
         within = jnp.einsum("k,kij->ij", self.weights, self.covariances)
-        return within + jnp.einsum("k,ki,kj->ij", self.weights, spread, spread)
+        return within + jnp.einsum("k,ki,kj->ij", self.weights, deviations, deviations)
 
     @single
     def marginal(self, axes: Sequence[int]) -> "GaussianMixture":
@@ -303,7 +303,7 @@ def padded(gmm: GaussianMixture, n_components: int) -> GaussianMixture:
         return gmm
     identity = jnp.broadcast_to(jnp.eye(gmm.n_features, dtype=gmm.dtype), (extra, gmm.n_features, gmm.n_features))
     nothing = jnp.zeros((extra, gmm.n_features), gmm.dtype)
-    return new(
+    return unchecked(
         GaussianMixture,
         means=jnp.concatenate([gmm.means, nothing]),
         covariances=jnp.concatenate([gmm.covariances, identity]),
@@ -336,13 +336,15 @@ def in_one_space(name: str, gmms: Any, remedy: str = "give at least one mixture"
         raise ArgumentError(name, "the list is empty", remedy)
     for i, gmm in enumerate(gmms):
         checks.instance(f"{name}[{i}]", gmm, GaussianMixture)
-        if gmm.n_features != gmms[0].n_features:
-            raise ArgumentError(
-                f"{name}[{i}]",
-                f"has {gmm.n_features} features and {name}[0] has {gmms[0].n_features}",
-                "mixtures are compared in one space: take a marginal of one",
-            )
+        check_features(f"{name}[{i}]", gmm, f" and {name}[0] has", gmms[0].n_features)
     return gmms
+
+
+def check_features(name: str, gmm: GaussianMixture, theirs: str, n_features: int) -> None:
+    """Refuse a mixture over another number of features than others; `theirs` says whose that is."""
+    if gmm.n_features != n_features:
+        problem = f"has {gmm.n_features} features{theirs} {n_features}"
+        raise ArgumentError(name, problem, "mixtures are compared in one space: take a marginal of one")
 
 
 def about_one_point(*gmms: GaussianMixture) -> tuple[list[GaussianMixture], Float[Array, " d"] | None]:

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from coupled_gmm.core import checks, installation, matrices
+from coupled_gmm.core.errors import ArgumentError, ArgumentTypeError
 from coupled_gmm.core.programs import program
 from coupled_gmm.gaussians.mixture import GaussianMixture
 from coupled_gmm.transport.pair import GaussianMixturePair
@@ -29,7 +30,7 @@ def from_sklearn(estimator: Any) -> GaussianMixture:
 
     _expect("estimator", estimator, mixture.GaussianMixture, mixture.BayesianGaussianMixture)
     if not hasattr(estimator, "covariances_"):
-        raise ValueError("estimator: not fitted; call fit first")
+        raise ArgumentError("estimator", "not fitted", "call fit first")
     means, covariances = np.asarray(estimator.means_), np.asarray(estimator.covariances_)
     identity = np.eye(means.shape[1], dtype=means.dtype)
     if estimator.covariance_type == "tied":
@@ -74,7 +75,7 @@ def to_sklearn(gmm: GaussianMixture) -> Any:
 
 
 def from_ott(gmm_or_pair: Any) -> GaussianMixture | GaussianMixturePair:
-    """OTT's GaussianMixture or GaussianMixturePair as ours, in the precision of its means; legal under jit.
+    """OTT's GaussianMixture or GaussianMixturePair as ours, in the precision of its means; works under jit.
 
     A pair keeps epsilon and tau. Its `lock_gmm1` has no counterpart and is ignored: `fit_pair` has `freeze` for that.
 
@@ -112,16 +113,18 @@ def to_ott(gmm_or_pair: GaussianMixture | GaussianMixturePair) -> Any:
     if isinstance(gmm_or_pair, GaussianMixture):
         return _mixture_to_ott("gmm_or_pair", gmm_or_pair)
     if not checks.known(gmm_or_pair.epsilon, gmm_or_pair.rho):  # OTT keeps both in the tree's structure
-        raise TypeError(
-            "gmm_or_pair: has a traced epsilon or rho, and OTT needs numbers; convert outside of jit and vmap"
+        raise ArgumentTypeError(
+            "gmm_or_pair", "has a traced epsilon or rho, and OTT needs numbers", "convert outside of jit and vmap"
         )
     gmm0 = _mixture_to_ott("gmm_or_pair.gmm0", gmm_or_pair.gmm0)
     gmm1 = _mixture_to_ott("gmm_or_pair.gmm1", gmm_or_pair.gmm1)
     checks.instance("gmm_or_pair", gmm_or_pair, GaussianMixturePair, computes=False)
     epsilon, rho = float(gmm_or_pair.epsilon), float(gmm_or_pair.rho0)
     if rho != float(gmm_or_pair.rho1):
-        raise ValueError(
-            "gmm_or_pair: has two prices rho, and OTT's pair holds one tau; pass tau_a and tau_b to its solver"
+        raise ArgumentError(
+            "gmm_or_pair",
+            "has two prices rho, and OTT's pair holds one tau",
+            "pass tau_a and tau_b to its solver",
         )
     return gaussian_mixture_pair.GaussianMixturePair(gmm0, gmm1, epsilon=epsilon, tau=1 / (1 + epsilon / rho))
 
@@ -137,7 +140,7 @@ def to_pot(
     """
     _expect("gmm", gmm, GaussianMixture)
     if not checks.known(gmm):
-        raise TypeError("gmm: is traced, and NumPy needs numbers; convert outside of jit, vmap and grad")
+        raise ArgumentTypeError("gmm", "is traced, and NumPy needs numbers", "convert outside of jit, vmap and grad")
     _check_single("gmm", gmm)
     means, covariances, weights = (np.array(leaf, np.float64) for leaf in (gmm.means, gmm.covariances, gmm.weights))
     means = means if gmm.remainders is None else means + np.asarray(gmm.remainders)
@@ -179,7 +182,7 @@ def _from_moments(name: str, means: Any, covariances: Any, weights: Any) -> Gaus
     try:
         return GaussianMixture.from_moments(means, covariances, weights)
     except ValueError as error:
-        raise ValueError(f"{name}: its {error}") from error
+        raise ArgumentError(name, f"its {error}") from error
 
 
 def _check_single(name: str, gmm: GaussianMixture) -> None:
@@ -190,4 +193,4 @@ def _expect(name: str, value: Any, *classes: type) -> None:
     """As `checks.instance`, and names the library: three of them have a GaussianMixture."""
     if not isinstance(value, classes):
         *expected, got = [f"{c.__module__.partition('.')[0]}.{c.__name__}" for c in (*classes, type(value))]
-        raise TypeError(f"{name}: expected a {' or '.join(expected)}, got {got}")
+        raise ArgumentTypeError(name, f"expected a {' or '.join(expected)}, got {got}")

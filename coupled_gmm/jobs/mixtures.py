@@ -95,10 +95,10 @@ def described(gmms: Sequence[GaussianMixture]) -> str:
 def example(name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Moments of POT's example of a barycenter: three random mixtures around a "middle", the start."""
     if name == "middle":
-        means, covariances, _ = _random_moments(6, 0, spread=1e-2, variance=1.0)
+        means, covariances, _ = _random_moments(6, 0, scale=1e-2, variance=1.0)
         return means, covariances, np.full(6, 1 / 6)
     n_components, seed, offset = _EXAMPLES[name]
-    means, covariances, weights = _random_moments(n_components, seed, spread=0.5, variance=0.25)
+    means, covariances, weights = _random_moments(n_components, seed, scale=0.5, variance=0.25)
     return means / 2 + offset, covariances, weights
 
 
@@ -116,10 +116,10 @@ def _checked(moments: tuple[Any, Any, Any], precision: str) -> GaussianMixture:
     return jax.tree.map(lambda leaf: leaf.astype(precision), gmm)
 
 
-def _random_moments(n_components: int, seed: int, spread: float, variance: float) -> tuple[np.ndarray, ...]:
+def _random_moments(n_components: int, seed: int, scale: float, variance: float) -> tuple[np.ndarray, ...]:
     """Means, covariances P P^T + variance I and weights, of two features; the order of the draws is POT's."""
     draw = np.random.RandomState(seed)
     means = draw.randn(n_components, 2)
-    factors = spread * draw.randn(n_components, 2, 2)
+    factors = scale * draw.randn(n_components, 2, 2)
     weights = draw.random_sample(n_components)
     return means, factors @ factors.swapaxes(1, 2) + variance * np.eye(2), weights / weights.sum()

@@ -120,5 +120,5 @@ def _feature_names(names: Sequence[str] | None, d: int) -> list[str]:
     if names is None:
         return [f"feature {i}" for i in range(d)]
     if len(names) != d:
-        raise ArgumentError("feature_names", f"expected {d} names, got {len(names)}", "give one a feature")
+        raise ArgumentError("feature_names", f"expected {d} names, got {len(names)}", "give one per feature")
     return [name.replace("$", r"\$") for name in names]  # matplotlib reads what stands between two as mathematics

@@ -33,7 +33,7 @@ def plot_mixture(
       gmm: the mixture.
       axes: where d > 2, the two features to show; the mixture over the others is integrated out.
       n_sds: standard deviations at which ellipses are drawn.
-      colors: one a component; None takes `component_colors`.
+      colors: one per component; None takes `component_colors`.
       labels: whether components' numbers are written at their means.
     """
     colors = component_colors(gmm.n_components) if colors is None else colors

@@ -94,8 +94,8 @@ def solve(
     units = _Units.of(a, b)
     basis = _corner(units)
     if start is not None:
-        legal = _legal(units.flow(start.inverse))
-        basis = jax.tree.map(lambda given, corner: jnp.where(legal, given, corner), start, basis)
+        feasible = _feasible(units.flow(start.inverse))
+        basis = jax.tree.map(lambda given, corner: jnp.where(feasible, given, corner), start, basis)
 
     def unfinished(state: _State) -> Bool[Array, ""]:
         return ~state.done & (state.iteration < max_iterations)
@@ -320,7 +320,7 @@ def _product(inverse: Array, masses: Array) -> Array:
     return jnp.sum(inverse * masses, axis=1)
 
 
-def _legal(flow: _Flow) -> Bool[Array, ""]:
+def _feasible(flow: _Flow) -> Bool[Array, ""]:
     some = (flow.large > 0) | (flow.small > 0)
     return jnp.all((flow.large >= 0) & (some | (flow.tie > 0)))
 

@@ -4,7 +4,7 @@ A plan between components is a plan between mixtures: mass :math:`P_{kl}` moves 
 
 .. math:: T_{kl}(x) = m_1^l + L_1 U^T L_0^{-1} (x - m_0^k)
 
-with the Cholesky factors of both and U from `bures.coupling`. Singular covariances are legal: T is then the mean of what x
+with the Cholesky factors of both and U from `bures.coupling`. Singular covariances are valid: T is then the mean of what x
 goes with. See Delon & Desolneux (2020), sections 4.4 and 6.
 """
 
@@ -17,8 +17,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from coupled_gmm.core import checks, chunks, matrices
+from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.programs import program
-from coupled_gmm.core.tree import new
+from coupled_gmm.core.tree import unchecked
 from coupled_gmm.gaussians import bures, mixture
 from coupled_gmm.gaussians.density import LOG_2PI
 from coupled_gmm.gaussians.mixture import GaussianMixture
@@ -30,7 +31,7 @@ class _Moves(NamedTuple):
 
     source: Int[Array, " n"]
     target: Int[Array, " n"]
-    spread: Float[Array, "n d d"]  # L1 U^T: what a whitened point becomes
+    aligned: Float[Array, "n d d"]  # L1 U^T: what a whitened point becomes
     coupling: Float[Array, "n d d"]  # U
 
 
@@ -61,7 +62,7 @@ def map_points(
     checks.instance("plan", plan, Plan)
     checks.choice("method", method, ("barycentric", "random"))
     if method == "random" and key is None:
-        raise ValueError("key: method 'random' draws at random; pass a key such as jax.random.key(0)")
+        raise ArgumentError("key", "method 'random' draws at random", "pass a key such as jax.random.key(0)")
     near, (x,), centre = _about_one_point(plan, x=x)
     centre = jnp.zeros(x.shape[1], x.dtype) if centre is None else centre
     numbers = near.pair.gmm0.n_components * x.shape[1]
@@ -91,9 +92,9 @@ def _map_barycentric(points: Float[Array, "C d B"], count: Array, plan: Plan, ce
     moves, whitening = _moves(plan), _Whitening.of(plan.pair.gmm0)
     forward, _ = plan.conditionals()
     share = forward[moves.source, moves.target]
-    spread = jax.ops.segment_sum(share[:, None, None] * moves.spread, moves.source, plan.pair.gmm0.n_components)
-    spread = spread @ whitening.correction
-    across = jnp.swapaxes(spread, 0, 1).reshape(spread.shape[1], -1)
+    aligned = jax.ops.segment_sum(share[:, None, None] * moves.aligned, moves.source, plan.pair.gmm0.n_components)
+    aligned = aligned @ whitening.correction
+    across = jnp.swapaxes(aligned, 0, 1).reshape(aligned.shape[1], -1)
     means = forward @ plan.pair.gmm1.means
 
     def images(x: Float[Array, "d B"]) -> Float[Array, "B d"]:
@@ -114,7 +115,7 @@ def _map_random(points: Float[Array, "C d+2 B"], count: Array, plan: Plan, centr
         .at[moves.source, moves.target]
         .set(jnp.arange(len(moves.source), dtype=jnp.int32))
     )
-    spread = moves.spread @ whitening.correction[moves.source]
+    aligned = moves.aligned @ whitening.correction[moves.source]
     means = plan.pair.gmm1.means
 
     def images(x_and_draws: Float[Array, "d+2 B"]) -> Float[Array, "B d"]:
@@ -123,7 +124,7 @@ def _map_random(points: Float[Array, "C d+2 B"], count: Array, plan: Plan, centr
         source = _drawn(posterior, draws[0])
         target = _drawn(forward[source].T, draws[1])
         seen = jnp.take_along_axis(whitened, source[None, None], axis=0)[0].T
-        return means[target] + jnp.einsum("bij,bj->bi", spread[index[source, target]], seen) + centre
+        return means[target] + jnp.einsum("bij,bj->bi", aligned[index[source, target]], seen) + centre
 
     return chunks.each(images, points, count)
 
@@ -211,15 +212,15 @@ def interpolate(plan: Plan, t: Any) -> GaussianMixture:
 @program()
 def _interpolate(plan: Plan, t: Array) -> GaussianMixture:
     moves, (gmm0, gmm1) = _moves(plan), (plan.pair.gmm0, plan.pair.gmm1)
-    source, target, spread, coupling = moves
+    source, target, aligned, coupling = moves
     forward, backward = plan.conditionals()
     weights = (1 - t) * gmm0.weights[:, None] * forward + t * gmm1.weights * backward
     factors1 = gmm1.cholesky[target]
     # What the coupling leaves open has a covariance of its own.
     gap = jnp.eye(gmm0.n_features, dtype=gmm0.dtype) - matrices.transpose(coupling) @ coupling
     rest = t**2 * factors1 @ gap @ matrices.transpose(factors1)
-    covariances = matrices.gram((1 - t) * gmm0.cholesky[source] + t * spread) + 0.5 * (rest + matrices.transpose(rest))
-    return new(
+    covariances = matrices.gram((1 - t) * gmm0.cholesky[source] + t * aligned) + 0.5 * (rest + matrices.transpose(rest))
+    return unchecked(
         GaussianMixture,
         means=(1 - t) * gmm0.means[source] + t * gmm1.means[target],
         covariances=covariances,
@@ -262,8 +263,8 @@ def _plan_density(points: Float[Array, "C d B"], count: Array, y: Array, plan: P
         density = jnp.where(gmm0.weights > 0, jnp.exp(gmm0.component_log_prob(x)), 0).T
 
         def add(total: Array, move: tuple) -> tuple[Array, None]:
-            source, target, spread = move
-            image = gmm1.means[target] + (x - gmm0.means[source]) @ (spread @ whitening[source]).T
+            source, target, aligned = move
+            image = gmm1.means[target] + (x - gmm0.means[source]) @ (aligned @ whitening[source]).T
             near = jnp.sum((image[:, None] - y) ** 2, axis=-1) < atol**2
             return total + mass[source, target] * density[source][:, None] * near, None
 

@@ -9,9 +9,9 @@ from jaxtyping import Array, Float
 from coupled_gmm.core import checks
 from coupled_gmm.core.errors import ArgumentTypeError
 from coupled_gmm.core.programs import program
-from coupled_gmm.core.tree import Stackable, mapped, new, number, pytree, saved, single, static
+from coupled_gmm.core.tree import Stackable, mapped, number, pytree, saved, single, static, unchecked
 from coupled_gmm.gaussians import bures
-from coupled_gmm.gaussians.mixture import GaussianMixture, about_one_point
+from coupled_gmm.gaussians.mixture import GaussianMixture, about_one_point, check_features
 from coupled_gmm.transport.problem import BALANCED, Prices, TransportProblem, both_sides, tau_of_rho
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class GaussianMixturePair(Stackable):
 
     def replace(self, gmm0: GaussianMixture, gmm1: GaussianMixture) -> "GaussianMixturePair":
         """The same problem between two other mixtures."""
-        return new(
+        return unchecked(
             GaussianMixturePair, gmm0=gmm0, gmm1=gmm1, epsilon=self.epsilon, rho=self.rho, balanced=self.balanced
         )
 
@@ -131,7 +131,7 @@ class GaussianMixturePair(Stackable):
         """The same problem from gmm1 to gmm0."""
         two = jnp.ndim(self.rho) > jnp.ndim(self.epsilon)
         rho = jnp.flip(self.rho, axis=-1) if two else self.rho
-        return new(
+        return unchecked(
             GaussianMixturePair, gmm0=self.gmm1, gmm1=self.gmm0, epsilon=self.epsilon, rho=rho, balanced=self.balanced
         )
 
@@ -146,7 +146,7 @@ def transport_problem(pair: GaussianMixturePair, cost: Float[Array, "K0 K1"]) ->
 def _check(gmm0: GaussianMixture, gmm1: GaussianMixture, epsilon: Any) -> jax.Array:
     checks.instance("gmm0", gmm0, GaussianMixture)
     checks.instance("gmm1", gmm1, GaussianMixture)
-    bures.same_features(gmm0, gmm1)
+    check_features("gmm1", gmm1, " and gmm0 has", gmm0.n_features)
     if epsilon is None:
         return _default_epsilon(gmm0, gmm1)
     return checks.scalar("epsilon", epsilon, above=0)
@@ -157,7 +157,7 @@ def _default_epsilon(gmm0: GaussianMixture, gmm1: GaussianMixture) -> jax.Array:
     (gmm0, gmm1), _ = about_one_point(gmm0, gmm1)
     cost = bures.pairwise_cost(gmm0.means, gmm0.cholesky, gmm1.means, gmm1.cholesky)
     mean = gmm0.weights @ cost @ gmm1.weights
-    # Two equal one-component mixtures cost nothing; their spread then sets the scale.
-    spread = jnp.trace(gmm0.covariance() + gmm1.covariance())
-    scale = jnp.where(mean > 1e-6 * spread, mean, jnp.where(spread > 0, spread, 1))
+    # Two equal one-component mixtures cost nothing; their variance then sets the scale.
+    variance = jnp.trace(gmm0.covariance() + gmm1.covariance())
+    scale = jnp.where(mean > 1e-6 * variance, mean, jnp.where(variance > 0, variance, 1))
     return 1e-2 * scale

@@ -246,15 +246,15 @@ class Plan(Stackable, Outcome):
         """Primal minus dual objective, at least 0 up to rounding: a bound on how far `regularized_cost` is from optimal.
 
         Masses that are kept count as such: of a plan rounded to its marginals (Altschuler, Weed & Rigollet 2017). The optimum lies
-        between that legal plan's cost and the dual's; the raw plan's own may lie outside. Of an exact plan, a sum of mass times
+        between that feasible plan's cost and the dual's; the raw plan's own may lie outside. Of an exact plan, a sum of mass times
         reduced cost, which does not cancel: a bound for the masses that the plan has.
         """
         if self.gap is not None:
             return jax.lax.stop_gradient(self.gap)
         fixed = jax.lax.stop_gradient(self)
         raw, dual = fixed._parts(fixed.matrix).total, fixed._dual()
-        legal = fixed._parts(_legal(fixed.matrix, *fixed._masses, fixed.pair)).total
-        return jnp.maximum(legal, raw) - jnp.minimum(dual, raw)
+        feasible = fixed._parts(_feasible(fixed.matrix, *fixed._masses, fixed.pair)).total
+        return jnp.maximum(feasible, raw) - jnp.minimum(dual, raw)
 
     @mapped
     @program()
@@ -320,12 +320,7 @@ class Plan(Stackable, Outcome):
 @matrices.precise
 def from_potentials(pair: GaussianMixturePair, cost: Array, solution: Potentials) -> Plan:
     """The plan of potentials that a solver returned, with its status."""
-    ends = [
-        (~jnp.isfinite(solution.marginal_error), Status.NOT_FINITE),
-        (solution.converged, Status.CONVERGED),
-        (solution.stalled, Status.PRECISION),
-    ]
-    status = first_status(ends, Status.NOT_CONVERGED)
+    status = _status(jnp.isfinite(solution.marginal_error), solution.converged, solution.stalled)
     f, g = jax.lax.stop_gradient((solution.f, solution.g))
     potentials = duals.implicit(transport_problem(pair, cost), f, g)
     return Plan(pair, cost, potentials, status, solution.n_iterations)
@@ -335,13 +330,14 @@ def from_vertex(pair: GaussianMixturePair, cost: Array, vertex: Vertex, tol: Arr
     """The plan of an exact solver's vertex, with its status."""
     error = _distance(vertex.matrix, pair.gmm0.weights, pair.gmm1.weights)
     finite = jnp.all(jnp.isfinite(vertex.f)) & jnp.all(jnp.isfinite(vertex.g)) & jnp.isfinite(vertex.gap)
-    ends = [
-        (~(finite & jnp.isfinite(error)), Status.NOT_FINITE),
-        (~vertex.done, Status.NOT_CONVERGED),
-        ((error <= tol) & vertex.optimal, Status.CONVERGED),
-    ]
-    status = first_status(ends, Status.PRECISION)
+    status = _status(finite & jnp.isfinite(error), (error <= tol) & vertex.optimal, vertex.done)
     return Plan(pair, cost, (vertex.f, vertex.g), status, vertex.n_iterations, vertex.matrix, vertex.gap)
+
+
+def _status(finite: Array, converged: Array, stopped: Array) -> Int[Array, ""]:
+    """How any plan's solver ended: it met the tolerance; or stopped by itself short of it; or else its iterations ran out."""
+    ends = [(~finite, Status.NOT_FINITE), (converged, Status.CONVERGED), (stopped, Status.PRECISION)]
+    return first_status(ends, Status.NOT_CONVERGED)
 
 
 def _ratio(flow: Array, mass: Array) -> Array:
@@ -363,7 +359,7 @@ def _distance(matrix: Array, a: Array, b: Array) -> Array:
     return jnp.sum(jnp.abs(matrix.sum(1) - a)) + jnp.sum(jnp.abs(matrix.sum(0) - b))
 
 
-def _legal(matrix: Array, a: Array, b: Array, pair: GaussianMixturePair) -> Array:
+def _feasible(matrix: Array, a: Array, b: Array, pair: GaussianMixturePair) -> Array:
     """A plan of about the same cost with the marginals that are kept."""
     if pair.balanced:
         return _rounded(matrix, a, b)

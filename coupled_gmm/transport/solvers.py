@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from coupled_gmm.core import checks
+from coupled_gmm.core.errors import ArgumentError, ArgumentTypeError
 from coupled_gmm.core.programs import program
 from coupled_gmm.core.status import Status, raise_if_failed
 from coupled_gmm.gaussians.mixture import GaussianMixture
@@ -97,14 +98,14 @@ def solve_plan(
     if init is None:
         init = (jnp.zeros(k0), jnp.zeros(k1))
     if not isinstance(init, (tuple, list)) or len(init) != 2:
-        raise TypeError(f"init: expected potentials (f, g) as in plan.potentials, got {type(init).__name__}")
+        raise ArgumentTypeError("init", f"expected potentials (f, g) as in plan.potentials, got {type(init).__name__}")
     init = [checks.array(f"init[{i}]", init[i], size).astype(pair.gmm0.dtype) for i, size in enumerate((k0, k1))]
     for i, potential in enumerate(init):
         checks.finite(f"init[{i}]", potential, "pass None to start from zero")
     if method == "exact":
         if not pair.balanced:
-            raise ValueError(
-                "method: 'exact' is for balanced transport; build the pair with tau = 1, or use 'entropic'"
+            raise ArgumentError(
+                "method", "'exact' is for balanced transport", "build the pair with tau = 1, or use 'entropic'"
             )
         return _solve_exactly(pair, tol, limit)
     return _solve_plan(pair, init, tol, solver_for(method, pair), limit)
@@ -169,9 +170,10 @@ def solver_for(method: str, pair: GaussianMixturePair) -> PlanSolver:
     if method == "entropic":
         return ENTROPIC
     if not checks.known(pair.epsilon, pair.rho):
-        raise ValueError(
-            "method: 'sinkhorn' needs values of epsilon and rho that are known when it is compiled (OTT branches on tau); "
-            "use 'entropic' under jit and vmap"
+        raise ArgumentError(
+            "method",
+            "'sinkhorn' needs values of epsilon and rho that are known when it is compiled (OTT branches on tau)",
+            "use 'entropic' under jit and vmap",
         )
     epsilon, rho0, rho1 = (float(jnp.reshape(x, ())) for x in (pair.epsilon, pair.rho0, pair.rho1))
     return Sinkhorn(tau_of_rho(rho0, epsilon), tau_of_rho(rho1, epsilon))

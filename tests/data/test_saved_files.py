@@ -18,7 +18,7 @@ import pytest
 
 import coupled_gmm as cg
 from coupled_gmm.core.status import Status
-from coupled_gmm.core.tree import new, saved_class
+from coupled_gmm.core.tree import saved_class, unchecked
 from coupled_gmm.data import saving
 
 
@@ -37,30 +37,30 @@ def mixture(n_components=2, n_features=2, **changes):
         "weights": F(np.full(n_components, 1 / max(n_components, 1))),
         "remainders": None,
     }
-    return new(cg.GaussianMixture, **fields | changes)
+    return unchecked(cg.GaussianMixture, **fields | changes)
 
 
 def pair(**changes):
     fields = {"gmm0": mixture(), "gmm1": mixture(3), "epsilon": F(0.5), "rho": F(2), "balanced": False}
-    return new(cg.GaussianMixturePair, **fields | changes)
+    return unchecked(cg.GaussianMixturePair, **fields | changes)
 
 
 def plan(**changes):
     fields = {"pair": pair(), "cost": F(np.ones((2, 3))), "potentials": (F(np.zeros(2)), F(np.ones(3)))}
     fields |= {"status": N(0), "n_iterations": N(4), "vertex": None, "gap": None}
-    return new(cg.Plan, **fields | changes)
+    return unchecked(cg.Plan, **fields | changes)
 
 
 def history(steps=4, nodes=2, edges=1, **changes):
     fields = {"q": F(np.ones((steps, nodes))), "transport_terms": F(np.ones((steps, edges)))}
     fields |= dict.fromkeys(["objective", "penalized_log_likelihood", "marginal_error"], F(np.ones(steps)))
-    return new(saved_class("History"), **fields | {"log_likelihoods": None} | changes)
+    return unchecked(saved_class("History"), **fields | {"log_likelihoods": None} | changes)
 
 
 def pair_fit(**changes):
     fields = {"pair": pair(), "plan": plan(), "penalized_log_likelihood": F(-3), "status": N(1), "n_steps": N(4)}
     fields |= {"history": history(), "log_likelihoods": F(np.ones(2))}
-    return new(saved_class("PairFit"), **fields | changes)
+    return unchecked(saved_class("PairFit"), **fields | changes)
 
 
 def stacked(tree, n=2):
@@ -71,13 +71,13 @@ def graph_fit(**changes):
     padded = stacked(plan(pair=pair(gmm0=mixture(3)), cost=F(np.ones((3, 3))), potentials=(F(np.zeros(3)),) * 2))
     fields = {"gmms": [mixture(), mixture(3), mixture(1)], "plans": padded, "penalized_log_likelihood": F(-3)}
     fields |= {"status": N(1), "n_steps": N(2), "history": history(4, 3, 2), "log_likelihoods": None}
-    return new(saved_class("GraphFit"), **fields | {"edges": N([[0, 1], [2, 1]])} | changes)
+    return unchecked(saved_class("GraphFit"), **fields | {"edges": N([[0, 1], [2, 1]])} | changes)
 
 
 def flow_fit(**changes):
     fields = {"gmm": mixture(), "loss": F(1), "path": stacked(mixture(), 4), "status": N(1)}
-    fields |= {"history": new(saved_class("FlowHistory"), loss=F(np.ones(3)))}
-    return new(cg.FlowFit, **fields | changes)
+    fields |= {"history": unchecked(saved_class("FlowHistory"), loss=F(np.ones(3)))}
+    return unchecked(cg.FlowFit, **fields | changes)
 
 
 def graph(**changes):
@@ -87,15 +87,15 @@ def graph(**changes):
 
 def barycenter_fit(**changes):
     fields = {"gmm": mixture(), "objective": F(1), "status": N(1), "n_steps": N(3), "start": N(0)}
-    fields |= {"history": new(saved_class("BarycenterHistory"), objective=F(np.ones(4)))}
-    return new(cg.BarycenterFit, **fields | changes)
+    fields |= {"history": unchecked(saved_class("BarycenterHistory"), objective=F(np.ones(4)))}
+    return unchecked(cg.BarycenterFit, **fields | changes)
 
 
 def mixture_fit(**changes):
     fields = {"gmm": mixture(), "log_likelihood": F(1), "status": N(1), "n_steps": N(3)}
     fields |= {"penalized_log_likelihood": F(1), "start": None}
-    rows = new(saved_class("MixtureHistory"), log_likelihood=F(np.ones(4)), penalized_log_likelihood=None)
-    return new(cg.MixtureFit, **fields | {"history": rows} | changes)
+    rows = unchecked(saved_class("MixtureHistory"), log_likelihood=F(np.ones(4)), penalized_log_likelihood=None)
+    return unchecked(cg.MixtureFit, **fields | {"history": rows} | changes)
 
 
 NAN, NEGATIVE = mixture(means=F(np.full((2, 2), np.nan))), mixture(weights=F([1.5, -0.5]))

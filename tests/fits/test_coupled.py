@@ -16,7 +16,7 @@ from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
 
 import coupled_gmm as cg
-from coupled_gmm.core.tree import taken
+from coupled_gmm.core.tree import take
 from coupled_gmm.fits import coupled as fit_module
 
 
@@ -120,7 +120,7 @@ def test_jit_and_vmap_equal_the_loop():
     batch = jax.vmap(run)(scales, weights)
     for i in range(3):
         alone = run(scales[i], weights[i])
-        chex.assert_trees_all_close(taken(batch.pair, i), alone.pair, rtol=2e-3, atol=2e-4)
+        chex.assert_trees_all_close(take(batch.pair, i), alone.pair, rtol=2e-3, atol=2e-4)
         chex.assert_trees_all_close(batch.penalized_log_likelihood[i], alone.penalized_log_likelihood, rtol=1e-5)
     # In a flat direction of J a rounding unit of the points moves a mean by 4e-4: J itself says that the two are one.
     inside, outside = jax.jit(run)(scales[0], weights[0]), run(scales[0], weights[0])

@@ -1,0 +1,134 @@
+"""What is asked of a fit, checked once and packed as its program takes it: clouds, what a user sweeps, what recompiles."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from coupled_gmm.core import checks, chunks, foreign, report
+from coupled_gmm.core.errors import ArgumentError
+from coupled_gmm.fits import frame
+from coupled_gmm.fits.frame import View
+from coupled_gmm.gaussians.mixture import GaussianMixture
+from coupled_gmm.transport.solvers import ENTROPIC_METHODS, PlanSolver
+
+
+class GivenCloud(NamedTuple):
+    """A cloud as a user gave it, or None, with its weights; and what the arguments are called."""
+
+    name: str
+    points: Any
+    weights_name: str
+    weights: Any
+
+    def checked(self, n_features: int | None) -> tuple[Any, Any]:
+        if self.points is None:
+            return None, None
+        points = checks.points(self.name, self.points, n_features)
+        if self.weights is None:
+            return points, None
+        return points, checks.relative_weights(self.weights_name, self.weights, len(points))
+
+
+def view_of(clouds: Sequence[GivenCloud], starts: Sequence[GaussianMixture], ridge: Any) -> View:
+    """The clouds, checked against each other and the mixtures to start from, in the frame in which a fit is to see them.
+
+    Raises:
+      TypeError, ValueError: a cloud or weights of the wrong kind, shape or range; features of other names or number.
+    """
+    names = [cloud.name for cloud in clouds]
+    points = foreign.same_features(names, [cloud.points for cloud in clouds])
+    n_features = starts[0].n_features if starts else None
+    checked = [cloud._replace(points=x).checked(n_features) for cloud, x in zip(clouds, points, strict=True)]
+    return frame.seen(names, [x for x, _ in checked], [w for _, w in checked], starts, ridge)
+
+
+class Controls(NamedTuple):
+    """What a user sweeps: leaves, whose change recompiles nothing."""
+
+    ridge: Float[Array, ""]
+    tol: Float[Array, ""]
+    em_steps: Int[Array, ""]
+    m_steps: Int[Array, ""]
+    learning_rate: Float[Array, ""] | None
+    listener: Any = None  # the number that rows are delivered to
+
+
+class FitOptions(NamedTuple):
+    """What a fit's program depends on: their change recompiles."""
+
+    rows: int  # of the history, at least as many as steps
+    solver: PlanSolver
+    optimizer: Any
+    progress: bool
+
+
+class FitRequest(NamedTuple):
+    """How a fit shall go, checked."""
+
+    controls: Controls
+    em_steps: int  # the same as in the controls, where Python counts with it
+    optimizer: Any
+    chunk_size: int | None
+    progress: Any
+
+    @classmethod
+    def checked(
+        cls,
+        *,
+        ridge: Any,
+        tol: Any,
+        em_steps: int,
+        m_steps: int = 1,
+        optimizer: Any = None,
+        learning_rate: Any = None,
+        method: str = "entropic",
+        chunk_size: int | None = None,
+        progress: Any = False,
+        steps_name: str = "em_steps",
+    ) -> "FitRequest":
+        """Arguments as of `fit_pair`; `steps_name` is what its caller calls `em_steps`.
+
+        Raises:
+          TypeError, ValueError: one of the wrong kind or out of range.
+        """
+        learning_rate = _check_learning_rate(optimizer, learning_rate)
+        controls = Controls(
+            checks.scalar("ridge", ridge, at_least=0, batched=True),
+            checks.scalar("tol", tol, at_least=0, batched=True),
+            jnp.asarray(checks.integer(steps_name, em_steps, 1, checks.MOST_STEPS), jnp.int32),
+            jnp.asarray(checks.integer("m_steps", m_steps, 1, checks.MOST_STEPS), jnp.int32),
+            learning_rate,
+        )
+        checks.choice("method", method, ENTROPIC_METHODS)
+        if chunk_size is not None:
+            checks.integer("chunk_size", chunk_size, 1)
+        return cls(controls, int(em_steps), optimizer, chunk_size, progress)
+
+    def fit(self, program: Callable[..., Any], *problem: Any, view: View, numbers: int, solver: PlanSolver) -> Any:
+        """What a program makes of a problem and what it sees, with a row of history for each step that was asked for.
+
+        Args:
+          program: (*problem, sight, controls, options) -> a fit.
+          numbers: that it holds of each point.
+        """
+        sight = view.in_chunks(numbers, self.chunk_size)
+        shown = self.progress is not False and self.progress is not None
+        options = FitOptions(chunks.rows(self.em_steps), solver, self.optimizer, shown)
+        with report.listening(self.progress) as listener:
+            fit = program(*problem, sight, self.controls._replace(listener=listener), options)
+        return dataclasses.replace(fit, history=chunks.first(fit.history, self.em_steps))
+
+
+def _check_learning_rate(optimizer: Any, learning_rate: Any) -> Array | None:
+    """Checked, with the optimiser that it goes with."""
+    factory = not checks.is_built_optimizer("optimizer", optimizer) and optimizer is not None
+    if factory and learning_rate is None:
+        raise ArgumentError("learning_rate", "an optax factory needs one", "pass learning_rate=1e-2, say")
+    if learning_rate is None:
+        return None
+    if not factory:
+        raise ArgumentError("learning_rate", "goes with an optax factory only, such as optimizer=optax.adam", "drop it")
+    return checks.scalar("learning_rate", learning_rate, above=0, batched=True)
