@@ -9,6 +9,8 @@ from coupled_gmm.transport import annealing, entropic
 from coupled_gmm.transport.annealing import Accepted, Merit, NewtonSystem
 from coupled_gmm.transport.problem import TransportProblem
 
+newton_step = jax.jit(annealing.newton_step)
+
 
 def system_of(matrix, residual):
     zero = jnp.zeros(())
@@ -19,7 +21,7 @@ def test_newton_step_is_numpys(x64):
     rng = np.random.RandomState(0)
     rows = rng.dirichlet(np.ones(5), 5)
     for mu in (1e-3, 0.5, 30.0):
-        step = annealing.newton_step(system_of(np.eye(5) - rows, rows[0]), jnp.asarray(mu))
+        step = newton_step(system_of(np.eye(5) - rows, rows[0]), jnp.asarray(mu))
         np.testing.assert_allclose(step, np.linalg.solve((1 + mu) * np.eye(5) - rows, rows[0]), rtol=1e-10)
 
 
@@ -31,7 +33,7 @@ def test_damping_keeps_the_step_within_the_radius(x64, radius):
         residual = size * rng.uniform(-1, 1, 6)
         norm = jnp.asarray(np.abs(residual).max())
         mu = annealing.damping(norm, jnp.asarray(radius), has_merit=True)
-        step = annealing.newton_step(system_of(np.eye(6) - rng.dirichlet(np.ones(6), 6), residual), mu)
+        step = newton_step(system_of(np.eye(6) - rng.dirichlet(np.ones(6), 6), residual), mu)
         assert np.abs(step).max() <= radius * (1 + 1e-9)
         assert annealing.damping(norm, jnp.asarray(radius), has_merit=False) == min(float(mu), 1)
 
@@ -116,11 +118,12 @@ def test_the_solver_ends_where_sinkhorn_does(x64, rhos):
     rho = None if rhos is None else jnp.asarray(rhos)
     arrays = [jnp.asarray(x) for x in (cost, a, b)]
     problem = TransportProblem.of_masses(*arrays, epsilon=jnp.asarray(epsilon), rho=rho, balanced=rhos is None)
-    run = jax.jit(entropic.solve, static_argnums=3)
+    run, turned = jax.jit(entropic.solve, static_argnums=3), problem.transpose()
+    read = jax.jit(lambda problem, f, g: (problem.plan(f, g), problem.marginal_error(f, g)))
     for init in (np.zeros(3), np.array([5.0, -5.0, 0.0])):
         found = run(problem, jnp.asarray(init), jnp.asarray(1e-11), 200)
         assert found.converged and found.marginal_error < 1e-11
-        np.testing.assert_allclose(problem.plan(found.f, found.g), expected, atol=1e-9)
-        turned = problem.transpose()
-        np.testing.assert_allclose(turned.plan(found.g, found.f), problem.plan(found.f, found.g).T, rtol=1e-12)
-        np.testing.assert_allclose(turned.marginal_error(found.g, found.f), found.marginal_error, atol=1e-14)
+        plan, other = np.asarray(read(problem, found.f, found.g)[0]), read(turned, found.g, found.f)
+        np.testing.assert_allclose(plan, expected, atol=1e-9)
+        np.testing.assert_allclose(other[0], plan.T, rtol=1e-12)
+        np.testing.assert_allclose(other[1], found.marginal_error, atol=1e-14)

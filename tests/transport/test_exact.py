@@ -187,21 +187,18 @@ def test_what_went_wrong_is_said(x64, k):
     assert int(stopped.status) == cg.Status.NOT_CONVERGED and not stopped.converged
     for leaf in ("means", "covariances"):
         leaves = {"means": pair.gmm0.means, "covariances": pair.gmm0.covariances, "weights": pair.gmm0.weights}
-        leaves[leaf] = leaves[leaf].at[3].set(jnp.nan)
+        leaves[leaf] = np.array(leaves[leaf])
+        leaves[leaf][3] = np.nan
         broken = cg.solve_plan(pair.replace(cg.GaussianMixture(**leaves), pair.gmm1), method="exact")
         assert int(broken.status) == cg.Status.NOT_FINITE and not broken.converged
 
 
-@pytest.mark.parametrize("function", [exact.solve, exact.solve_on_host])
-def test_a_batch_equals_a_loop(x64, function):
+@pytest.mark.parametrize("one", [solve, solve_on_host])
+def test_a_batch_equals_a_loop(x64, one):
     """Of problems that take from none to many iterations."""
     cases = [random_problem(seed, 7, 5) for seed in range(3)]
     cases += [(np.ones((7, 5)), *cases[0][1:]), (cases[0][0], np.eye(7)[2], np.eye(5)[4])]
-
-    def values(cost, a, b):
-        return function(cost, a, b, LIMIT)
-
-    batched, one = jax.jit(jax.vmap(values))(*map(np.stack, zip(*cases))), jax.jit(values)
+    batched = jax.jit(jax.vmap(one))(*map(np.stack, zip(*cases)))
     for i, case in enumerate(cases):
         jax.tree.map(lambda a, b, i=i: np.testing.assert_array_equal(a[i], b), batched, one(*case))
 

@@ -15,11 +15,12 @@ import coupled_gmm as cg
 from coupled_gmm.transport import duals, limits, solvers
 from coupled_gmm.transport.problem import TransportProblem
 
-SHAPES = [(1, 4), (3, 4), (6, 4)]
+SHAPES = [(1, 4), (3, 4), pytest.param(6, 4, marks=pytest.mark.slow)]
 NUMBERS = (
     "matrix", "normalized_matrix", "total_mass", "transport_cost", "regularized_cost", "marginal_error", "duality_gap", "converged"
 )  # fmt: skip
 read = jax.jit(lambda found: {name: getattr(found, name) for name in NUMBERS})
+mass_change = jax.jit(lambda found: found.mass_change())
 
 
 def host(found):
@@ -99,7 +100,7 @@ def test_plan_equals_sinkhorn(x64, k0, k1):
         np.testing.assert_allclose(g, best_g, atol=1e-8 * epsilon + 1e-12 * cost.max(), rtol=1e-8)
 
 
-@pytest.mark.parametrize(("k0", "k1"), [(3, 4), (6, 4)])
+@pytest.mark.parametrize(("k0", "k1"), SHAPES[1:])
 def test_small_epsilon_approaches_the_linear_programme(x64, k0, k1):
     """The optimality conditions decide here: a plan of this form with these marginals is the optimal one."""
     for seed in range(6):
@@ -132,9 +133,9 @@ def test_sinkhorn_method_equals_entropic(x64, tau):
     pair = make_pair(1, 3, 4, 0.1, tau, absent=True)
     ours, theirs = (cg.solve_plan(pair, method=method, tol=1e-9) for method in ("entropic", "sinkhorn"))
     check_certificates(theirs, 1e-9, 1e-8)
-    np.testing.assert_allclose(theirs.matrix, ours.matrix, atol=1e-8)
-    np.testing.assert_allclose(theirs.regularized_cost, ours.regularized_cost, rtol=1e-8)
-    shift = theirs.potentials[0] - ours.potentials[0]
+    for name, tolerance in (("matrix", {"atol": 1e-8}), ("regularized_cost", {"rtol": 1e-8})):
+        np.testing.assert_allclose(read(theirs)[name], read(ours)[name], **tolerance)
+    shift = np.asarray(theirs.potentials[0]) - np.asarray(ours.potentials[0])
     np.testing.assert_allclose(shift, np.mean(shift) if tau == 1 else 0, atol=1e-6)
     warm = cg.solve_plan(pair, method="sinkhorn", tol=1e-9, init=theirs.potentials)
     assert warm.n_iterations <= 10 < theirs.n_iterations
@@ -172,7 +173,7 @@ def test_flat_duals_converge(x64, k0, k1):
                 assert bool(found.converged), (seed, share, tau, found.n_iterations, found.marginal_error)
 
 
-@pytest.mark.parametrize(("k0", "k1"), [(3, 3), (6, 4)])
+@pytest.mark.parametrize(("k0", "k1"), [(3, 3), SHAPES[2]])
 def test_uniform_weights_converge(x64, k0, k1):
     """The exact plan of uniform weights is at a corner where many potentials are optimal."""
     for seed in range(12):
@@ -256,35 +257,6 @@ def test_dual_value_and_its_gradient(x64, tau):
     step_a = (a == 0) - a
     slope = (optimal(cost, a + 1e-7 * step_a, b) - optimal(cost, a, b)) / 1e-7
     np.testing.assert_allclose(in_a @ step_a, slope, rtol=1e-3)
-
-
-@pytest.mark.parametrize("tau", [1.0, 0.8])
-def test_gradient_of_the_regularized_cost(x64, tau):
-    """By the envelope theorem, in all of both mixtures, against differences of converged solves."""
-    pair = make_pair(2, 3, 4, 0.1, tau)
-
-    def value(gmm0, gmm1):
-        return cg.solve_plan(pair.replace(gmm0, gmm1), tol=1e-12).regularized_cost
-
-    value_and_grad = jax.jit(jax.value_and_grad(value, (0, 1)))
-    _, gradient = value_and_grad(pair.gmm0, pair.gmm1)
-    rng = np.random.RandomState(0)
-    h = 1e-5
-    for _ in range(2):
-        steps = []
-        for gmm in (pair.gmm0, pair.gmm1):
-            spread = rng.randn(*gmm.covariances.shape)
-            weights = 0.1 * rng.randn(gmm.n_components)
-            covariances = 1e-2 * (spread + spread.swapaxes(1, 2))
-            steps.append(
-                cg.GaussianMixture(jnp.asarray(rng.randn(*gmm.means.shape)), covariances, weights - weights.mean())
-            )
-        sides = []
-        for sign in (1, -1):
-            moved = jax.tree.map(lambda x, dx, sign=sign: x + sign * h * dx, (pair.gmm0, pair.gmm1), tuple(steps))
-            sides.append(value_and_grad(*moved)[0])
-        products = jax.tree.map(lambda g, s: np.sum(np.asarray(g) * np.asarray(s)), gradient, tuple(steps))
-        np.testing.assert_allclose(sum(jax.tree.leaves(products)), (sides[0] - sides[1]) / (2 * h), rtol=1e-5)
 
 
 def test_status_says_what_happened():
@@ -373,21 +345,23 @@ def test_tau_and_rho_are_one_thing(x64):
         np.testing.assert_allclose(pair.rho, epsilon * tau / (1 - tau), rtol=1e-12)
         np.testing.assert_allclose(pair.tau, tau, rtol=1e-12)
         again = cg.GaussianMixturePair.from_rho(gmm0, gmm1, epsilon, pair.rho)
-        np.testing.assert_allclose(cg.solve_plan(again).matrix, cg.solve_plan(pair).matrix, rtol=1e-12)
+        matrices = [read(cg.solve_plan(same))["matrix"] for same in (again, pair)]
+        np.testing.assert_allclose(*matrices, rtol=1e-12)
         assert not pair.balanced and not again.balanced
     balanced = cg.GaussianMixturePair(gmm0, gmm1, 0.1)
     assert balanced.balanced and np.isinf(balanced.rho) and balanced.tau == 1
     assert cg.GaussianMixturePair.from_rho(gmm0, gmm1, 0.1).balanced
     # Unbalanced plans tend to the balanced one as rho grows; infinite rho is legal in the unbalanced program.
-    expected = cg.solve_plan(balanced, tol=1e-9)
-    close = cg.solve_plan(cg.GaussianMixturePair.from_rho(gmm0, gmm1, 0.1, 1e8), tol=1e-9)
-    np.testing.assert_allclose(close.matrix, expected.matrix, atol=1e-6)
+    expected = read(cg.solve_plan(balanced, tol=1e-9))
+    close = read(cg.solve_plan(cg.GaussianMixturePair.from_rho(gmm0, gmm1, 0.1, 1e8), tol=1e-9))
+    np.testing.assert_allclose(close["matrix"], expected["matrix"], atol=1e-6)
     leaves, structure = jax.tree.flatten(cg.GaussianMixturePair.from_rho(gmm0, gmm1, 0.1, 1.0))
     infinite = cg.solve_plan(jax.tree.unflatten(structure, [*leaves[:-1], jnp.asarray(np.inf)]), tol=1e-9)
     assert not infinite.pair.balanced and np.isinf(infinite.pair.rho) and infinite.converged
-    np.testing.assert_allclose(infinite.matrix, expected.matrix, atol=1e-8)
-    np.testing.assert_allclose(infinite.regularized_cost, expected.regularized_cost, rtol=1e-8)
-    assert abs(infinite.duality_gap) < 1e-8
+    said = read(infinite)
+    np.testing.assert_allclose(said["matrix"], expected["matrix"], atol=1e-8)
+    np.testing.assert_allclose(said["regularized_cost"], expected["regularized_cost"], rtol=1e-8)
+    assert abs(said["duality_gap"]) < 1e-8
 
 
 def test_default_epsilon_is_a_share_of_the_mean_cost(x64):
@@ -408,10 +382,10 @@ def test_one_component_each_has_a_closed_form(x64):
     for epsilon, rho in ((0.1, 1.0), (1.0, 0.1), (10.0, 100.0)):
         pair = cg.GaussianMixturePair.from_rho(gmm0, gmm1, epsilon, rho)
         found = cg.solve_plan(pair, tol=1e-12)
-        cost = float(pair.cost_matrix()[0, 0])
+        cost, said = float(found.cost[0, 0]), read(found)
         mass = np.exp(-cost / (epsilon + 2 * rho))
-        np.testing.assert_allclose(found.total_mass, mass, rtol=1e-9)
-        np.testing.assert_allclose(found.regularized_cost, (epsilon + 2 * rho) * (1 - mass), rtol=1e-9)
+        np.testing.assert_allclose(said["total_mass"], mass, rtol=1e-9)
+        np.testing.assert_allclose(said["regularized_cost"], (epsilon + 2 * rho) * (1 - mass), rtol=1e-9)
 
 
 def test_point_reweighting_is_that_of_the_published_example(x64):
@@ -422,7 +396,7 @@ def test_point_reweighting_is_that_of_the_published_example(x64):
     matrix = np.array([[0.3, 0.1], [0.2, 0.4]])
     cost = -np.log(matrix / np.outer(gmm0.weights, gmm1.weights))
     plan = dataclasses.replace(cg.solve_plan(pair), cost=jnp.asarray(cost), potentials=(jnp.zeros(2), jnp.zeros(2)))
-    np.testing.assert_allclose(plan.matrix, matrix, rtol=1e-12)
+    np.testing.assert_allclose(read(plan)["matrix"], matrix, rtol=1e-12)
     factors = plan.point_reweighting(np.array([[0.0], [1e3]]))
     np.testing.assert_allclose(factors[0], 2 * (0.75 * 0.8 + 0.25 * 1.2), rtol=1e-12)
     np.testing.assert_allclose(gmm0.weights @ factors, 1, rtol=1e-12)
@@ -457,13 +431,10 @@ def test_mass_change(x64):
     here, there = a > 0, b > 0
     inflow = columns[there] / b[there]
     expected = rows[here] / a[here] * (matrix[np.ix_(here, there)] / rows[here, None] / inflow).sum(1)
-    change = np.asarray(found.mass_change())
+    change = np.asarray(mass_change(found))
     np.testing.assert_allclose(change[here], expected, rtol=1e-8)
     assert (change[~here] == 1).all()
     np.testing.assert_allclose(a @ change, 1, rtol=1e-12)
-    np.testing.assert_allclose(
-        jax.jit(lambda pair: cg.solve_plan(pair, tol=1e-10).mass_change())(pair), change, rtol=1e-9
-    )
     for method in ("entropic", "exact"):
         balanced = cg.solve_plan(make_pair(4, 3, 4, 0.05), method=method)
         np.testing.assert_array_equal(balanced.mass_change(), np.ones(3))
@@ -471,25 +442,27 @@ def test_mass_change(x64):
     weights = np.array([0.2, 0.8]), np.array([0.7, 0.3])
     ends = [cg.GaussianMixture.from_moments([[0.0], [30.0]], np.ones((2, 1, 1)), w) for w in weights]
     diagonal = cg.GaussianMixturePair(*ends, 0.1, rho=1.0)
-    np.testing.assert_allclose(cg.solve_plan(diagonal, tol=1e-10).mass_change(), weights[1] / weights[0], rtol=1e-8)
-    both = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), diagonal)
-    batched = jax.vmap(lambda pair: cg.solve_plan(pair, tol=1e-10))(both).mass_change()
-    np.testing.assert_allclose(batched, [weights[1] / weights[0]] * 2, rtol=1e-8)
+    plan = cg.solve_plan(diagonal, tol=1e-10)
+    np.testing.assert_allclose(mass_change(plan), weights[1] / weights[0], rtol=1e-8)
+    both = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), plan)
+    np.testing.assert_allclose(mass_change(both), [weights[1] / weights[0]] * 2, rtol=1e-8)
 
     def first(weight):
         w = jnp.stack([weight, 1 - weight])
         moved = dataclasses.replace(ends[1], weights=w)
         return cg.solve_plan(diagonal.replace(ends[0], moved), tol=1e-10).mass_change()[0]
 
-    np.testing.assert_allclose(jax.grad(first)(jnp.asarray(0.7)), 1 / 0.2, rtol=1e-5)
+    found, slope = jax.jit(jax.value_and_grad(first))(0.7)
+    np.testing.assert_allclose(found, 0.7 / 0.2, rtol=1e-8)
+    np.testing.assert_allclose(slope, 1 / 0.2, rtol=1e-5)
 
 
 def test_mass_change_where_what_moves_vanishes_in_the_precision():
     """Of a price so low that the flows underflow their ratios are known all the same."""
     one, other = (cg.GaussianMixture.from_moments([[m]], [[[1.0]]], [1.0]) for m in (0.0, 100.0))
     plan = cg.solve_plan(cg.GaussianMixturePair(one, other, 0.1, 0.5))
-    assert plan.total_mass == 0
-    np.testing.assert_allclose(plan.mass_change(), [1.0])
+    assert read(plan)["total_mass"] == 0
+    np.testing.assert_allclose(mass_change(plan), [1.0])
 
 
 def test_only_an_exact_plans_matrix_refuses_to_be_differentiated(x64):
@@ -497,7 +470,8 @@ def test_only_an_exact_plans_matrix_refuses_to_be_differentiated(x64):
     pair = make_pair(4, 3, 4, 0.05)
 
     def slope(read, method):
-        return jax.grad(lambda gmm0: read(cg.solve_plan(pair.replace(gmm0, pair.gmm1), method=method)))(pair.gmm0)
+        gradient = jax.grad(lambda gmm0: read(cg.solve_plan(pair.replace(gmm0, pair.gmm1), method=method)))
+        return jax.jit(gradient)(pair.gmm0)
 
     for read in (lambda plan: plan.total_mass, lambda plan: plan.conditionals()[0][0, 0]):
         with pytest.raises(TypeError, match=r"can't be differentiated.*differentiate plan\.transport_cost"):
@@ -512,5 +486,5 @@ def test_a_plan_on_which_the_residual_alone_leads_astray(x64):
     cost, a, b, epsilon = (jnp.asarray(data[name]) for name in ("cost", "a", "b", "eps"))
     init = jnp.zeros(len(a)), jnp.zeros(len(b))
     problem = TransportProblem.of_masses(cost, a, b, epsilon=epsilon, balanced=True)
-    found = solvers.ENTROPIC(problem, init, jnp.asarray(1e-4), 500)
+    found = jax.jit(solvers.ENTROPIC, static_argnums=3)(problem, init, jnp.asarray(1e-4), 500)
     assert found.converged and found.n_iterations < 100

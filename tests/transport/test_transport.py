@@ -49,14 +49,14 @@ def moves(x, ends, matrix):
 @jax.jit
 def solved_exactly(gmm0, gmm1):
     plan = cg.solve_plan(cg.GaussianMixturePair(gmm0, gmm1, 1.0), method="exact")
-    return plan, plan.matrix, plan.transport_cost, plan.duality_gap, cg.mw2_squared(gmm0, gmm1)
+    return plan, plan.matrix, plan.transport_cost, plan.duality_gap
 
 
-@over_shapes(5, (1, 4, 1), (3, 3, 1), (5, 4, 3), (40, 33, 2), (12, 7, 32))
+@over_shapes(5, (1, 4, 1), (5, 4, 3), (40, 33, 2), (12, 7, 32))
 def test_exact_plans_equal_pot(x64, shape, n_pairs):
     """POT's costs where it has any, singular values where a covariance is singular; the network simplex in both cases."""
     for kind, ends, gmms in cases(shape, n_pairs):
-        plan, matrix, cost, gap, distance = solved_exactly(*gmms)
+        plan, matrix, cost, gap = solved_exactly(*gmms)
         (means0, covariances0, a), (means1, covariances1, b) = ends
         expected = costs(means0, covariances0, means1, covariances1)
         if "singular" not in kind:
@@ -65,7 +65,9 @@ def test_exact_plans_equal_pot(x64, shape, n_pairs):
             )
         value = ot.emd2(a, b, expected)
         np.testing.assert_allclose(plan.cost, expected, rtol=1e-8, atol=1e-8 * expected.max())
-        np.testing.assert_allclose([cost, distance], value, rtol=1e-8)
+        np.testing.assert_allclose(cost, value, rtol=1e-8)
+        if shape == SHAPES[4] or n_pairs > 5:  # another program with the same solver
+            np.testing.assert_allclose(distance(*gmms), value, rtol=1e-8)
         np.testing.assert_allclose(matrix, ot.emd(a, b, expected), atol=1e-9)
         assert int(plan.status) == cg.Status.CONVERGED and abs(gap) <= 1e-12 * expected.max()
 
@@ -78,7 +80,8 @@ def moved(gmm0, gmm1, x, y, atol, n_draws):
     return plan.matrix, cg.map_points(plan, x), draws.reshape(len(x), len(n_draws), -1), density
 
 
-@over_shapes(5, (5, 4, 3), (40, 33, 2))
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning:ot")  # POT's own
+@over_shapes(5, (5, 4, 3))
 def test_maps_of_exact_plans_equal_pot(x64, shape, n_pairs):
     """The mean map, the law of the random one and the density of the plan, wherever gmm0 has one."""
     n_draws = 1000
@@ -131,7 +134,7 @@ def solved_at(gmm0, gmm1, shares, tol, tau=1.0):
     return jax.vmap(one)(shares)
 
 
-@over_shapes(5, (5, 4, 3), (40, 33, 2))
+@over_shapes(5, (5, 4, 3))
 def test_entropic_plans_converge(precision, shape, n_pairs):
     """In float32 potentials are known to some 1e-7 of the largest cost: at 1e-3 of the mean one that may not be enough."""
     double = precision < 1e-8
@@ -184,7 +187,7 @@ def transformed(gmm, rotation, shift, order):
 distance = jax.jit(cg.mw2_squared)
 
 
-@pytest.mark.parametrize(("k", "d"), [(5, 1), (9, 2), (5, 8), (7, 32)])
+@pytest.mark.parametrize(("k", "d"), [(5, 1), (9, 2), (7, 32)])
 def test_a_mixture_is_at_no_distance_from_itself(k, d):
     """In float32, whatever is singular or absent, far from the origin, and with components far from each other."""
     for i, kind in enumerate(KINDS):
@@ -231,21 +234,24 @@ def ahead(v):
     return (-11 * v[0] + 18 * v[1] - 9 * v[2] + 2 * v[3]) / 6e-4
 
 
-def numbers(problem):
+def numbers_of(plan):
+    forward, backward = plan.conditionals()
+    return {
+        "cost": plan.regularized_cost,
+        "transport": plan.transport_cost,
+        "matrix": jnp.sum(FACTORS[0] * plan.matrix),
+        "parts": jnp.sum(FACTORS[1] * forward + FACTORS[2] * backward),
+    }
+
+
+def unbalanced_numbers(problem):
     """What a plan says, of (gmm0, gmm1, epsilon, rho)."""
-    gmm0, gmm1, epsilon, rho = problem
-    balanced = cg.solve_plan(cg.GaussianMixturePair(gmm0, gmm1, epsilon), tol=1e-13)
-    unbalanced = cg.solve_plan(cg.GaussianMixturePair.from_rho(gmm0, gmm1, epsilon, rho), tol=1e-13)
-    found = {"mass": unbalanced.total_mass, "price": unbalanced.mass_penalty}
-    for name, plan in (("balanced", balanced), ("unbalanced", unbalanced)):
-        forward, backward = plan.conditionals()
-        found |= {
-            f"{name} cost": plan.regularized_cost,
-            f"{name} transport": plan.transport_cost,
-            f"{name} matrix": jnp.sum(FACTORS[0] * plan.matrix),
-            f"{name} parts": jnp.sum(FACTORS[1] * forward + FACTORS[2] * backward),
-        }
-    return found
+    plan = cg.solve_plan(cg.GaussianMixturePair.from_rho(*problem), tol=1e-13)
+    return numbers_of(plan) | {"mass": plan.total_mass, "price": plan.mass_penalty}
+
+
+def balanced_numbers(problem):
+    return numbers_of(cg.solve_plan(cg.GaussianMixturePair(*problem[:3]), tol=1e-13))
 
 
 def distances(problem):
@@ -347,9 +353,11 @@ def on_stencil_of(function, problem, steps, stencil):
 @pytest.mark.parametrize(
     ("values", "d"),
     [
-        (numbers, 1),
+        (unbalanced_numbers, 1),
         (exact_distance, 3),
-        *(pytest.param(numbers, d, marks=pytest.mark.slow) for d in (2, 3)),
+        # The derivatives of balanced potentials are in the test of second derivatives as well.
+        *(pytest.param(balanced_numbers, d, marks=pytest.mark.slow) for d in (1, 2, 3)),
+        *(pytest.param(unbalanced_numbers, d, marks=pytest.mark.slow) for d in (2, 3)),
         *(pytest.param(values, d, marks=pytest.mark.slow) for values in (distances, normalized) for d in (1, 3)),
     ],
 )
@@ -378,23 +386,32 @@ def test_derivatives_equal_finite_differences(x64, values, d):
             assert np.isfinite(np.asarray(leaf)).all(), jax.tree_util.keystr(path)
 
 
-@functools.partial(jax.jit, static_argnames="both")
+# At XLA's level 0 and without its fusion emitters, as tests/conftest.py asks, the forward derivatives come out wrong in the
+# third digit; at any other level, or with the emitters, all agree to 1e-14. A wrong program tells nothing about the formulas.
+@functools.partial(jax.jit, static_argnames="both", compiler_options={"xla_backend_optimization_level": 1})
 def curvatures(problem, steps, both):
-    """How the gradient of the regularised costs changes: forward over reverse, reverse over reverse, on the stencil."""
+    """How the gradient of the regularised costs changes: forward over reverse, reverse over reverse, and on the stencil.
+
+    There also the values, and the gradient itself along the steps.
+    """
 
     def value(problem):
         gmm0, gmm1, epsilon, rho = problem
         pairs = cg.GaussianMixturePair(gmm0, gmm1, epsilon), cg.GaussianMixturePair.from_rho(gmm0, gmm1, epsilon, rho)
         return sum(cg.solve_plan(pair, tol=1e-13).regularized_cost for pair in pairs)
 
-    gradient = jax.grad(value)
+    gradient = jax.value_and_grad(value)
+
+    def inner(gradient, step):
+        return sum(jax.tree.leaves(jax.tree.map(lambda a, b: jnp.sum(a * b), gradient, step)))
 
     def along(problem, step):
-        return sum(jax.tree.leaves(jax.tree.map(lambda a, b: jnp.sum(a * b), gradient(problem), step)))
+        return inner(gradient(problem)[1], step)
 
-    on_stencil, forward = on_stencil_of(gradient, problem, steps, AROUND)
+    (values, gradients), (_, forward) = on_stencil_of(gradient, problem, steps, AROUND)
     reverse = jax.vmap(lambda step: jax.grad(along)(problem, step))(steps) if both else forward
-    return forward, reverse, on_stencil
+    first = jax.vmap(inner)(jax.tree.map(lambda leaf: leaf[0], gradients), steps)
+    return forward, reverse, gradients, first, values
 
 
 @pytest.mark.parametrize(
@@ -402,10 +419,15 @@ def curvatures(problem, steps, both):
     [(2, False), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, True), (2, True), (3, False)))],
 )
 def test_second_derivatives_equal_finite_differences(x64, d, both):
-    """Of the regularised costs, in everything. Beyond two dimensions the polar factor's loop has forward derivatives only."""
+    """Of the regularised costs, in everything, and the first ones, which the envelope theorem gives.
+
+    Beyond two dimensions the polar factor's loop has forward derivatives only.
+    """
     for absent in (False, True):
         problem = smooth_problem(d, absent)
-        found = curvatures(problem, changes(problem, ALONG), both)
+        *found, first, values = curvatures(problem, changes(problem, ALONG), both)
+        expected = around(np.asarray(values))
+        np.testing.assert_allclose(first, expected, atol=1e-7 * np.abs(expected).max())
         for (path, one), other, values in zip(
             jax.tree_util.tree_leaves_with_path(found[0]), *map(jax.tree.leaves, found[1:])
         ):
