@@ -2,25 +2,23 @@
 
 import os
 import tempfile
+from importlib.metadata import version
 
 # Set before JAX is imported, for notebooks' kernels and command lines as well: one compilation cache, and quick compiling.
 os.environ.setdefault("JAX_PLATFORMS", "")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "coupled_gmm_test_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
+# A flag that a version of XLA does not have ends the process: later ones have no second one.
+QUICK = ["--xla_backend_optimization_level=0"]
+QUICK += ["--xla_cpu_use_fusion_emitters=false"] if version("jaxlib").startswith("0.10.") else []
+os.environ.setdefault("XLA_FLAGS", " ".join(QUICK))
 
 import jax
 import numpy as np
 import pytest
 
-DEAR = (
-    "test_notebooks",
-    "test_coupled",
-    "test_barycenter",
-    "test_cli",
-    "test_plan",
-)  # begun first, so that none is left at the end
+DEAR = "test_notebooks", "test_coupled", "test_barycenter", "test_cli", "test_plan"  # none of them is left at the end
 
 
 def pytest_collection_modifyitems(items):

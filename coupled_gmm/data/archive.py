@@ -14,6 +14,7 @@ import stat
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -103,7 +104,7 @@ def write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     part = path.with_name(f".{secrets.token_hex(8)}.part")
     try:
         with part.open("xb") as file:  # exclusively: what another has put there is not followed
-            np.savez(file, allow_pickle=False, **arrays)
+            _write_arrays(file, arrays)
         with contextlib.suppress(FileNotFoundError):
             shutil.copymode(path, part)  # a file that was kept from others stays so
         os.replace(part, path)
@@ -112,6 +113,14 @@ def write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
+
+
+def _write_arrays(file: BinaryIO, arrays: Mapping[str, np.ndarray]) -> None:
+    """As `np.savez`, whose old versions have no way to refuse objects, and take the wish for one more array."""
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
 
 
 @contextlib.contextmanager
