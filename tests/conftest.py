@@ -1,5 +1,6 @@
 """Shared by all tests: one compilation cache, two cores, small random problems."""
 
+import gc
 import os
 import tempfile
 from importlib.metadata import version
@@ -9,8 +10,10 @@ os.environ.setdefault("JAX_PLATFORMS", "")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "coupled_gmm_test_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-# A flag that a version of XLA does not have ends the process: later ones have no second one.
-QUICK = ["--xla_backend_optimization_level=0"]
+# Hoisting out of loops runs over every loop's whole program again and again; it takes longer than all other passes together.
+QUICK = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
+QUICK += ["--xla_disable_hlo_passes=while-loop-invariant-code-motion"]
+# A flag that a version of XLA does not have ends the process, and later ones do not have this one.
 QUICK += ["--xla_cpu_use_fusion_emitters=false"] if version("jaxlib").startswith("0.10.") else []
 os.environ.setdefault("XLA_FLAGS", " ".join(QUICK))
 
@@ -18,15 +21,21 @@ import jax
 import numpy as np
 import pytest
 
-DEAR = "test_notebooks", "test_coupled", "test_barycenter", "test_cli", "test_plan"  # none of them is left at the end
+gc.set_threshold(50_000, 20, 20)  # traced programs are millions of objects that stay: looking through them takes time
+
+# The dear files begin, the dearest first, so that none of them is left at the end.
+DEAR = ["notebooks", "transport", "cli", "coupled", "plan", "barycenter"]
+DEAR += ["flow", "maps", "own_data", "offsets", "graph_fits", "hard"]
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist, which reads the groups in the same hook
 def pytest_collection_modifyitems(items):
     """A file's tests run in one process, which compiles their programs once; notebooks have processes of their own."""
     for item in items:
         if item.path.stem != "test_notebooks":
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
-    items.sort(key=lambda item: item.path.stem not in DEAR)
+    order = {f"test_{name}": place for place, name in enumerate(DEAR)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @pytest.fixture

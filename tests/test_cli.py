@@ -6,6 +6,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import polars as pl
 import pytest
@@ -143,7 +144,7 @@ def test_a_fit_that_breaks_down_is_status_1_and_leaves_what_it_has(run):
 def test_a_start_that_failed_is_status_1_and_writes_nothing(run, monkeypatch, status):
     """The fit went on from it, and the run said "converged"."""
     fit_gmm = cg.fit_gmm
-    monkeypatch.setattr(cg, "fit_gmm", lambda *a, **k: dataclasses.replace(fit_gmm(*a, **k), status=np.int32(status)))
+    monkeypatch.setattr(cg, "fit_gmm", lambda *a, **k: dataclasses.replace(fit_gmm(*a, **k), status=jnp.int32(status)))
     result = call("fit", run.folder / "c.toml", "--out", run.folder / "failed")
     assert result.exit_code == 1 and "run folder" not in result.stdout
     said = cg.MixtureFit._remedies.get(status, status.message)
@@ -274,7 +275,7 @@ means = [[3.0, 0.0]]
 covariances = [[[1.0, 0.3], [0.3, 1.0]]]
 weights = [1.0]
 [flow]
-steps = 20
+steps = 8
 step_size = 0.5
 """
 
@@ -325,7 +326,7 @@ def test_a_flow_leaves_its_folder(moved):
     assert sorted(path.name for path in out.iterdir()) == names
     fit, (target,) = load(out / "fit.npz"), load(out / "given.npz")
     losses = pl.read_csv(out / "history.csv")["loss"].to_numpy()
-    assert len(losses) == 21 and (np.diff(losses) <= 1e-5).all()
+    assert len(losses) == 9 and (np.diff(losses) <= 1e-5).all()
     for value, gmm in ((losses[0], load(moved.folder / "two.npz")), (losses[-1], fit.gmm)):
         assert value == pytest.approx(float(cg.mw2_squared(gmm, target)), abs=1e-5)
     assert f"{losses[0]:.5g}" in moved.flow.stdout and "all steps were done" in moved.flow.stdout
@@ -372,7 +373,7 @@ def test_the_example_of_a_flow(tmp_path):
 
 
 def test_a_flow_from_the_fit_of_another_run_with_entropic_plans_in_double_precision(moved):
-    text = FLOW.replace("two.npz", "barycenter/fit.npz").replace("steps = 20", "steps = 2")
+    text = FLOW.replace("two.npz", "barycenter/fit.npz").replace("steps = 8", "steps = 2")
     (moved.folder / "c.toml").write_text(
         f'{text}method = "entropic"\nprecision = "float64"\n[output]\npictures = false\n'
     )

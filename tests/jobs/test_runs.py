@@ -283,7 +283,11 @@ def test_signals_end_a_command_in_one_line(tmp_path, number, line):
 
 
 @pytest.mark.parametrize(
-    "shell", ["{command} {config} --out {out} | true", "{command} {config} --out {out} >&- 2>/dev/full"]
+    "shell",
+    [
+        "{command} {config} --out {out} | true",
+        pytest.param("{command} {config} --out {out} >&- 2>/dev/full", marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_is_saved_whoever_reads_what_it_prints(tmp_path, shell):
     """Before: pages of traceback, and nothing saved."""

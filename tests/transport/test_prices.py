@@ -30,7 +30,7 @@ def sinkhorn(cost, a, b, epsilon, rhos):
 
 
 @pytest.mark.parametrize("rho", RHOS)
-@pytest.mark.parametrize("sizes", [(3, 4), (4, 3)])
+@pytest.mark.parametrize("sizes", [(3, 4), pytest.param((4, 3), marks=pytest.mark.slow)])
 def test_two_prices_against_plain_sinkhorn(x64, rho, sizes):
     pair = cg.GaussianMixturePair(random_mixture(0, sizes[0], 2), random_mixture(1, sizes[1], 2), 0.5, rho=rho)
     plans = [cg.solve_plan(pair, method=method, tol=1e-10) for method in ("entropic", "sinkhorn")]
