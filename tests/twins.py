@@ -54,6 +54,13 @@ def root(s):
     return (frame * np.sqrt(values)[..., None, :]) @ np.swapaxes(frame, -1, -2)
 
 
+def bures_costs(means0, covariances0, means1, covariances1):
+    """Squared Bures-Wasserstein distances by singular values."""
+    nuclear = np.linalg.svd(root(covariances0)[:, None] @ root(covariances1), compute_uv=False).sum(-1)
+    traces = [np.trace(s, axis1=1, axis2=2) for s in (covariances0, covariances1)]
+    return ((means0[:, None] - means1) ** 2).sum(-1) + traces[0][:, None] + traces[1] - 2 * nuclear
+
+
 def gaussian_map(x, mean0, covariance0, mean1, covariance1):
     """m1 + S0^-1/2 (S0^1/2 S1 S0^1/2)^1/2 S0^-1/2 (x - m0), the inner root by singular values."""
     root0 = root(covariance0)

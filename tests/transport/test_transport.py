@@ -8,7 +8,7 @@ import numpy as np
 import ot
 import pytest
 from problems import KINDS, random_covariances, random_moments
-from twins import component_densities, gaussian_map, kl, posterior, primal, root, sinkhorn
+from twins import bures_costs, component_densities, gaussian_map, kl, posterior, primal, sinkhorn
 
 import coupled_gmm as cg
 
@@ -27,13 +27,6 @@ def cases(shape, n_pairs):
         kind = KINDS[i % len(KINDS)]
         ends = random_moments(100 * SHAPES.index(shape) + i, *shape, kind)
         yield kind, ends, [cg.GaussianMixture(*map(jnp.asarray, end)) for end in ends]
-
-
-def costs(means0, covariances0, means1, covariances1):
-    """Squared Bures-Wasserstein distances by singular values."""
-    nuclear = np.linalg.svd(root(covariances0)[:, None] @ root(covariances1), compute_uv=False).sum(-1)
-    traces = [np.trace(s, axis1=1, axis2=2) for s in (covariances0, covariances1)]
-    return ((means0[:, None] - means1) ** 2).sum(-1) + traces[0][:, None] + traces[1] - 2 * nuclear
 
 
 def moves(x, ends, matrix):
@@ -58,7 +51,7 @@ def test_exact_plans_equal_pot(x64, shape, n_pairs):
     for kind, ends, gmms in cases(shape, n_pairs):
         plan, matrix, cost, gap = solved_exactly(*gmms)
         (means0, covariances0, a), (means1, covariances1, b) = ends
-        expected = costs(means0, covariances0, means1, covariances1)
+        expected = bures_costs(means0, covariances0, means1, covariances1)
         if "singular" not in kind:
             np.testing.assert_allclose(
                 ot.gmm.dist_bures_squared(means0, means1, covariances0, covariances1), expected, rtol=1e-10
