@@ -54,7 +54,8 @@ def array(name: str, value: Any, *shape: int | str) -> jax.Array:
     """`value` as a floating JAX array of a shape such as ``("n", 2)``, where words stand for any size above zero."""
     result = _shaped(name, value, *shape)
     dtype = result.dtype if jnp.issubdtype(result.dtype, jnp.floating) else jnp.result_type(float)
-    return jnp.asarray(representable(name, result, jax.dtypes.canonicalize_dtype(dtype)))
+    # What is NumPy's is put there, not `jnp.asarray`: that compiles a program for each shape.
+    return jax.device_put(representable(name, result, jax.dtypes.canonicalize_dtype(dtype)))
 
 
 def own_array(name: str, value: Any, *shape: int | str) -> Any:
@@ -191,7 +192,7 @@ def own_weights(name: str, value: Any, size: int) -> Any:
 
 def _in_working_precision(value: Any) -> jax.Array:
     with np.errstate(over="ignore"):
-        return jnp.asarray(value, jax.dtypes.canonicalize_dtype(value.dtype))
+        return jax.device_put(value.astype(jax.dtypes.canonicalize_dtype(value.dtype)))
 
 
 def scalar(
@@ -211,13 +212,13 @@ def scalar(
         value = foreign.native_floats(name, np.asarray(value))
     try:
         value = float(value) if type(value) is int else value
-        with np.errstate(over="ignore"):
-            number = jnp.asarray(value)
+        number = np.asarray(value) if isinstance(value, (float, np.ndarray)) else jnp.asarray(value)
     except (TypeError, ValueError, OverflowError) as error:
         raise ArgumentTypeError(name, f"expected a real number, got {brief(value)}") from error
     if number.dtype.kind not in "fiu" or (number.ndim and not batched):
         raise ArgumentTypeError(name, f"expected one real number, got {type(value).__name__} of shape {number.shape}")
-    number = number.astype(jnp.result_type(float))
+    with np.errstate(over="ignore"):
+        number = jax.device_put(number.astype(jnp.result_type(float)))
     if known(value):  # the value as given: under jit even a constant becomes a tracer once it is converted
         host = np.asarray(value, np.float64)
         bounds = [] if infinite or at_most is not None else ["finite"]

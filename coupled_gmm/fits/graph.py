@@ -89,13 +89,13 @@ class MixtureGraph:
         nodes = stack(gmms)
         return cls(
             nodes=nodes,
-            sources=jnp.asarray([i for i, _ in edges], jnp.int32),
-            targets=jnp.asarray([j for _, j in edges], jnp.int32),
+            sources=jax.device_put(np.array([i for i, _ in edges], np.int32)),
+            targets=jax.device_put(np.array([j for _, j in edges], np.int32)),
             edge_weights=_per_edge("edge_weights", edge_weights, len(edges)).astype(nodes.dtype),
             epsilon=epsilon.astype(nodes.dtype),
             rho=rho.astype(nodes.dtype),
             node_weights=v.astype(nodes.dtype),
-            frozen=jnp.asarray([node in frozen for node in range(n_nodes)]),
+            frozen=jax.device_put(np.array([node in frozen for node in range(n_nodes)])),
             sizes=tuple(gmm.n_components for gmm in gmms),
             balanced=balanced,
         )

@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
+import jax
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from coupled_gmm.core import checks, chunks, foreign, report
@@ -98,8 +99,8 @@ class FitRequest(NamedTuple):
         controls = Controls(
             checks.scalar("ridge", ridge, at_least=0, batched=True),
             checks.scalar("tol", tol, at_least=0, batched=True),
-            jnp.asarray(checks.integer(steps_name, em_steps, 1, checks.MOST_STEPS), jnp.int32),
-            jnp.asarray(checks.integer("m_steps", m_steps, 1, checks.MOST_STEPS), jnp.int32),
+            jax.device_put(np.int32(checks.integer(steps_name, em_steps, 1, checks.MOST_STEPS))),
+            jax.device_put(np.int32(checks.integer("m_steps", m_steps, 1, checks.MOST_STEPS))),
             learning_rate,
         )
         checks.choice("method", method, ENTROPIC_METHODS)
