@@ -5,6 +5,7 @@ import functools
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -41,8 +42,8 @@ def good() -> SimpleNamespace:
     singular = moments(covariances=[np.eye(2), np.ones((2, 2))])
     line = cg.GaussianMixture.from_moments([[0.0]], [[[1.0]]], [1.0])
     pair = cg.GaussianMixturePair(mixture, mixture, 1.0)
-    zeros = np.zeros(2)
-    plan = cg.Plan(pair, np.zeros((2, 2)), (zeros, zeros), np.array(0), np.array(0))
+    zeros = jnp.zeros(2)
+    plan = cg.Plan(pair, jnp.zeros((2, 2)), (zeros, zeros), jnp.array(0), jnp.array(0))
     return SimpleNamespace(
         key=jax.random.key(0),
         mixture=mixture,

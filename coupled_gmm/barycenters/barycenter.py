@@ -50,7 +50,7 @@ _NO_DERIVATIVE = (
 class BarycenterHistory:
     """The objective at the start and after each step; NaN past the last."""
 
-    objective: Float[Array, " max_steps+1"]
+    objective: Float[Array, "*b values"]  # one more than steps
 
 
 @saved
@@ -59,10 +59,10 @@ class BarycenterFit(Outcome):
     """A barycenter, and how it was reached. Of several starts, the one that ended best, and which it was."""
 
     gmm: GaussianMixture
-    objective: Float[Array, ""]
-    status: Int[Array, ""]
-    n_steps: Int[Array, ""]
-    start: Int[Array, ""]
+    objective: Float[Array, "*b"]
+    status: Int[Array, "*b"]
+    n_steps: Int[Array, "*b"]
+    start: Int[Array, "*b"]
     history: BarycenterHistory
 
     _remedies = MappingProxyType(
@@ -151,7 +151,7 @@ def _descent(
     """The program's answer, its history as long as there were to be steps."""
     steps = checks.integer("max_steps", max_steps, 1, checks.MOST_STEPS)
     options = _Options(*how, chunks.rows(steps))
-    fit = _barycenter(gmms, starts, coefficients, epsilon, tol, jnp.asarray(steps, jnp.int32), options)
+    fit = _barycenter(gmms, starts, coefficients, epsilon, tol, jax.device_put(np.int32(steps)), options)
     return dataclasses.replace(fit, history=chunks.first(fit.history, steps + 1))
 
 
@@ -177,7 +177,7 @@ class _Options(NamedTuple):
 class _State(NamedTuple):
     free: FreeMixture
     warm_start: Any
-    values: Float[Array, " max_steps+1"]
+    values: Float[Array, " values"]
     count: Int[Array, ""]  # of evaluations
     converged: Bool[Array, ""]
     solved: Bool[Array, ""]

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from coupled_gmm.barycenters.problem import (
@@ -48,7 +49,7 @@ _NO_DERIVATIVE = (
 class FlowHistory:
     """The loss before each step."""
 
-    loss: Float[Array, " steps"]
+    loss: Float[Array, "*b steps"]
 
 
 @saved
@@ -57,9 +58,9 @@ class FlowFit(Outcome):
     """Where a flow ended, its loss there, and the mixtures on its way, stacked: the source first."""
 
     gmm: GaussianMixture
-    loss: Float[Array, ""]
+    loss: Float[Array, "*b"]
     path: GaussianMixture
-    status: Int[Array, ""]
+    status: Int[Array, "*b"]
     history: FlowHistory
 
     _remedies = MappingProxyType(
@@ -129,7 +130,7 @@ def flow(
     steps = _steps(steps, source)
     options = _Options(chunks.rows(steps), optimizer, built, method)
     (source, *targets), centre = about_one_point(source, *targets)
-    fit = _flow(source, targets, coefficients, epsilon, rates, jnp.asarray(steps, jnp.int32), options)
+    fit = _flow(source, targets, coefficients, epsilon, rates, jax.device_put(np.int32(steps)), options)
     path = chunks.first(moved_back(fit.path, centre), steps + 1)
     return dataclasses.replace(
         fit, gmm=moved_back(fit.gmm, centre), path=path, history=chunks.first(fit.history, steps)

@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from coupled_gmm.core import checks
 from coupled_gmm.core.programs import program
-from coupled_gmm.core.tree import pytree
+from coupled_gmm.core.tree import AnyArray, pytree
 
 T = TypeVar("T")
 _CPU_FLOATS, _GPU_FLOATS = 2**21, 2**26  # numbers a chunk may hold: what stays in cache, or fills a GPU
@@ -40,10 +40,10 @@ class Chunks:
     Points that fill up the last chunk of a cloud have weight zero.
     """
 
-    points: Float[Array, "C d B"]
-    weights: Float[Array, "C B"]
-    owners: Int[Array, " C"]
-    count: Int[Array, ""]
+    points: Float[AnyArray, "C d B"]
+    weights: Float[AnyArray, "C B"]
+    owners: Int[AnyArray, " C"]
+    count: Int[AnyArray, ""]
 
 
 def length(sizes: Sequence[int], numbers: int, chunk_size: int | None = None, shared: bool = True) -> int:
@@ -185,7 +185,7 @@ def _laid_out(x: Float[Array, "n d"], size: int) -> Float[Array, "C d B"]:
 
 def each(
     function: Callable[[Any], Any], points: Float[Array, "C d B"], count: Int[Array, ""]
-) -> Float[Array, "C B ..."]:
+) -> Shaped[Array, "C B ..."]:
     """A function of a chunk (d, B), whose values have a leading axis of points, over all chunks in use; 0 for others."""
     shape = jax.eval_shape(function, points[0])
 

@@ -151,7 +151,7 @@ def norm_bound(a: Float[Array, "*b d d"]) -> Float[Array, "*b"]:
     return largest * size * jnp.sum(power**2, axis=(-2, -1)) ** (1 / 8)
 
 
-def gram(factor: Float[Array, "*b d d"]) -> Float[Array, "*b d d"]:
+def gram(factor: Float[Array, "*b d r"]) -> Float[Array, "*b d d"]:
     """L L^T, symmetric to the last bit."""
     product = factor @ transpose(factor)
     return 0.5 * (product + transpose(product))

@@ -9,13 +9,17 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Iterator
-from typing import Any, Self, TypeVar, cast, dataclass_transform
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast, dataclass_transform
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+if TYPE_CHECKING:  # would let through only what both kinds can do
+    AnyArray = jax.Array
+else:
+    AnyArray = jax.Array | np.ndarray  # NumPy's on their way to a program
 _LONGEST = 60  # characters that a field may take
 T = TypeVar("T")
 _saved: dict[str, type] = {}

@@ -1,7 +1,7 @@
 """Whether an object is one that this package could have made: what files are held against, when they are written and read.
 
 Types and shapes are those of the annotations, "K d" standing for the same numbers in all fields of an object. Any object may be
-stacked on leading axes, with all that it holds. Values are those that constructors let through, with room for the rounding of
+stacked on leading axes "*b", with all that it holds. Values are those that constructors let through, with room for the rounding of
 programs. Of a component of weight zero nothing is asked, nor of the values of a result whose status says that some are not finite.
 """
 
@@ -90,7 +90,7 @@ class _Object:
     def _typed(self, name: str, value: Any, hint: Any) -> None:
         origin, inner = typing.get_origin(hint), typing.get_args(hint)
         if origin in (types.UnionType, typing.Union):
-            if value is not None:
+            if value is not None or types.NoneType not in inner:
                 self._typed(name, value, next(one for one in inner if one is not types.NoneType))
         elif _is_array(hint):
             self._shaped(name, value, hint)
@@ -129,7 +129,8 @@ class _Object:
         if not isinstance(value, kinds):
             given = getattr(value, "dtype", type(value).__name__)
             self.fail(name, f"expected an array of {hint.dtype.__name__.lower()}, got {given}")
-        words, shape = hint.dim_str.split(), np.shape(value)
+        said, shape = hint.dim_str.removeprefix("*b").strip(), np.shape(value)
+        words = said.split()
         if words and words[-1].startswith("*"):  # two, or left out
             words = [*words[:-1], "2"] if len(shape) > len(words) - 1 + len(self.lead or ()) else words[:-1]
         cut = len(shape) - len(words)
@@ -137,13 +138,12 @@ class _Object:
             self.lead = shape[: max(cut, 0)]
         if cut != len(self.lead) or shape[:cut] != self.lead:
             stacked = f", stacked in {self.lead}" if self.lead else ""
-            self.fail(name, f"expected shape ({hint.dim_str}){stacked}, got {shape}")
+            self.fail(name, f"expected shape ({said}){stacked}, got {shape}")
         for word, size in zip(words, shape[cut:], strict=True):
-            plain, _, more = word.partition("+")
-            if not plain.isdigit():
-                self.sizes.setdefault(plain, size - int(more or 0))
+            if not word.isdigit():
+                self.sizes.setdefault(word, size)
             if self._size(word) != size:
-                self.fail(name, f"expected shape ({hint.dim_str}) with {word} = {self._size(word)}, got {shape}")
+                self.fail(name, f"expected shape ({said}) with {word} = {self._size(word)}, got {shape}")
 
 
 def _is_array(hint: Any) -> bool:
@@ -218,8 +218,8 @@ def _plan_values(o: _Object) -> None:
 
 
 def _steps(o: _Object) -> None:
-    """As many rows in the history as the fit has steps, or more."""
-    rows, n_steps = o.sizes.get("steps", o.sizes.get("max_steps", 0)), o.array("n_steps")
+    """As many rows in the history as the fit has steps, or more; one more, where it begins before the first."""
+    rows, n_steps = o.sizes["values"] - 1 if "values" in o.sizes else o.sizes["steps"], o.array("n_steps")
     o.require("n_steps", (n_steps >= 0) & (n_steps <= rows), f"must be from 0 to the {rows} of its history")
     if getattr(o.value, "start", None) is not None:
         o.require("start", o.array("start") >= 0, "must be at least 0")

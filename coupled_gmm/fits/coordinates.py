@@ -17,6 +17,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float
 
 from coupled_gmm.core import matrices
+from coupled_gmm.core.tree import AnyArray
 from coupled_gmm.fits.graph import MixtureGraph
 from coupled_gmm.fits.statistics import Parameters, Statistics
 
@@ -47,7 +48,7 @@ def restore_frozen(frozen: Bool[Array, " V"], moved: Parameters, kept: Parameter
 
 
 def log_cholesky_coordinates(
-    base: Parameters, statistics: Statistics, graph: MixtureGraph, unit: Float[Array, ""]
+    base: Parameters, statistics: Statistics, graph: MixtureGraph, unit: Float[AnyArray, ""]
 ) -> Coordinates:
     """OTT's coordinates, in data units; frozen nodes, absent components and each last logit do not move."""
     present = jnp.isfinite(base.log_weights)
@@ -96,7 +97,7 @@ def _natural_scale(base: Parameters, statistics: Statistics, graph: MixtureGraph
 
 
 def natural_coordinates(
-    base: Parameters, statistics: Statistics, graph: MixtureGraph, unit: Float[Array, ""]
+    base: Parameters, statistics: Statistics, graph: MixtureGraph, unit: Float[AnyArray, ""]
 ) -> Coordinates:
     """Coordinates in which the objective curves about equally in every direction, and the base is zero."""
     del unit  # they have none

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from coupled_gmm.core import checks, matrices, report
 from coupled_gmm.core.expansions import two_sum
 from coupled_gmm.core.status import Status, first_status
-from coupled_gmm.core.tree import chosen, pytree, saved
+from coupled_gmm.core.tree import chosen, pytree, saved, unchecked
 from coupled_gmm.fits import frame, optimisers, statistics
 from coupled_gmm.fits.frame import Sight
 from coupled_gmm.fits.graph import MixtureGraph
@@ -43,25 +43,25 @@ class History:
     per point; q, objective and `penalized_log_likelihood` contain the ridge's term.
     """
 
-    q: Float[Array, "steps V"]
-    transport_terms: Float[Array, "steps E"]
-    objective: Float[Array, " steps"]
-    penalized_log_likelihood: Float[Array, " steps"]
-    marginal_error: Float[Array, " steps"]
-    log_likelihoods: Float[Array, "steps V"] | None = None
+    q: Float[Array, "*b steps V"]
+    transport_terms: Float[Array, "*b steps E"]
+    objective: Float[Array, "*b steps"]
+    penalized_log_likelihood: Float[Array, "*b steps"]
+    marginal_error: Float[Array, "*b steps"]
+    log_likelihoods: Float[Array, "*b steps V"] | None = None
 
     @property
-    def q0(self) -> Float[Array, " steps"]:
+    def q0(self) -> Float[Array, "*steps"]:
         return self.q[..., 0]
 
     @property
-    def q1(self) -> Float[Array, " steps"]:
+    def q1(self) -> Float[Array, "*steps"]:
         if self.q.shape[-1] == 1:
             raise AttributeError("history.q1: the graph has one node, and q0 is its column; read history.q0")
         return self.q[..., 1]
 
     @property
-    def transport(self) -> Float[Array, " steps"]:
+    def transport(self) -> Float[Array, "*steps"]:
         """Regularised transport cost, summed over edges."""
         return jnp.sum(self.transport_terms, axis=-1)
 
@@ -212,7 +212,7 @@ def finish(task: Task, state: FitState, history: History) -> Solution:
     row = _row(task, place, jnp.zeros_like(place.value))
     return Solution(
         nodes=nodes,
-        terms=place.terms.scaled(sight.frame.unit**2),
+        terms=place.terms.scaled(jnp.square(sight.frame.unit)),
         log_likelihoods=jnp.asarray(row.log_likelihoods),
         value=row.penalized_log_likelihood,
         status=_status_of_end(task, state, nodes),
@@ -315,7 +315,8 @@ def _row(task: Task, place: _Place, marginal_error: Array) -> History:
     unit, graph, terms = task.sight.frame.unit, task.graph, place.terms
     n_features = place.parameters.means.shape[-1]
     volume = jnp.where(task.sight.has_cloud, n_features * jnp.log(unit), 0)
-    return History(
+    return unchecked(
+        History,
         q=terms.q - volume,
         transport_terms=terms.transport * unit**2,
         objective=terms.total(graph) - graph.node_weights @ volume,

@@ -22,7 +22,7 @@ from coupled_gmm.core.chunks import Chunks
 from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.expansions import two_sum
 from coupled_gmm.core.programs import program
-from coupled_gmm.core.tree import pytree, static, unchecked
+from coupled_gmm.core.tree import AnyArray, pytree, static, unchecked
 from coupled_gmm.fits.statistics import Parameters
 from coupled_gmm.gaussians.mixture import GaussianMixture
 
@@ -36,9 +36,9 @@ _BLOCK = 2**16  # points that the host reads at a time
 class Frame:
     """Origin (in two floats) and unit of a fit's coordinates, in data units."""
 
-    origin: Float[Array, " d"]
-    remainder: Float[Array, " d"]
-    unit: Float[Array, ""]
+    origin: Float[AnyArray, " d"]
+    remainder: Float[AnyArray, " d"]
+    unit: Float[AnyArray, ""]
 
     def points(self, x: Float[Array, "n d"]) -> Float[Array, "n d"]:
         return ((x - self.origin) - self.remainder) / self.unit
@@ -145,8 +145,8 @@ class Sight:
 
     chunks: Chunks
     frame: Frame
-    variances: Float[Array, "V d"]  # of each cloud
-    pooled: Float[Array, " d"]  # of all
+    variances: Float[AnyArray, "V d"]  # of each cloud
+    pooled: Float[AnyArray, " d"]  # of all
     has_cloud: Bool[Array, " V"]
     far: bool = static()
 
@@ -170,8 +170,8 @@ class View(NamedTuple):
     clouds: list[Any]
     weights: list[Any]
     frame: Frame
-    variances: Float[Array, "V d"]
-    pooled: Float[Array, " d"]
+    variances: Float[AnyArray, "V d"]
+    pooled: Float[AnyArray, " d"]
     far: bool
 
     def in_chunks(self, numbers: int, chunk_size: int | None = None) -> Sight:
@@ -179,7 +179,7 @@ class View(NamedTuple):
         sizes = [len(x) for x in self.clouds if x is not None]
         size = chunks.length(sizes, numbers, chunk_size, shared=checks.known(self.clouds, self.weights))
         packed = chunks.pack(self.clouds, self.weights, size, self.pooled.dtype, self.frame)
-        has_cloud = jnp.asarray([cloud is not None for cloud in self.clouds])
+        has_cloud = jax.device_put(np.array([cloud is not None for cloud in self.clouds]))
         return Sight(packed, self.frame, self.variances, self.pooled, has_cloud, self.far)
 
 

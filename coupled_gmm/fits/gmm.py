@@ -119,8 +119,8 @@ def _init(key: Array, sight: Sight, ridge: Array, n_components: int, n_init: int
 class MixtureHistory:
     """A row per EM step, before it; NaN past the last. Mean per point, without the ridge's term and with it."""
 
-    log_likelihood: Float[Array, " max_steps"]
-    penalized_log_likelihood: Float[Array, " max_steps"] | None = None
+    log_likelihood: Float[Array, "*b steps"]
+    penalized_log_likelihood: Float[Array, "*b steps"] | None = None
 
 
 @saved
@@ -133,12 +133,12 @@ class MixtureFit(Outcome):
     """
 
     gmm: GaussianMixture
-    log_likelihood: Float[Array, ""]
-    status: Int[Array, ""]
-    n_steps: Int[Array, ""]
+    log_likelihood: Float[Array, "*b"]
+    status: Int[Array, "*b"]
+    n_steps: Int[Array, "*b"]
     history: MixtureHistory
-    penalized_log_likelihood: Float[Array, ""] | None = None
-    start: Int[Array, ""] | None = None
+    penalized_log_likelihood: Float[Array, "*b"] | None = None
+    start: Int[Array, "*b"] | None = None
 
     _remedies = MappingProxyType(
         {

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from coupled_gmm.core.tree import chosen
+from coupled_gmm.core.tree import AnyArray, chosen
 from coupled_gmm.fits.coordinates import restore_frozen
 from coupled_gmm.fits.objective import Objective, Terms, no_terms, solved_log_weights
 from coupled_gmm.fits.optimisers import Optimiser, Search
@@ -50,7 +50,7 @@ def ascend(
     objective: Objective,
     potentials: entropic.Potentials,
     optimiser: Optimiser,
-    unit: Float[Array, ""],
+    unit: Float[AnyArray, ""],
     budget: Int[Array, ""],
 ) -> MStep:
     """At most `budget` evaluations of the objective and its gradient, from the base of the statistics; the first is there.

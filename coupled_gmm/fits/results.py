@@ -32,12 +32,12 @@ class GraphFit(Stackable, Outcome):
 
     gmms: list[GaussianMixture]
     plans: Plan  # of the padded mixtures, stacked on a leading axis E
-    penalized_log_likelihood: Float[Array, ""]
-    status: Int[Array, ""]
-    n_steps: Int[Array, ""]
+    penalized_log_likelihood: Float[Array, "*b"]
+    status: Int[Array, "*b"]
+    n_steps: Int[Array, "*b"]
     history: History
-    log_likelihoods: Float[Array, " V"] | None = None  # of each cloud, mean per point, without ridge
-    edges: Int[Array, "E 2"] | None = None  # as given; files of before have none
+    log_likelihoods: Float[Array, "*b V"] | None = None  # of each cloud, mean per point, without ridge
+    edges: Int[Array, "*b E 2"] | None = None  # as given; files of before have none
 
     def _words(self) -> list[str]:
         sizes = listed(gmm.n_components for gmm in self.gmms)
@@ -96,11 +96,11 @@ class PairFit(Stackable, Outcome):
 
     pair: GaussianMixturePair
     plan: Plan
-    penalized_log_likelihood: Float[Array, ""]
-    status: Int[Array, ""]
-    n_steps: Int[Array, ""]
+    penalized_log_likelihood: Float[Array, "*b"]
+    status: Int[Array, "*b"]
+    n_steps: Int[Array, "*b"]
     history: History
-    log_likelihoods: Float[Array, "2"] | None = None  # of each cloud, mean per point, without ridge
+    log_likelihoods: Float[Array, "*b 2"] | None = None  # of each cloud, mean per point, without ridge
 
     @property
     def batch_shape(self) -> tuple[int, ...]:

@@ -254,6 +254,6 @@ def bures_cost_matrix(gmm0: GaussianMixture, gmm1: GaussianMixture) -> Float[Arr
     return _pairwise_cost(gmm0.means, gmm0.cholesky, gmm1.means, gmm1.cholesky)
 
 
-def pack(gmm: GaussianMixture) -> Float[Array, "K d+d*d"]:
+def pack(gmm: GaussianMixture) -> Float[Array, "K p"]:
     """Means and flattened covariances side by side, as `BuresCost` and OTT take Gaussians."""
     return jnp.concatenate([gmm.means, gmm.covariances.reshape(gmm.n_components, -1)], axis=-1)

@@ -21,7 +21,7 @@ from coupled_gmm.core import checks, chunks, matrices
 from coupled_gmm.core.errors import ArgumentError, ArgumentTypeError
 from coupled_gmm.core.expansions import two_sum
 from coupled_gmm.core.programs import program
-from coupled_gmm.core.tree import Stackable, mapped, pytree, saved, single, unchecked
+from coupled_gmm.core.tree import AnyArray, Stackable, mapped, pytree, saved, single, unchecked
 from coupled_gmm.gaussians.conditional import conditionals
 from coupled_gmm.gaussians.covariances import check_covariances, rounding_errors, which_singular
 from coupled_gmm.gaussians.density import densities, log_weights
@@ -43,10 +43,10 @@ class GaussianMixture(Stackable):
     standard deviations, that one float would round a mean away from its points. Densities and fits read it.
     """
 
-    means: Float[Array, "K d"]
-    covariances: Float[Array, "K d d"]
-    weights: Float[Array, " K"]
-    remainders: Float[Array, "K d"] | None = None
+    means: Float[AnyArray, "*b K d"]
+    covariances: Float[AnyArray, "*b K d d"]
+    weights: Float[AnyArray, "*b K"]
+    remainders: Float[AnyArray, "*b K d"] | None = None
 
     @classmethod
     def from_moments(cls, means: Any, covariances: Any, weights: Any) -> "GaussianMixture":
@@ -75,8 +75,8 @@ class GaussianMixture(Stackable):
         if checks.known(covariances):
             check_covariances(np.asarray(covariances, np.float64), float(jnp.finfo(dtype).eps))
         covariances, weights = _normalized(covariances, weights, dtype)
-        # A copy of the means: JAX may take over the memory of a NumPy array, and its owner may write to that.
-        means = jnp.array(means, dtype)
+        # NumPy's were copied as they were put there; those of JAX their owner may give up.
+        means = means.astype(dtype) if isinstance(given, np.ndarray) else jnp.array(means, dtype)
         return cls(means, covariances, weights, _remainders(given, means, covariances))
 
     @property
@@ -99,12 +99,12 @@ class GaussianMixture(Stackable):
         return self.means.dtype
 
     @property
-    def cholesky(self) -> Float[Array, "K d d"]:
+    def cholesky(self) -> Float[Array, "*b K d d"]:
         """Lower triangular L with S = L L^T; singular where S is."""
         return _cholesky(self.covariances)
 
     @property
-    def log_weights(self) -> Float[Array, " K"]:
+    def log_weights(self) -> Float[Array, "*b K"]:
         """Logarithms of the weights: -inf, with zero gradient, where a weight is zero."""
         return log_weights(self.weights)
 
@@ -133,7 +133,7 @@ class GaussianMixture(Stackable):
         parameters = means, self.covariances, self.weights
         return chunks.over_points(functools.partial(densities, what=what), x, numbers, parameters, values)
 
-    def _seen(self, x: Any, name: str = "x") -> tuple[Float[Array, "n d"], Float[Array, "K d"]]:
+    def _seen(self, x: Any, name: str = "x") -> tuple[Float[AnyArray, "n d"], Float[AnyArray, "K d"]]:
         """Points and means in the mixture's precision, about a common point where that says more of them.
 
         It does where points are given in more digits than the mixture has, and where means have remainders.
@@ -224,7 +224,7 @@ class GaussianMixture(Stackable):
         kept = jax.tree.map(np.asarray, self) if checks.at_hand(self) else self
         remainders = None if kept.remainders is None else kept.remainders[:, index]
         covariances = kept.covariances[:, index[:, None], index]
-        return jax.device_put(GaussianMixture(kept.means[:, index], covariances, kept.weights, remainders))
+        return GaussianMixture(*jax.device_put((kept.means[:, index], covariances, kept.weights, remainders)))
 
     @single
     def condition(self, axes: Sequence[int], values: Any) -> "GaussianMixture":
@@ -252,7 +252,7 @@ class GaussianMixture(Stackable):
         points, centres = observed._seen(values if many else values[None], "values")
         moments = self.means, self.covariances, self.weights, self.remainders
         found = conditionals(moments, chunks.filled(points), centres, tuple(given))
-        stacked = chunks.first(GaussianMixture(*found), len(points))
+        stacked = GaussianMixture(*chunks.first(found, len(points)))
         return stacked if many else jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[1:]), stacked)
 
     def check_densities(self, name: str = "gmm") -> None:

@@ -35,14 +35,14 @@ from coupled_gmm.transport.problem import TransportProblem
 class Potentials:
     """Dual potentials of a plan between the masses a and b, with the solver's certificate."""
 
-    f: Float[Array, " K0"]
-    g: Float[Array, " K1"]
-    log_a: Float[Array, " K0"]
-    log_b: Float[Array, " K1"]
-    marginal_error: Float[Array, ""]
-    n_iterations: Int[Array, ""]
-    converged: Bool[Array, ""]  # the marginal error is at most the tolerance, as a part of the mass that moves
-    stalled: Bool[Array, ""]  # at what the precision can reach, above the tolerance
+    f: Float[Array, "*b K0"]
+    g: Float[Array, "*b K1"]
+    log_a: Float[Array, "*b K0"]
+    log_b: Float[Array, "*b K1"]
+    marginal_error: Float[Array, "*b"]
+    n_iterations: Int[Array, "*b"]
+    converged: Bool[Array, "*b"]  # the marginal error is at most the tolerance, as a part of the mass that moves
+    stalled: Bool[Array, "*b"]  # at what the precision can reach, above the tolerance
 
     def swap(self) -> "Potentials":
         """The same for the transposed problem."""

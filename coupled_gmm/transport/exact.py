@@ -43,9 +43,9 @@ _REFINEMENTS = 6  # of an optimum found on the host
 class Basis:
     """The cells of a vertex, and the inverse of their incidence matrix with the last column's equation left out."""
 
-    rows: Int[Array, " n"]
-    columns: Int[Array, " n"]
-    inverse: Float[Array, "n K0+K1"]
+    rows: Int[Array, "*b n"]
+    columns: Int[Array, "*b n"]
+    inverse: Float[Array, "*b n masses"]
 
 
 @pytree
@@ -55,13 +55,13 @@ class Vertex:
     Of the potentials that differ by a constant, the ones that round least: half of the mass has them below zero, half above.
     """
 
-    matrix: Float[Array, "K0 K1"]
-    f: Float[Array, " K0"]
-    g: Float[Array, " K1"]
-    n_iterations: Int[Array, ""]
-    done: Bool[Array, ""]  # the steps did not run out
-    optimal: Bool[Array, ""]  # done, and shown to be optimal by the gap
-    gap: Float[Array, ""]  # a bound on how far <P, C> is from optimal, for the masses that P has
+    matrix: Float[Array, "*b K0 K1"]
+    f: Float[Array, "*b K0"]
+    g: Float[Array, "*b K1"]
+    n_iterations: Int[Array, "*b"]
+    done: Bool[Array, "*b"]  # the steps did not run out
+    optimal: Bool[Array, "*b"]  # done, and shown to be optimal by the gap
+    gap: Float[Array, "*b"]  # a bound on how far <P, C> is from optimal, for the masses that P has
 
 
 class _Flow(NamedTuple):
@@ -246,9 +246,9 @@ class _Units:
     The large unit is the smallest that all mass can be counted in; a small one is as many times less as sums of it stay exact.
     """
 
-    masses: Float[Array, " K0+K1"]
+    masses: Float[Array, " masses"]
     counts: _Flow
-    rest: Float[Array, " K0+K1"]
+    rest: Float[Array, " masses"]
     unit: Float[Array, ""]
     n_small: Float[Array, ""]
     k0: int = static()
@@ -272,7 +272,7 @@ class _Units:
             self = self._shifted(share)
         return self
 
-    def _shifted(self, share: Float[Array, " K0+K1"]) -> "_Units":
+    def _shifted(self, share: Float[Array, " masses"]) -> "_Units":
         side = jnp.where(jnp.arange(len(share)) < self.k0, 1, -1)
         excess = self.n_small * jnp.sum(side * self.counts.large) + jnp.sum(side * self.counts.small)
         given = jnp.round(share * excess)
@@ -281,7 +281,7 @@ class _Units:
         counts = _Flow(self.counts.large + large, self.counts.small + small, self.counts.tie)
         return dataclasses.replace(self, counts=self.normal(counts))
 
-    def flow(self, inverse: Float[Array, "n K0+K1"]) -> _Flow:
+    def flow(self, inverse: Float[Array, "n masses"]) -> _Flow:
         return self.normal(_Flow(*(_product(inverse, count) for count in self.counts)))
 
     def normal(self, flow: _Flow) -> _Flow:

@@ -106,8 +106,8 @@ def _map_barycentric(points: Float[Array, "C d B"], count: Array, plan: Plan, ce
 
 
 @program()
-def _map_random(points: Float[Array, "C d+2 B"], count: Array, plan: Plan, centre: Array) -> Array:
-    """Of points with two numbers each, drawn from [0, 1)."""
+def _map_random(points: Float[Array, "C e B"], count: Array, plan: Plan, centre: Array) -> Array:
+    """Of points with two more numbers each, drawn from [0, 1)."""
     moves, whitening = _moves(plan), _Whitening.of(plan.pair.gmm0)
     forward, _ = plan.conditionals()
     index = (
@@ -118,7 +118,7 @@ def _map_random(points: Float[Array, "C d+2 B"], count: Array, plan: Plan, centr
     aligned = moves.aligned @ whitening.correction[moves.source]
     means = plan.pair.gmm1.means
 
-    def images(x_and_draws: Float[Array, "d+2 B"]) -> Float[Array, "B d"]:
+    def images(x_and_draws: Float[Array, "e B"]) -> Float[Array, "B d"]:
         x, draws = x_and_draws[:-2], x_and_draws[-2:]
         whitened, posterior = whitening.of_points(x)
         source = _drawn(posterior, draws[0])

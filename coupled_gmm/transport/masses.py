@@ -71,7 +71,7 @@ class _Side:
         log_mass = jnp.where(has, jnp.log(jnp.where(has, self.target, 1) / denominator), -jnp.inf)
         return jnp.where(self.free, log_mass, self.given), jnp.where(self.free, self.rate / denominator, 0), normalizer
 
-    def worth(self, potential: Array, log_mass: Array) -> Float[Array, " 2*K"]:
+    def worth(self, potential: Array, log_mass: Array) -> Float[Array, " two_each"]:
         r"""The terms of :math:`n \log a / c - \langle F, a \rangle`, which the answer a maximises: convex in F."""
         has = self.free & (self.target > 0)
         gain = jnp.where(has, self.target * jnp.where(has, log_mass, 0), 0) / self.rate

@@ -29,7 +29,7 @@ class GaussianMixturePair(Stackable):
 
     gmm0: GaussianMixture
     gmm1: GaussianMixture
-    epsilon: Float[Array, ""]
+    epsilon: Float[Array, "*b"]
     rho: Float[Array, "*two"]
     balanced: bool = static(init=False)  # follows from rho, in `dataclasses.replace` too
 
@@ -76,12 +76,12 @@ class GaussianMixturePair(Stackable):
         return cls(gmm0, gmm1, epsilon, rho=rho)
 
     @property
-    def rho0(self) -> Float[Array, ""]:
+    def rho0(self) -> Float[Array, "*b"]:
         """The price of changing masses on gmm0's side."""
         return both_sides(self.rho, jnp.ndim(self.epsilon))[0]
 
     @property
-    def rho1(self) -> Float[Array, ""]:
+    def rho1(self) -> Float[Array, "*b"]:
         """The price of changing masses on gmm1's side."""
         return both_sides(self.rho, jnp.ndim(self.epsilon))[1]
 
@@ -136,7 +136,7 @@ class GaussianMixturePair(Stackable):
         )
 
 
-def transport_problem(pair: GaussianMixturePair, cost: Float[Array, "K0 K1"]) -> TransportProblem:
+def transport_problem(pair: GaussianMixturePair, cost: Float[Array, "*b K0 K1"]) -> TransportProblem:
     """The problem between the components of a pair, at costs that are known."""
     return TransportProblem.of_masses(
         cost, pair.gmm0.weights, pair.gmm1.weights, epsilon=pair.epsilon, rho=pair.rho, balanced=pair.balanced

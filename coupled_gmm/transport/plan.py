@@ -30,10 +30,10 @@ _NO_DERIVATIVE = (
 class CostParts:
     """What a plan's regularised cost is the sum of, in squared data units."""
 
-    transport: Float[Array, ""]  # <P, C>
-    entropy: Float[Array, ""]  # epsilon KL(P | a b^T)
-    outflow: Float[Array, ""]  # rho0 KL(P 1 | a), the price of reweighting what leaves gmm0's components
-    inflow: Float[Array, ""]  # rho1 KL(P^T 1 | b), of what enters gmm1's
+    transport: Float[Array, "*b"]  # <P, C>
+    entropy: Float[Array, "*b"]  # epsilon KL(P | a b^T)
+    outflow: Float[Array, "*b"]  # rho0 KL(P 1 | a), the price of reweighting what leaves gmm0's components
+    inflow: Float[Array, "*b"]  # rho1 KL(P^T 1 | b), of what enters gmm1's
 
     @property
     def total(self) -> Float[Array, ""]:
@@ -51,12 +51,12 @@ class Plan(Stackable, Outcome):
     """
 
     pair: GaussianMixturePair
-    cost: Float[Array, "K0 K1"]
-    potentials: tuple[Float[Array, " K0"], Float[Array, " K1"]]
-    status: Int[Array, ""]
-    n_iterations: Int[Array, ""]
-    vertex: Float[Array, "K0 K1"] | None = None  # an exact plan's matrix
-    gap: Float[Array, ""] | None = None  # and its duality gap, from potentials more precise than `potentials`
+    cost: Float[Array, "*b K0 K1"]
+    potentials: tuple[Float[Array, "*b K0"], Float[Array, "*b K1"]]
+    status: Int[Array, "*b"]
+    n_iterations: Int[Array, "*b"]
+    vertex: Float[Array, "*b K0 K1"] | None = None  # an exact plan's matrix
+    gap: Float[Array, "*b"] | None = None  # and its duality gap, from potentials more precise than `potentials`
 
     _remedies = MappingProxyType(
         {
@@ -334,7 +334,7 @@ def from_vertex(pair: GaussianMixturePair, cost: Array, vertex: Vertex, tol: Arr
     return Plan(pair, cost, (vertex.f, vertex.g), status, vertex.n_iterations, vertex.matrix, vertex.gap)
 
 
-def _status(finite: Array, converged: Array, stopped: Array) -> Int[Array, ""]:
+def _status(finite: Array, converged: Array, stopped: Array) -> Int[Array, "*b"]:
     """How any plan's solver ended: it met the tolerance; or stopped by itself short of it; or else its iterations ran out."""
     ends = [(~finite, Status.NOT_FINITE), (converged, Status.CONVERGED), (stopped, Status.PRECISION)]
     return first_status(ends, Status.NOT_CONVERGED)

@@ -27,13 +27,13 @@ BALANCED = float("1")  # an object of its own, to tell a tau that was given
 class TransportProblem:
     """Costs, masses and prices. Derivatives are those in the masses, since a mass of zero has none in its logarithm."""
 
-    cost: Float[Array, "K0 K1"]
-    a: Float[Array, " K0"]
-    b: Float[Array, " K1"]
-    log_masses: tuple[Float[Array, " K0"], Float[Array, " K1"]] | None  # where they are what is given
-    epsilon: Float[Array, ""]
-    rho0: Float[Array, ""]  # the price of changing a
-    rho1: Float[Array, ""]  # the price of changing b
+    cost: Float[Array, "*b K0 K1"]
+    a: Float[Array, "*b K0"]
+    b: Float[Array, "*b K1"]
+    log_masses: tuple[Float[Array, "*b K0"], Float[Array, "*b K1"]] | None  # where they are what is given
+    epsilon: Float[Array, "*b"]
+    rho0: Float[Array, "*b"]  # the price of changing a
+    rho1: Float[Array, "*b"]  # the price of changing b
     balanced: bool = static()  # both prices are infinite, and known to be before compilation
 
     @classmethod

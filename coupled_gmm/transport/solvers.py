@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from coupled_gmm.core import checks
@@ -96,11 +97,11 @@ def solve_plan(
     )
     k0, k1 = pair.gmm0.n_components, pair.gmm1.n_components
     if init is None:
-        init = (jnp.zeros(k0), jnp.zeros(k1))
+        init = (np.zeros(k0, pair.gmm0.dtype), np.zeros(k1, pair.gmm0.dtype))
     if not isinstance(init, (tuple, list)) or len(init) != 2:
         raise ArgumentTypeError("init", f"expected potentials (f, g) as in plan.potentials, got {type(init).__name__}")
-    init = [checks.array(f"init[{i}]", init[i], size).astype(pair.gmm0.dtype) for i, size in enumerate((k0, k1))]
-    for i, potential in enumerate(init):
+    f, g = (checks.array(f"init[{i}]", init[i], size).astype(pair.gmm0.dtype) for i, size in enumerate((k0, k1)))
+    for i, potential in enumerate((f, g)):
         checks.finite(f"init[{i}]", potential, "pass None to start from zero")
     if method == "exact":
         if not pair.balanced:
@@ -108,7 +109,7 @@ def solve_plan(
                 "method", "'exact' is for balanced transport", "build the pair with tau = 1, or use 'entropic'"
             )
         return _solve_exactly(pair, tol, limit)
-    return _solve_plan(pair, init, tol, solver_for(method, pair), limit)
+    return _solve_plan(pair, (f, g), tol, solver_for(method, pair), limit)
 
 
 @program("solver", "max_iterations")

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tomllib
 
-import numpy as np
+import jax.numpy as jnp
 import pytest
 from problems import ROOT, random_mixture
 
@@ -93,7 +93,7 @@ def progress():
 
 
 def large_exact_plan():
-    cost, mass = np.ones((65, 65)), np.full(65, 1 / 65)
+    cost, mass = jnp.ones((65, 65)), jnp.full(65, 1 / 65)
     exact.solve_on_host(cost, mass, mass, 10)
 
 

@@ -1,7 +1,6 @@
 """Files that no `save` wrote: damaged, forged or hostile ones are refused in a moment, in one line; and how files are written."""
 
 import copy
-import dataclasses
 import json
 import os
 import re
@@ -82,7 +81,7 @@ def flow_fit(**changes):
 
 def graph(**changes):
     made = cg.MixtureGraph.from_mixtures([mixture(), mixture(3)], [(0, 1)], epsilon=0.5, tau=0.5)
-    return dataclasses.replace(made, **changes)
+    return unchecked(cg.MixtureGraph, **vars(made) | changes)
 
 
 def barycenter_fit(**changes):
@@ -174,7 +173,7 @@ ILLEGAL = {
     "NaN, done": (pair_fit(penalized_log_likelihood=F(np.nan)), "tree.penalized_log_likelihood: must be finite"),
     "NaN in a mixture, done": (pair_fit(pair=pair(gmm0=NAN)), "tree.pair.gmm0.means: must be finite"),
     "half a batch": (
-        dataclasses.replace(stacked(pair_fit()), n_steps=N(4)),
+        unchecked(saved_class("PairFit"), **vars(stacked(pair_fit())) | {"n_steps": N(4)}),
         "tree.n_steps: expected shape (), stacked",
     ),
     "other history": (pair_fit(history=mixture_fit().history), "tree.history: is of type MixtureHistory, not History"),
