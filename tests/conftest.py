@@ -23,17 +23,12 @@ import pytest
 
 gc.set_threshold(50_000, 20, 20)  # traced programs are millions of objects that stay: looking through them takes time
 
-# The dear files begin, the dearest first, so that none of them is left at the end.
+# A file's tests run in one process, which compiles their programs once; the dearest files begin, so that none is left at the end.
 DEAR = ["notebooks", "transport", "cli", "coupled", "plan", "barycenter"]
 DEAR += ["flow", "maps", "own_data", "offsets", "graph_fits", "hard"]
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist, which reads the groups in the same hook
 def pytest_collection_modifyitems(items):
-    """A file's tests run in one process, which compiles their programs once; notebooks have processes of their own."""
-    for item in items:
-        if item.path.stem != "test_notebooks":
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     order = {f"test_{name}": place for place, name in enumerate(DEAR)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 

@@ -3,7 +3,6 @@
 import ast
 import graphlib
 import importlib
-import os
 import subprocess
 import sys
 import types
@@ -152,9 +151,3 @@ def test_public_names_are_no_modules():
         importlib.import_module(module)
     names = [name for name in coupled_gmm.__all__ if isinstance(getattr(coupled_gmm, name), types.ModuleType)]
     assert not names
-
-
-def test_a_files_tests_run_in_one_process(request):
-    """Which compiles their programs once: xdist has seen the group that `conftest` put them in."""
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        assert request.node.nodeid.endswith("@test_architecture")
