@@ -10,7 +10,7 @@ os.environ.setdefault("JAX_PLATFORMS", "")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "coupled_gmm_test_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-# Hoisting out of loops runs over every loop's whole program again and again; it takes longer than all other passes together.
+# Hoisting out of loops copies the program for each loop, again and again: half of the time that compiling a fit takes.
 QUICK = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
 QUICK += ["--xla_disable_hlo_passes=while-loop-invariant-code-motion"]
 # A flag that a version of XLA does not have ends the process, and later ones do not have this one.

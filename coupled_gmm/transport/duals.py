@@ -32,7 +32,7 @@ def _dual_value_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
 
 
 @jax.custom_jvp
-def implicit(problem: TransportProblem, f: Array, g: Array) -> tuple[Float[Array, "*e K0"], Float[Array, "*e K1"]]:
+def implicit(problem: TransportProblem, f: Array, g: Array) -> tuple[Float[Array, "*b K0"], Float[Array, "*b K1"]]:
     """The potentials f and g themselves; their derivatives, of any order, are those of the problem's solution.
 
     By the implicit function theorem, from the same linear system as the solver's Newton step. Where balanced, masses move

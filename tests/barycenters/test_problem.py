@@ -26,8 +26,7 @@ def found(request):
         @jax.jit
         def solved(free, gmms):
             free = FreeMixture.of(free)
-            epsilon = jnp.asarray(EPSILON)
-            problem = BarycenterProblem.of(gmms, jnp.asarray(COEFFICIENTS), epsilon, request.param)
+            problem = BarycenterProblem.of(gmms, jnp.asarray(COEFFICIENTS), jnp.asarray(EPSILON), request.param)
             cost = problem.costs(free)
             plans = problem.solve(cost, free.weights, problem.cold_start(N))
             cells = problem.cells(plans)
@@ -39,7 +38,7 @@ def found(request):
 
 def test_costs(found):
     *_, expected, (cost, *_) = found
-    for mine, theirs in zip(np.asarray(cost), expected):
+    for mine, theirs in zip(cost, expected):
         np.testing.assert_allclose(mine[:, : theirs.shape[1]], theirs, rtol=1e-9, atol=1e-9)
 
 
@@ -47,7 +46,7 @@ def test_plans(found):
     """Each by itself, and the objective by coefficients."""
     method, free, ends, costs, (_, plans, *_) = found
     values = []
-    for end, cost, matrix in zip(ends, costs, np.asarray(plans.matrix)):
+    for end, cost, matrix in zip(ends, costs, plans.matrix):
         if method == "exact":
             expected = ot.emd(free[2], end[2], cost)
             values.append(np.sum(expected * cost))
@@ -73,10 +72,10 @@ def test_cells_hold_all_mass(found):
 def test_shares(found):
     """Of each source's cells, all plans together, by coefficients; they sum to 1 where it has mass."""
     _, free, *_, (_, plans, cells, shares) = found
-    counted = COEFFICIENTS[:, None, None] * np.asarray(plans.matrix)
+    counted = COEFFICIENTS[:, None, None] * plans.matrix
     total = counted.sum((0, 2))
     for share, problem, source, target in zip(shares, cells.problem, cells.source, cells.target):
         expected = counted[problem, source, target] / total[source] if total[source] > 0 else 0
         np.testing.assert_allclose(share, expected, atol=1e-12)
-    sums = np.bincount(np.asarray(cells.source), np.asarray(shares), N)
+    sums = np.bincount(cells.source, shares, N)
     np.testing.assert_allclose(sums, free[2] > 0, atol=1e-9)

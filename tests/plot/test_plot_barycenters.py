@@ -173,15 +173,18 @@ def test_animations_open_with_their_frames(d, n_frames, shown, tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_animations_are_small_and_move(tmp_path):
+@pytest.mark.parametrize(
+    ("options", "n_frames"), [({"n_frames": 10}, 10), pytest.param({}, 50, marks=pytest.mark.slow)]
+)
+def test_animations_are_small_and_move(tmp_path, options, n_frames):
     """The fifty frames that they have by default take 1 MB at most."""
     fit, target = flow(2, steps=60, sizes=(6, 5))
-    barycenters.save_animation(str(tmp_path / "flow.gif"), fit, target, n_frames=10)
-    assert (tmp_path / "flow.gif").stat().st_size < 1e6 * 10 / 50
+    barycenters.save_animation(str(tmp_path / "flow.gif"), fit, target, **options)
+    assert (tmp_path / "flow.gif").stat().st_size < 1e6 * n_frames / 50
     with Image.open(tmp_path / "flow.gif") as image:
-        assert image.n_frames == 10
+        assert image.n_frames == n_frames
         frames = []
-        for i in (0, 5, 9):
+        for i in (0, n_frames // 2, n_frames - 1):
             image.seek(i)
             frames.append(np.asarray(image.convert("RGB"), float))
     assert all(np.abs(a - b).max() > 50 for a, b in itertools.pairwise(frames))
