@@ -130,6 +130,22 @@ def solve_dominant(a: Float[Array, "k k"], b: Float[Array, " k"]) -> Float[Array
     return _column_loop(k, eliminate, jnp.concatenate([a, b[:, None]], axis=1))[:, -1]
 
 
+def invert_dominant(a: Float[Array, "*b k k"]) -> Float[Array, "*b k k"]:
+    """The inverse of row-diagonally dominant matrices, in place, as `solve_dominant` eliminates."""
+    k = a.shape[-1]
+    index = jnp.arange(k)
+
+    def eliminate(j, a):
+        pivot = 1 / a[..., j, j][..., None]
+        row, column = a[..., j, :] * pivot, a[..., :, j]
+        rest = jnp.where(index == j, 0, a) - jnp.where(index == j, 0, column)[..., :, None] * jnp.where(
+            index == j, pivot, row
+        )[..., None, :]
+        return jnp.where(index[:, None] == j, jnp.where(index == j, pivot, row)[..., None, :], rest)
+
+    return _column_loop(k, eliminate, a)
+
+
 def log_diagonal_sum(factor: Float[Array, "*b d d"]) -> Float[Array, "*b"]:
     """Half the log-determinant of L L^T; -inf where L is singular."""
     return jnp.sum(jnp.log(jnp.diagonal(factor, axis1=-2, axis2=-1)), axis=-1)

@@ -42,7 +42,7 @@ class NewtonSystem(NamedTuple):
     """Log-marginal equations at some unknowns: residuals and the matrix of their Newton step, and how far off the marginals are."""
 
     residual: Float[Array, " n"]
-    matrix: Float[Array, "n n"]
+    matrix: Float[Array, "n n"] | Callable[[Array, Array], Array]  # or what solves with it: (mu, R) -> delta
     marginal_error: Float[Array, ""]  # L1, as a part of all mass
     rounding: Float[Array, ""]  # of the marginal error: a unit of rounding of the exponents, where the mass is
     warm_start: Any  # what is eliminated from the equations, for the next time
@@ -56,15 +56,11 @@ class Unknowns(NamedTuple):
     """What the unknowns are like."""
 
     present: Bool[Array, " n"]  # those that count
-    shift_weights: Float[Array, " n"]  # what weighs those whose common shift is free; all zero where none is
+    centred: Callable[[Array], Array]  # without shifts that are free: larger potentials are rounded more coarsely
     scale: Float[Array, ""]  # the size of the costs
 
     def norm(self, x: Array) -> Float[Array, ""]:
         return jnp.max(jnp.where(self.present, jnp.abs(x), 0))
-
-    def centred(self, x: Array) -> Array:
-        """Without the common shift that is free: potentials larger than they need be are rounded as coarsely."""
-        return x - jnp.sum(jnp.where(self.shift_weights > 0, self.shift_weights * x, 0))
 
 
 class Goal(NamedTuple):
@@ -117,8 +113,11 @@ def anneal(equations: Equations, init: Float[Array, " n"], warm_start: Any, unkn
         rounding = residual_rounding(unknowns.scale, epsilon)
         accepted = accepts(last, residual_norm, system.merit, rounding)
         radius = next_radius(state.radius, accepted, unknowns.norm(x - last.x), epsilon)
-        step = unknowns.centred(newton_step(system, damping(residual_norm, radius, system.merit is not None)))
+        judged = system.merit is not None
+        step = unknowns.centred(newton_step(system, damping(residual_norm, radius, judged)))
         length = unknowns.norm(step)
+        if judged:  # the matrix of several plans that share masses is no M-matrix, and bounds no step
+            step = step * jnp.minimum(1, 2 * radius / jnp.where(length > 0, length, 1))
 
         floor = jnp.fmin(2 * system.rounding, rounding)
         at_goal = epsilon <= goal.epsilon
@@ -200,6 +199,8 @@ def damping(residual_norm: Array, radius: Array, has_merit: bool) -> Float[Array
 
 def newton_step(system: NewtonSystem, mu: Array) -> Float[Array, " n"]:
     r"""The :math:`\delta` with :math:`(M + \mu I) \delta = R`, in units of epsilon."""
+    if callable(system.matrix):
+        return system.matrix(mu, system.residual)
     identity = jnp.eye(len(system.residual), dtype=system.residual.dtype)
     return matrices.solve_dominant(system.matrix + mu * identity, system.residual)
 

@@ -84,7 +84,12 @@ def solve(
         )
 
     scale = jnp.max(jnp.where(present[:, None] & (log_b > -jnp.inf), jnp.abs(cost), 0))
-    unknowns = Unknowns(present, shift_weights=a if problem.balanced else 0 * a, scale=scale)
+    shift_weights = a if problem.balanced else 0 * a
+
+    def centred(f: Array) -> Array:
+        return f - jnp.sum(jnp.where(shift_weights > 0, shift_weights * f, 0))
+
+    unknowns = Unknowns(present, centred, scale)
     # Half of the tolerance leaves room for the rounding of g, which the certificate sees.
     goal = Goal(problem.epsilon, marginal_error=0.5 * tol, hottest=scale, max_iterations=max_iterations)
     end = anneal(equations, init, jnp.zeros_like(log_b), unknowns, goal)

@@ -1,148 +1,303 @@
-r"""Masses and plan solved for together: the part of a balanced pair's M-step that is not smooth.
+r"""Masses and plans of a graph of mixtures solved for together: the part of an M-step that is not smooth.
 
-Given costs and the masses n, m that the clouds ask for, maximise over masses a, b
+Given the costs of all edges, and masses n_i that the clouds ask for with weights v_i, maximise over the masses a_i
 
-.. math:: \sum_k n_k \log a_k / c_0 + \sum_l m_l \log b_l / c_1 - T(a, b)
+.. math:: \sum_i v_i \sum_k n_{ik} \log a_{ik} - \sum_{(i, j)} \lambda_{ij} T(a_i, a_j)
 
-T has kinks in the masses: where they agree, or nearly, no gradient says how far they should part. As a saddle point in
-masses and potentials the problem is smooth, and its equations are those that `annealing` solves, with masses that answer to their
-potentials, :math:`a = n / (1 + c_0 (F - s))`, s being such that they sum to 1. With the masses put in, it is a convex
-function of the potentials that is minimised: it tells good steps from bad, where the residual alone may go round in circles.
+Balanced, T has kinks in the masses: where they agree, or nearly, no gradient says how far they should part. As a saddle point in
+masses and potentials the problem is smooth. Its equations are those that `annealing` solves, with masses that answer to the
+potentials of all edges of their node,
 
-The entropy of the plan is taken against the present masses :math:`a_0 b_0^T`, from which the answer starts. That makes the problem
-concave, and its value a lower bound that is exact at the start: T differs by
-:math:`\epsilon (KL(a | a_0) + KL(b | b_0))`, never negative. So the true objective rises. The plan that comes out is
-optimal for the new masses as well, with potentials :math:`f = F - \epsilon \log (a / a_0)`.
+.. math:: a_i = n_i / (1 + \Phi_i - s_i), \qquad \Phi_i = \sum_{h} \lambda_h \phi(F_h) / v_i, \quad
+   \phi(F) = \rho (1 - e^{-F / \rho})
+
+(F where :math:`\rho` is infinite), :math:`s_i` being such that they sum to 1. With the masses put in, it is a convex function of the
+potentials that is minimised: it tells good steps from bad, where the residual alone may go round in circles.
+
+The entropy of a plan is taken against the marginals :math:`p_0 q_0^T` that the plan has for the present masses. That makes the
+problem concave, and its value a lower bound that is exact at the start: balanced, T differs by
+:math:`\epsilon (KL(a | a_0) + KL(b | b_0))`, never negative; else what a mass pays for being missed is
+:math:`\rho + \epsilon`, since :math:`p \log a \ge p \log p_0 + p - p_0 - p \log (p / a)`. So the true objective rises.
+
+Newton's step is one of all edges at once. An edge's own equations, with what its nodes answer to it, are a pair's: solved
+directly. What nodes pass on from one edge to the next is left to a Krylov iteration that these precondition: its cost is linear
+in the number of edges, and a pair needs none.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jax.scipy.sparse.linalg import bicgstab
+from jaxtyping import Array, Bool, Float, Int
 
+from coupled_gmm.core import matrices
 from coupled_gmm.core.tree import pytree
 from coupled_gmm.transport import entropic
 from coupled_gmm.transport.annealing import Goal, Merit, NewtonSystem, Unknowns, anneal
 from coupled_gmm.transport.entropic import Potentials
-from coupled_gmm.transport.problem import TransportProblem
+from coupled_gmm.transport.problem import TransportProblem, largest_exponent, worth
 
 # Of Newton's method for the normalizer, from the last one: the merit must be that of masses that sum to 1.
 _NORMALIZER_STEPS, _LAST_NORMALIZER_STEPS = 4, 8
+_KRYLOV_STEPS, _KRYLOV_TOLERANCE = 40, 1e-3  # between edges, of a Newton step
 
 
 @pytree
 class Response:
-    """What masses answer with: the targets n (summing to 1), the rates c, and whether a side is free to answer."""
+    """What masses answer with: the targets n (summing to 1), the weights v above 0, and which nodes are free to answer."""
 
-    targets: tuple[Float[Array, " K0"], Float[Array, " K1"]]
-    rates: tuple[Float[Array, ""], Float[Array, ""]]
-    free: tuple[Bool[Array, ""], Bool[Array, ""]]
+    targets: Float[Array, "V K"]
+    weights: Float[Array, " V"]
+    free: Bool[Array, " V"]
 
 
-class _Side:
-    """One side's masses as a function of its potentials."""
+@pytree
+class Links:
+    """The nodes that edges join, and the weights lambda of their transport costs."""
 
-    def __init__(self, response: Response, side: int, given: Float[Array, " K"]):
-        self.target, self.rate, self.free = response.targets[side], response.rates[side], response.free[side]
-        self.given = given
-        self.present = jnp.where(self.free, self.target > 0, jnp.exp(given) > 0)
+    ends: Int[Array, "2 E"]
+    weights: Float[Array, " E"]
 
-    def answer(self, potential: Array, normalizer: Array, steps: int) -> tuple[Array, Array, Array]:
+
+class _Nodes:
+    """Masses as a function of what the edges' potentials pull with."""
+
+    def __init__(self, response: Response, given: Float[Array, "V K"]):
+        self.targets, self.weights = response.targets, response.weights
+        self.free = response.free[:, None]
+        self.present = jnp.where(self.free, self.targets > 0, jnp.isfinite(given))
+        self.given = jnp.where(self.present, given, -jnp.inf)  # what no cloud asks for gives up what it has
+
+    def answer(self, pull: Array, normalizer: Array, steps: int) -> tuple[Array, Array, Array]:
         """Log-masses, the slopes of their answer, and the improved normalizer, at which they sum to 1.
 
-        That is the least denominator 1 + c (F - s). Newton's method on the reciprocal of the sum, which is concave
-        and nearly linear in it, closes in from below.
+        That is the least denominator 1 + Phi - s. Newton's method on the reciprocal of the sum, which is concave and nearly
+        linear in it, closes in from below.
         """
-        has = self.target > 0
-        # Subtracted first: fused with the product, the least excess would be rounded away from 0, and below it.
-        lowest = jnp.min(jnp.where(has, potential, jnp.inf))
-        excess = jnp.where(has, self.rate * (potential - lowest), 0)
-        least = jnp.max(jnp.where(has & (excess == 0), self.target, 0))
+        targets = self.targets
+        has = targets > 0
+        lowest = jnp.min(jnp.where(has, pull, jnp.inf), axis=-1, keepdims=True)
+        excess = jnp.where(has, pull - lowest, 0)
+        least = jnp.max(jnp.where(has & (excess == 0), targets, 0), axis=-1, keepdims=True)
 
         def newton(_, normalizer):
-            share = jnp.where(has, self.target / (normalizer + excess), 0)
-            total = jnp.sum(share)
-            slope = jnp.sum(share / total / ((normalizer + excess) * total))  # no square of a tiny target's reciprocal
+            share = jnp.where(has, targets / (normalizer + excess), 0)
+            total = jnp.sum(share, axis=-1, keepdims=True)
+            # No square of a tiny target's reciprocal.
+            slope = jnp.sum(share / total / ((normalizer + excess) * total), axis=-1, keepdims=True)
             return jnp.clip(normalizer + (1 - 1 / total) / slope, least, 1)
 
         # The last normalizer may be that of another component's least excess, with quite another target.
         normalizer = jnp.clip(normalizer, least, 1)
         normalizer = jax.lax.fori_loop(0, steps, newton, normalizer, unroll=steps == _NORMALIZER_STEPS)
         denominator = normalizer + excess
-        log_mass = jnp.where(has, jnp.log(jnp.where(has, self.target, 1) / denominator), -jnp.inf)
-        return jnp.where(self.free, log_mass, self.given), jnp.where(self.free, self.rate / denominator, 0), normalizer
+        log_mass = jnp.where(has, jnp.log(jnp.where(has, targets, 1) / denominator), -jnp.inf)
+        return (
+            jnp.where(self.free, log_mass, self.given),
+            jnp.where(self.free & has, 1 / denominator, 0),
+            normalizer,
+        )
 
-    def worth(self, potential: Array, log_mass: Array) -> Float[Array, " two_each"]:
-        r"""The terms of :math:`n \log a / c - \langle F, a \rangle`, which the answer a maximises: convex in F."""
-        has = self.free & (self.target > 0)
-        gain = jnp.where(has, self.target * jnp.where(has, log_mass, 0), 0) / self.rate
-        return jnp.concatenate([gain, -jnp.where(self.present, jnp.exp(log_mass) * potential, 0)])
+    def worth(self, log_mass: Array) -> Float[Array, "V K"]:
+        r"""The terms of :math:`v n \log a`, which free masses have."""
+        has = self.free & (self.targets > 0)
+        return jnp.where(has, self.weights[:, None] * self.targets * jnp.where(has, log_mass, 0), 0)
 
 
-def _answer_matrix(mass: Float[Array, " K"], slope: Float[Array, " K"]) -> Float[Array, "K K"]:
-    """How log-masses fall as potentials rise: slope (I - 1 pi^T), since they go on summing to 1."""
-    pi = mass * slope
-    total = jnp.sum(pi)
-    return jnp.diag(slope) - slope[:, None] * (pi / jnp.where(total > 0, total, 1))
+class _Answers(NamedTuple):
+    """How masses fall as potentials rise, in units of epsilon: by slope (I - 1 pi^T) of the sum of rate delta."""
+
+    slope: Float[Array, "V K"]
+    pi: Float[Array, "V K"]
+    rate: Float[Array, "2 E K"]
+
+    @classmethod
+    def of(cls, slope: Array, log_mass: Array, rate: Array) -> "_Answers":
+        """They go on summing to 1."""
+        pi = jnp.exp(log_mass) * slope
+        total = jnp.sum(pi, axis=-1, keepdims=True)
+        return cls(slope, pi / jnp.where(total > 0, total, 1), rate)
+
+    def of_nodes(self, ends: Array, delta: Float[Array, "2 E K"]) -> Float[Array, "V K"]:
+        pulls = jnp.zeros_like(self.slope).at[ends].add(self.rate * delta)
+        return self.slope * (pulls - jnp.sum(self.pi * pulls, axis=-1, keepdims=True))
+
+
+class _Edges(NamedTuple):
+    """Every edge's own part of Newton's equations: [B0 U; V B1], with B diagonal but for a product of vectors."""
+
+    diagonal: Float[Array, "2 E K"]
+    slope: Float[Array, "2 E K"]
+    share: Float[Array, "2 E K"]  # B = diag(diagonal) - slope share^T
+    room: Float[Array, " E"]  # 1 - share^T slope / diagonal of the side that is eliminated, never cancelled
+    u: Float[Array, "E K K"]
+    v: Float[Array, "E K K"]
+
+    @classmethod
+    def of(cls, answers: _Answers, ends: Array, base: Array, u: Array, v: Array) -> "_Edges":
+        slope, pi = answers.slope[ends], answers.pi[ends]
+        diagonal = base + slope * answers.rate
+        room = jnp.sum(pi[1] * base[1] / diagonal[1], axis=-1)
+        free = jnp.sum(pi[1], axis=-1) > 0
+        return cls(diagonal, slope, pi * answers.rate, jnp.where(free, room, 1), u, v)
+
+    def _other_side(self, y: Float[Array, "E K *n"]) -> Float[Array, "E K *n"]:
+        """B1^-1 y."""
+        columns = y if y.ndim == 3 else y[..., None]
+        scaled = columns / self.diagonal[1][..., None]
+        common = jnp.sum(self.share[1][..., None] * scaled, axis=1, keepdims=True) / self.room[:, None, None]
+        solved = scaled + (self.slope[1] / self.diagonal[1])[..., None] * common
+        return solved if y.ndim == 3 else solved[..., 0]
+
+    def schur(self) -> Float[Array, "E K K"]:
+        """B0 - U B1^-1 V: dominant, as the whole is."""
+        identity = jnp.eye(self.u.shape[-1], dtype=self.u.dtype)
+        own = self.diagonal[0][..., None] * identity - self.slope[0][..., None] * self.share[0][:, None]
+        return own - self.u @ self._other_side(self.v)
+
+    def solve(self, inverse: Array, right: Float[Array, "2 E K"]) -> Float[Array, "2 E K"]:
+        reduced = right[0] - _times(self.u, self._other_side(right[1]))
+        x = _times(inverse, reduced)
+        return jnp.stack([x, self._other_side(right[1] - _times(self.v, x))])
+
+    def across(self, x: Float[Array, "2 E K"]) -> Float[Array, "2 E K"]:
+        return jnp.stack([_times(self.u, x[1]), _times(self.v, x[0])])
+
+
+def _times(matrices: Float[Array, "E K K"], vectors: Float[Array, "E K"]) -> Float[Array, "E K"]:
+    return jnp.einsum("ekl,el->ek", matrices, vectors)
 
 
 def solve(
-    problem: TransportProblem,
-    init: tuple[Float[Array, " K0"], Float[Array, " K1"]],
+    problems: TransportProblem,
+    links: Links,
+    log_masses: Float[Array, "V K"],
+    init: tuple[Float[Array, "E K"], Float[Array, "E K"]],
     tol: Float[Array, ""],
     max_iterations: int,
     response: Response,
-) -> Potentials:
-    """Potentials and masses of a balanced problem; its own are the present masses, which stay where a side is not free."""
-    cost, epsilon = problem.cost, problem.epsilon
-    one, other = _Side(response, 0, problem.log_a), _Side(response, 1, problem.log_b)
-    k0 = len(problem.log_a)
-    # A component that no cloud asks for gives up what it has.
-    log_a, log_b = (jnp.where(side.present, side.given, -jnp.inf) for side in (one, other))
-    present_masses = problem.with_log_masses(log_a, log_b)
+) -> tuple[Potentials, Float[Array, "V K"]]:
+    """Potentials and masses of the problems of all edges, stacked; masses of nodes that are not free stay the present ones.
 
-    # The unknowns are F and -G: in these the Newton matrix has no positive entry off its diagonal.
-    def equations(x: Array, epsilon: Array, normalizers: tuple[Array, Array]) -> NewtonSystem:
-        F, G = x[:k0], -x[k0:]
-        wanted_a, slope_a, normalizer_a = one.answer(F, normalizers[0], _NORMALIZER_STEPS)
-        wanted_b, slope_b, normalizer_b = other.answer(G, normalizers[1], _NORMALIZER_STEPS)
-        log_plan = present_masses.at(epsilon).log_plan(F, G)
-        log_rows, log_columns = jax.nn.logsumexp(log_plan, axis=1), jax.nn.logsumexp(log_plan, axis=0)
-        u = jnp.exp(log_plan - jnp.where(one.present, log_rows, 0)[:, None])
-        v = jnp.exp(log_plan - jnp.where(other.present, log_columns, 0)).T
-        a, b = jnp.exp(wanted_a), jnp.exp(wanted_b)
-        residual_a = jnp.where(one.present, wanted_a - log_rows, 0)
-        residual_b = jnp.where(other.present, wanted_b - log_columns, 0)
-        error = jnp.sum(jnp.abs(jnp.exp(log_rows) - a)) + jnp.sum(jnp.abs(jnp.exp(log_columns) - b))
-        answers = [[epsilon * _answer_matrix(a, slope_a), -u], [-v, epsilon * _answer_matrix(b, slope_b)]]
-        terms = jnp.concatenate([one.worth(F, wanted_a), other.worth(G, wanted_b), epsilon * jnp.exp(log_rows)])
+    `init`: the potentials of the plans between the present masses, or of ones nearby where no node is free. Where unbalanced,
+    those that are returned are optimal for masses that were free only once they no longer move.
+    """
+    ends, k = links.ends, log_masses.shape[-1]
+    nodes = _Nodes(response, log_masses)
+    given, present, free = nodes.given[ends], nodes.present[ends], response.free[ends]
+    unit = jnp.exp2(jnp.round(jnp.log2(problems.epsilon)))  # in which potentials are unknowns: no rounding by it
+    cost, epsilon = problems.cost / unit[:, None, None], problems.epsilon / unit
+    price = _inverse_rhos(problems) * unit  # 1 / rho
+    grown = 1 + jnp.where(free, epsilon * price, 0)
+    price = price / grown
+    start = jnp.stack(init) / unit[:, None]
+    anchors = jnp.where(present, given, -jnp.inf) - jnp.where(free[..., None], start * (price * grown)[..., None], 0)
+    anchored = TransportProblem.of_log_masses(cost, anchors[0], anchors[1], epsilon=epsilon, balanced=problems.balanced)
+    rho = jnp.where(price > 0, 1 / jnp.where(price > 0, price, 1), jnp.inf)[..., None]
+    # Where no node is free, edges have nothing to do with each other, and each counts.
+    weights = jnp.where(jnp.any(response.free), links.weights * unit, 1)
+    rates = jnp.where(free, links.weights * unit / response.weights[ends], 0)
+
+    def pulls(x: Array) -> Float[Array, "V K"]:
+        return jnp.zeros_like(log_masses).at[ends].add(rates[..., None] * worth(x, rho))
+
+    def equations(x: Array, heat: Array, normalizer: Array) -> NewtonSystem:
+        x, eps = x.reshape(2, -1, k), epsilon * heat
+        log_mass, slope, normalizer = nodes.answer(pulls(x), normalizer, _NORMALIZER_STEPS)
+        wanted = log_mass[ends] - x * price[..., None]
+        log_plan = jax.vmap(TransportProblem.log_plan)(anchored.at(eps), x[0], x[1])
+        log_sums = jnp.stack([jax.nn.logsumexp(log_plan, axis=2), jax.nn.logsumexp(log_plan, axis=1)])
+        centres = jnp.where(present, log_sums, 0)
+        u, v = jnp.exp(log_plan - centres[0][..., None]), jnp.exp(log_plan - centres[1][:, None])
+        log_total = 0 if problems.balanced else jax.nn.logsumexp(log_plan, axis=(1, 2))[:, None]
+        part = lambda log_mass: jnp.exp(log_mass - log_total)  # noqa: E731
+        missed = jnp.sum(jnp.abs(part(log_sums) - part(wanted)), axis=(0, 2))
+        lost = jnp.max(jnp.abs(jnp.sum(jnp.exp(log_mass), axis=-1) - 1))
+        plan = jnp.exp(log_plan - jnp.reshape(log_total, (-1, 1, 1)))
+        moved = jnp.exp(jnp.minimum(-x * price[..., None], largest_exponent(x)))  # the slope of worth
+        answers = _Answers.of(slope, log_mass, (rates * eps)[..., None] * moved)
+        paid = jnp.where(present, jnp.exp(log_mass[ends]) * worth(x, rho), 0)
+        mass = eps[:, None] * jnp.exp(log_sums[0])
+        terms = [nodes.worth(log_mass), -weights[:, None] * paid[0], -weights[:, None] * paid[1], weights[:, None] * mass]
+        terms = jnp.concatenate([term.ravel() for term in terms])
+        residual = jnp.where(present, wanted - log_sums, 0)
+
+        def step(mu: Array, residual: Array) -> Array:
+            right = residual.reshape(2, -1, k)
+            base = jnp.broadcast_to((1 + mu + eps * price)[..., None], right.shape)
+            delta = _newton_step(answers, ends, base, u, matrices.transpose(v), right)
+            return (epsilon[:, None] * delta).ravel()
+
         return NewtonSystem(
-            residual=jnp.concatenate([residual_a, -residual_b]),
-            matrix=jnp.eye(len(x), dtype=x.dtype) + jnp.block(answers),
-            marginal_error=error + jnp.abs(jnp.sum(a) - 1) + jnp.abs(jnp.sum(b) - 1),
-            rounding=entropic.rounding(jnp.exp(log_plan), cost, F, epsilon),
-            warm_start=(normalizer_a, normalizer_b),
+            residual=residual.ravel(),
+            matrix=step,
+            marginal_error=jnp.max(missed) + lost,
+            rounding=jnp.max(jax.vmap(entropic.rounding)(plan, cost, x[0], eps)),
+            warm_start=normalizer,
             merit=Merit(jnp.sum(terms), jnp.sum(jnp.abs(terms))),
         )
 
-    present = jnp.concatenate([one.present & jnp.isfinite(log_a), other.present & jnp.isfinite(log_b)])
-    scale = jnp.max(jnp.where(present[:k0, None] & present[k0:], jnp.abs(cost), 0))
-    unknowns = Unknowns(present, jnp.concatenate([jnp.exp(log_a), jnp.zeros_like(log_b)]), scale)
-    # At an epsilon above 1 / c masses answer to a step in F by orders of magnitude.
-    hottest = jnp.minimum(scale, 1 / jnp.maximum(jnp.max(jnp.stack(response.rates)), jnp.finfo(cost.dtype).tiny))
-    goal = Goal(epsilon, marginal_error=0.5 * tol, hottest=hottest, max_iterations=max_iterations)
-    unit = jnp.ones((), cost.dtype)
-    end = anneal(equations, jnp.concatenate([init[0], -init[1]]), (unit, unit), unknowns, goal)
-    F, G = end.x[:k0], -end.x[k0:]
-    new_a, _, _ = one.answer(F, end.warm_start[0], _LAST_NORMALIZER_STEPS)
-    new_b, _, _ = other.answer(G, end.warm_start[1], _LAST_NORMALIZER_STEPS)
-    # Centred by the new masses, and g once more from f: they are rounded no more than they need be.
-    f = jnp.where(one.present, F - epsilon * _difference(new_a, log_a), 0)
-    shift = jnp.exp(new_a) @ f
-    f = jnp.where(one.present, f - shift, 0)
-    near = G - epsilon * _difference(new_b, log_b) + shift
-    solved = problem.with_log_masses(new_a, new_b)
-    g = jnp.where(other.present, solved.transpose().c_transform(f, near), 0)
-    return entropic.certified(solved, f, g, tol, end)
+    both = present[0][:, :, None] & present[1][:, None]
+    scale = jnp.max(jnp.where(both, jnp.abs(cost), 0) / epsilon[:, None, None])
+    shift_weights = jnp.exp(given[0]) if problems.balanced else jnp.zeros_like(given[0])
+
+    def centred(x: Array) -> Array:
+        x = x.reshape(2, -1, k)
+        shift = jnp.sum(jnp.where(shift_weights > 0, shift_weights * x[0], 0), axis=-1, keepdims=True)
+        return (x + jnp.stack([-shift, shift])).ravel()
+
+    # At an epsilon above v / lambda masses answer to a step in F by orders of magnitude.
+    hottest = jnp.minimum(scale, 1 / jnp.maximum(jnp.max(rates * epsilon), jnp.finfo(cost.dtype).tiny))
+    goal = Goal(
+        jnp.ones((), cost.dtype), marginal_error=0.5 * tol, hottest=jnp.maximum(1, hottest), max_iterations=max_iterations
+    )
+    unknowns = Unknowns(present.ravel(), centred, scale)
+    start = (start * grown[..., None]).ravel()
+    end = anneal(equations, start, jnp.ones((len(log_masses), 1), cost.dtype), unknowns, goal)
+    x = end.x.reshape(2, -1, k)
+    new, _, _ = nodes.answer(pulls(x), end.warm_start, _LAST_NORMALIZER_STEPS)
+    found = _potentials(problems, new[ends], present, unit, x - epsilon[:, None] * _difference(new[ends], anchors))
+    return jax.vmap(entropic.certified, (0, 0, 0, None, None))(*found, tol, end), new
+
+
+def _newton_step(answers: _Answers, ends: Array, base: Array, u: Array, v: Array, right: Array) -> Array:
+    edges = _Edges.of(answers, ends, base, u, v)
+    schur = edges.schur()
+    if len(u) == 1:
+        reduced = right[0] - _times(u, edges._other_side(right[1]))
+        x = jax.vmap(matrices.solve_dominant)(schur, reduced)
+        return jnp.stack([x, edges._other_side(right[1] - _times(v, x))])
+    inverse = matrices.invert_dominant(schur)
+
+    def apply(delta: Array) -> Array:
+        return base * delta + edges.across(delta) + answers.of_nodes(ends, delta)[ends]
+
+    first = edges.solve(inverse, right)
+    whole, _ = bicgstab(
+        apply, right, x0=first, tol=_KRYLOV_TOLERANCE, maxiter=_KRYLOV_STEPS, M=lambda y: edges.solve(inverse, y)
+    )
+    miss = lambda delta: jnp.max(jnp.abs(right - apply(delta)))  # noqa: E731
+    return jnp.where(miss(whole) <= miss(first), whole, first)
+
+
+def _potentials(
+    problems: TransportProblem, log_masses: Array, present: Array, unit: Array, near: Array
+) -> tuple[TransportProblem, Array, Array]:
+    """The problems between the new masses, with f centred by them, and g once more from f: rounded no more than they need be."""
+    solved = problems.with_log_masses(log_masses[0], log_masses[1])
+    f, g = unit[:, None] * jnp.where(present, near, 0)
+    if problems.balanced:
+        shift = jnp.sum(jnp.exp(log_masses[0]) * f, axis=-1, keepdims=True)
+        f, g = jnp.where(present[0], f - shift, 0), g + shift
+    g = jax.vmap(lambda problem, f, g: problem.transpose().c_transform(f, g))(solved, f, g)
+    return solved, f, jnp.where(present[1], g, 0)
+
+
+def _inverse_rhos(problems: TransportProblem) -> Float[Array, "2 E"]:
+    if problems.balanced:
+        return jnp.zeros((2, *problems.epsilon.shape), problems.epsilon.dtype)
+    return jnp.stack([1 / problems.rho0, 1 / problems.rho1])
 
 
 def _difference(new: Array, old: Array) -> Array:

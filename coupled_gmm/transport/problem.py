@@ -147,7 +147,7 @@ class TransportProblem:
         :math:`\phi(f) = \rho (1 - e^{-f / \rho})` at its side's price, or f where that is infinite."""
         mass = jnp.sum(self.plan(f, g))
         if not self.balanced:
-            f, g = _worth(f, self.rho0), _worth(g, self.rho1)
+            f, g = worth(f, self.rho0), worth(g, self.rho1)
         return f @ self.a + g @ self.b + self.epsilon * (jnp.sum(self.a) * jnp.sum(self.b) - mass)
 
 
@@ -156,7 +156,8 @@ def largest_exponent(x: Array) -> Array:
     return 0.5 * jnp.log(jnp.finfo(x.dtype).max)
 
 
-def _worth(potential: Array, rho: Array) -> Array:
+def worth(potential: Array, rho: Array) -> Array:
+    r""":math:`\phi(f) = \rho (1 - e^{-f / \rho})`, or f where :math:`\rho` is infinite."""
     finite = jnp.where(jnp.isinf(rho), 1, rho)
     changed = -finite * jnp.expm1(jnp.minimum(-potential / finite, largest_exponent(potential)))
     return jnp.where(jnp.isinf(rho), potential, changed)

@@ -1,5 +1,7 @@
 """Masses and plan solved for together, against the value of the joint problem by a plain Sinkhorn in NumPy float64."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +9,34 @@ import pytest
 from problems import DATA
 
 from coupled_gmm.transport import entropic, masses
-from coupled_gmm.transport.masses import Response
+from coupled_gmm.transport.masses import Links, Response
 from coupled_gmm.transport.problem import TransportProblem
 
-solve = jax.jit(masses.solve, static_argnums=3)
+
+def solve_pair(problem, init, tol, limit, targets, rates, free=(True, True)):
+    """Of the graph of two nodes and one edge: a rate is the edge's weight over the node's; none is an edge that weighs nothing."""
+    sizes = problem.cost.shape
+    k = max(sizes)
+    padded = lambda x, value: jnp.pad(x, (0, k - len(x)), constant_values=value)  # noqa: E731
+    log_masses = jnp.stack([padded(x, -jnp.inf) for x in (problem.log_a, problem.log_b)])
+    cost = jnp.pad(problem.cost, [(0, k - size) for size in sizes])
+    stacked = balanced(cost[None], *log_masses[:, None], problem.epsilon[None])
+    rates = jnp.stack(rates)
+    none = jnp.all(rates == 0)
+    response = Response(
+        targets=jnp.stack([padded(x, 0) for x in targets]), weights=jnp.where(none, 1, 1 / rates), free=jnp.stack(free)
+    )
+    links = Links(jnp.array([[0], [1]]), jnp.where(none, 0, 1)[None].astype(cost.dtype))
+    init = tuple(padded(x, 0)[None] for x in init)
+    found, _ = masses.solve(stacked, links, log_masses, init, tol, limit, response)
+    found = jax.tree.map(lambda leaf: leaf[0], found)
+    k0, k1 = sizes
+    return dataclasses.replace(
+        found, f=found.f[:k0], g=found.g[:k1], log_a=found.log_a[:k0], log_b=found.log_b[:k1]
+    )
+
+
+solve = jax.jit(solve_pair, static_argnums=3)
 
 
 def balanced(cost, log_a, log_b, epsilon):
@@ -56,7 +82,7 @@ def solved(problem, free=(True, True), tol=1e-10, limit=500):
     pair = [tuple(jnp.asarray(v) for v in values) for values in (targets, rates, free)]
     zeros = tuple(jnp.zeros(k) for k in cost.shape)
     arrays = balanced(jnp.asarray(cost), *logs, jnp.asarray(epsilon))
-    return solve(arrays, zeros, jnp.asarray(tol), limit, Response(*pair))
+    return solve(arrays, zeros, jnp.asarray(tol), limit, *pair)
 
 
 @pytest.mark.parametrize(("k0", "k1"), [(1, 3), (3, 4)])
@@ -156,10 +182,9 @@ def test_masses_that_must_move_far_are_found(precision_bits):
         zeros, yes = jnp.zeros(8), jnp.asarray(True)
         for epsilon in (1e-3, 6e-3, 1e-2, 0.1):
             for rate in (0.003, 0.03, 0.1, 0.3, 1.0, 3.0):
-                response = Response((n, m), (jnp.asarray(rate),) * 2, (yes, yes))
                 log_a = jnp.log(a)
                 problem = balanced(cost, log_a, log_a, jnp.asarray(epsilon))
-                end = solve(problem, (zeros, zeros), jnp.asarray(1e-4), 200, response)
+                end = solve(problem, (zeros, zeros), jnp.asarray(1e-4), 200, (n, m), (jnp.asarray(rate),) * 2, (yes, yes))
                 assert bool(end.converged), (epsilon, rate, end.marginal_error, end.n_iterations)
 
 
@@ -169,11 +194,11 @@ def test_components_that_no_cloud_asks_for_give_up_their_mass(x64):
     cost, a, n, m = (jnp.asarray(data[name], jnp.float32) for name in ("cost", "a", "n", "m"))
     m = m.at[jnp.array([1, 7])].set(0).at[5].set(8e-9)
     m, zeros, yes = m / m.sum(), jnp.zeros(8, jnp.float32), jnp.asarray(True)
-    response = Response((n, m), (jnp.float32(0.1),) * 2, (yes, yes))
+    asked = (n, m), (jnp.float32(0.1),) * 2, (yes, yes)
 
     def one(log_a, epsilon):
         problem = balanced(cost, log_a, log_a, epsilon)
-        return masses.solve(problem, (zeros, zeros), jnp.float32(1e-4), 200, response)
+        return solve(problem, (zeros, zeros), jnp.float32(1e-4), 200, *asked)
 
     ends = jax.jit(jax.vmap(one))(jnp.log(jnp.stack([a, n])), jnp.asarray([6e-3, 1e-2], jnp.float32))
     assert ends.converged.all()
@@ -183,13 +208,11 @@ def test_components_that_no_cloud_asks_for_give_up_their_mass(x64):
 
 def test_levels_of_tiny_targets_are_finite(precision):
     """The last level may be another component's, of a target whose reciprocal has no square."""
-    response = Response(
-        (jnp.asarray([0.98, 0.02, 2e-29]), jnp.ones(1)), (jnp.asarray(0.1),) * 2, (jnp.asarray(True),) * 2
-    )
+    response = Response(jnp.asarray([[0.98, 0.02, 2e-29]]), jnp.ones(1), jnp.ones(1, bool))
 
     @jax.jit
     def answer(response, potential, level):  # an argument, as in a fit: no constants for the compiler to divide by
-        return masses._Side(response, 0, jnp.zeros(3)).answer(potential, level, 40)
+        return masses._Nodes(response, jnp.zeros((1, 3))).answer(0.1 * potential[None], level[None, None], 40)
 
     for potential in ([0.0, 3.0, 5.0], [5.0, 0.0, 0.0], [1.0, 2.0, 0.0]):
         for level in (2e-29, 1e-10, 1.0):
