@@ -22,6 +22,7 @@ from coupled_gmm.fits import frame, optimisers, statistics
 from coupled_gmm.fits.frame import Sight
 from coupled_gmm.fits.graph import MixtureGraph
 from coupled_gmm.fits.m_step import MStep, ascend
+from coupled_gmm.fits.minorants import climb
 from coupled_gmm.fits.objective import Objective, Terms, no_terms, transport_terms
 from coupled_gmm.fits.optimisers import Optimiser
 from coupled_gmm.fits.request import Controls, FitOptions
@@ -188,7 +189,8 @@ def m_step(task: Task, state: FitState, sums: statistics.Sums) -> tuple[FitState
     # The last round only looks at where the fit has come to.
     budget = jnp.where(state.step < controls.em_steps, controls.m_steps, 1)
     objective = Objective(found, task.floors, graph, task.options.solver)
-    moved = ascend(objective, state.potentials, task.optimiser, task.sight.frame.unit, budget)
+    step = climb if graph.n_edges and task.optimiser.monotone and task.options.solver.solves_masses else ascend
+    moved = step(objective, state.potentials, task.optimiser, task.sight.frame.unit, budget)
     place, gain = _arrived(state.place, found, moved, graph)
     fell = (state.step > 0) & (task.options.optimizer is None) & (gain < -_rounding(state.place, place))
     status = _status_of_step(state, place.value, gain, fell, moved, controls)

@@ -13,7 +13,7 @@ from coupled_gmm.fits.optimisers import Optimiser, Search
 from coupled_gmm.fits.statistics import Parameters, maximiser
 from coupled_gmm.transport import entropic, limits
 
-_SLACK = 4.0  # by so much a slope's promise may exceed what is gained
+SLACK = 4.0  # by so much a slope's promise may exceed what is gained
 
 
 class MStep(NamedTuple):
@@ -99,7 +99,7 @@ def ascend(
             solves_masses=now.solves_masses & finite,  # where that fails, weights are searched for like the rest
             # The first evaluation counts whatever it finds: it is where the fit is.
             marginal_error=jnp.where(accepted | first, largest, now.marginal_error),
-            ahead=jnp.where(first, coordinates.promise(gradient) / _SLACK, now.ahead),
+            ahead=jnp.where(first, coordinates.promise(gradient) / SLACK, now.ahead),
             moved=now.moved | (~first & search.accepted),
             n=now.n + 1,
         )
@@ -125,7 +125,7 @@ def ascend(
         marginal_error=end.marginal_error,
         moved=end.moved | (not optimiser.monotone),
         ahead=end.ahead,
-        left=end.search.left / _SLACK,
+        left=end.search.left / SLACK,
     )
 
 

@@ -70,7 +70,7 @@ def _rotation(m: Float[Array, "*b 2 2"]) -> Float[Array, "*b 2 2"]:
     return jnp.stack([jnp.stack([cosine, -sine], -1), jnp.stack([sine, cosine], -1)], -2)
 
 
-def _widened(factor: Float[Array, "*b d d"]) -> Float[Array, "*b D D"]:
+def widened(factor: Float[Array, "*b d d"]) -> Float[Array, "*b D D"]:
     """With zeros to the next multiple of 8, where XLA's batched products on CPU are up to 6 times quicker for it."""
     d = factor.shape[-1]
     missing = -d % 8
@@ -125,7 +125,7 @@ def factor_cost(
         turned = factors1 @ matrices.transpose(_rotation(matrices.transpose(factor0) @ factors1))
         return jnp.sum((factor0 - turned) ** 2, axis=(-2, -1))
     smallest = jax.lax.stop_gradient(1 / inverse_norms)
-    return _turned_cost(_widened(factor0), _widened(factors1), smallest, d)
+    return _turned_cost(widened(factor0), widened(factors1), smallest, d)
 
 
 def inverse_norm(factor: Float[Array, "*b d d"]) -> Float[Array, "*b"]:
@@ -156,9 +156,9 @@ def pairwise_cost(
     gaussians = (means0, factors0, norms0)
     row_bytes = 4 * factors1.size * factors1.dtype.itemsize
     total = row_bytes * len(means0)
-    if total <= _block_bytes():
+    if total <= block_bytes():
         return jax.vmap(row)(gaussians)
-    rows = _divisor(len(means0), _block_bytes() // row_bytes)
+    rows = _divisor(len(means0), block_bytes() // row_bytes)
     return jax.lax.map(row if total <= _KEPT_BYTES else jax.checkpoint(row), gaussians, batch_size=rows)
 
 
@@ -167,7 +167,7 @@ def _divisor(n: int, limit: int) -> int:
     return next((size for size in range(min(n, limit), 1, -1) if n % size == 0), 1)
 
 
-def _block_bytes() -> int:
+def block_bytes() -> int:
     return _CPU_BLOCK_BYTES if jax.default_backend() == "cpu" else _GPU_BLOCK_BYTES
 
 
@@ -188,9 +188,48 @@ def coupling(factors0: Float[Array, "n d d"], factors1: Float[Array, "n d d"]) -
         factor0, factor1, smallest = pair
         return polar(matrices.transpose(factor0) @ factor1, smallest)[:d, :d]
 
-    pairs = _widened(factors0), _widened(factors1), 1 / (inverse_norm(factors0) * inverse_norm(factors1))
-    size = _divisor(len(factors0), _block_bytes() // (4 * d * d * factors0.dtype.itemsize))
+    pairs = widened(factors0), widened(factors1), 1 / (inverse_norm(factors0) * inverse_norm(factors1))
+    size = _divisor(len(factors0), block_bytes() // (4 * d * d * factors0.dtype.itemsize))
     return jax.lax.map(one, pairs, batch_size=size)
+
+
+def rotations(
+    factors0: Float[Array, "n d d"], factors1: Float[Array, "n d d"], inverse_norms: Float[Array, " n"]
+) -> Float[Array, "n D D"]:
+    """`coupling` of pairs whose products of inverse norms are known, all at once, as wide as `widened` makes the factors."""
+    d = factors0.shape[-1]
+    if d == 1:
+        return jnp.ones_like(factors0)
+    if d == 2:
+        return _rotation(matrices.transpose(factors0) @ factors1)
+    return polar(matrices.transpose(widened(factors0)) @ widened(factors1), 1 / inverse_norms)
+
+
+def coupled_cost(
+    factors0: Float[Array, "n D D"], factors1: Float[Array, "n D D"], rotations: Float[Array, "n D D"], d: int
+) -> tuple[Float[Array, " n"], Float[Array, "n D D"], Float[Array, "n D D"]]:
+    r"""What n pairs of centred Gaussians pay for these couplings, and the halves of its derivatives in the factors.
+
+    It is :math:`|L_0 - L_1 U^T|^2`, and :math:`tr L_1 (1 - U^T U) L_1^T` where U is no rotation: never less than the distance.
+    """
+    turned = factors1 @ matrices.transpose(rotations)
+    in0, in1 = factors0 - turned, factors1 - factors0 @ rotations
+    missing = jnp.sum(factors1**2, axis=(-2, -1)) - jnp.sum(turned**2, axis=(-2, -1))
+    singular = d - jnp.sum(rotations**2, axis=(-2, -1)) > 8 * d * jnp.finfo(rotations.dtype).eps
+    cost = jnp.sum(in0**2, axis=(-2, -1)) + jnp.where(singular, jnp.maximum(missing, 0), 0)
+    return cost, in0, in1
+
+
+def least_cost(
+    means0: Float[Array, "K0 d"],
+    factors0: Float[Array, "K0 d d"],
+    means1: Float[Array, "K1 d"],
+    factors1: Float[Array, "K1 d d"],
+) -> Float[Array, "K0 K1"]:
+    r"""A lower bound of `pairwise_cost` that needs no coupling: :math:`|m_0 - m_1|^2 + (|L_0| - |L_1|)^2`."""
+    sizes0, sizes1 = (jnp.sqrt(jnp.sum(f**2, axis=(-2, -1))) for f in (factors0, factors1))
+    means = jnp.sum((means0[:, None] - means1) ** 2, axis=-1)
+    return means + (sizes0[:, None] - sizes1) ** 2
 
 
 def averaged(

@@ -224,7 +224,7 @@ def test_blocked_path_equals_the_small_one(monkeypatch, x64):
 
     expected = jax.jit(jax.grad(value, (0, 1), has_aux=True))(gmm0, gmm1)
     rows = 3  # 7 has no divisor that small but 1
-    monkeypatch.setattr(bures, "_block_bytes", lambda: rows * 4 * gmm1.covariances.size * 8)
+    monkeypatch.setattr(bures, "block_bytes", lambda: rows * 4 * gmm1.covariances.size * 8)
     blocked = jax.jit(
         jax.grad(lambda one, other: value(one, other), (0, 1), has_aux=True)
     )  # a new function, traced anew
