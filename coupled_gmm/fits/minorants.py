@@ -26,6 +26,9 @@ from coupled_gmm.transport.masses import Links, Response
 from coupled_gmm.transport.problem import TransportProblem
 
 
+_HELD = 1e-2  # of a node's weight, by which its masses stay what they are
+
+
 class _Planned(NamedTuple):
     """Plans and costs at the present masses, and at the ones that the clouds ask for at these costs."""
 
@@ -71,7 +74,7 @@ def climb(
         transport = _dual_values(graph, costs, planned.before)
         first = now.n == 0
         initial = Terms(objective.q(parameters), transport, costs, planned.before)
-        gain = _gain_of_masses(response, graph, now.log_weights, planned, transport)
+        gain = _gain_of_masses(objective, now.log_weights, planned, transport)
         good = jnp.all(planned.after.marginal_error <= limits.MAX_MARGINAL_ERROR) & (gain > 0)
         adopted = good & (budget > 1)
         log_weights = chosen(adopted, planned.log_weights, now.log_weights)
@@ -130,13 +133,19 @@ def climb(
 
 
 def _response(graph: MixtureGraph, statistics: Statistics) -> Response:
-    """What masses answer with: those of a node without a cloud with themselves, as much as the entropy of its plans holds them."""
+    r"""What masses answer with: mostly what the clouds ask for, and with a small weight the present masses.
+
+    That is a minorant again, since :math:`\\sum a_0 \\log (a / a_0) \\le 0`, and one that is curved enough where a cloud asks for 1e-20
+    of a component. Masses of a node without a cloud are held by that alone, as much as by the entropy of its plans.
+    """
     asked = (graph.node_weights > 0) & (jnp.sum(statistics.masses, axis=-1) > 0)
-    held = jnp.zeros_like(graph.node_weights).at[graph.sources].add(graph.edge_weights * graph.epsilon)
-    held = held.at[graph.targets].add(graph.edge_weights * graph.epsilon)
-    weights = jnp.where(asked, graph.node_weights, jnp.where(held > 0, held, 1))
-    targets = jnp.where(asked[:, None], statistics.masses, jnp.exp(statistics.base.log_weights))
-    return Response(targets, weights, ~graph.frozen)
+    entropy = jnp.zeros_like(graph.node_weights).at[graph.sources].add(graph.edge_weights * graph.epsilon)
+    entropy = entropy.at[graph.targets].add(graph.edge_weights * graph.epsilon)
+    held = jnp.where(asked, _HELD * graph.node_weights, jnp.where(entropy > 0, entropy, 1))
+    asks = jnp.where(asked, graph.node_weights, 0)
+    present = jnp.exp(statistics.base.log_weights)
+    targets = asks[:, None] * statistics.masses + held[:, None] * present
+    return Response(targets / (asks + held)[:, None], asks + held, ~graph.frozen)
 
 
 def _problems(graph: MixtureGraph, costs: Array, log_weights: Array) -> TransportProblem:
@@ -200,15 +209,14 @@ def _planned(parameters: Parameters, graph: MixtureGraph, near: Potentials, resp
 
 
 def _gain_of_masses(
-    response: Response, graph: MixtureGraph, log_weights: Array, planned: _Planned, transport: Array
+    objective: Objective, log_weights: Array, planned: _Planned, transport: Array
 ) -> Float[Array, ""]:
     """What J gains by the masses that answer."""
-    asks = response.free & (graph.node_weights > 0)
-    has = asks[:, None] & (response.targets > 0)
-    change = jnp.where(has, planned.log_weights - jnp.where(has, log_weights, 0), 0)
-    follows = jnp.where(graph.node_weights > 0, response.weights, 0)[:, None]
+    graph = objective.graph
+    asked = objective.statistics.masses
+    change = jnp.where(asked > 0, planned.log_weights - jnp.where(asked > 0, log_weights, 0), 0)
     after = _dual_values(graph, planned.couplings.costs, planned.after)
-    return jnp.sum(follows * response.targets * change) - graph.edge_weights @ (after - transport)
+    return graph.node_weights @ jnp.sum(asked * change, axis=-1) - graph.edge_weights @ (after - transport)
 
 
 def _search(

@@ -38,11 +38,15 @@ class Merit(NamedTuple):
     magnitude: Float[Array, ""]
 
 
+# (mu, careful) -> delta, what solves with a matrix; careful, it is one by whose step the merit falls if that is short enough.
+Solve = Callable[[Array, Array], Array]
+
+
 class NewtonSystem(NamedTuple):
     """Log-marginal equations at some unknowns: residuals and the matrix of their Newton step, and how far off the marginals are."""
 
     residual: Float[Array, " n"]
-    matrix: Float[Array, "n n"] | Callable[[Array, Array], Array]  # or what solves with it: (mu, R) -> delta
+    matrix: Float[Array, "n n"] | Solve
     marginal_error: Float[Array, ""]  # L1, as a part of all mass
     rounding: Float[Array, ""]  # of the marginal error: a unit of rounding of the exponents, where the mass is
     warm_start: Any  # what is eliminated from the equations, for the next time
@@ -86,6 +90,8 @@ class _State(NamedTuple):
     radius: Float[Array, ""]
     epsilon: Float[Array, ""]
     cooling: Bool[Array, ""]
+    careful: Bool[Array, ""]  # since a step of this stage was not accepted
+    retried: Bool[Array, ""]  # back at the last unknowns, for another step from there
     warm_start: Any
     best: Float[Array, " n"]  # of those seen at the goal's epsilon
     best_error: Float[Array, ""]
@@ -111,10 +117,12 @@ def anneal(equations: Equations, init: Float[Array, " n"], warm_start: Any, unkn
         system = equations(x, epsilon, state.warm_start)
         residual_norm = unknowns.norm(system.residual)
         rounding = residual_rounding(unknowns.scale, epsilon)
-        accepted = accepts(last, residual_norm, system.merit, rounding)
+        accepted = state.retried | accepts(last, residual_norm, system.merit, rounding)
         radius = next_radius(state.radius, accepted, unknowns.norm(x - last.x), epsilon)
+        radius = jnp.where(state.retried, state.radius, radius)
         judged = system.merit is not None
-        step = unknowns.centred(newton_step(system, damping(residual_norm, radius, judged)))
+        step = newton_step(system, damping(residual_norm, radius, judged), state.careful)
+        step = unknowns.centred(step)
         length = unknowns.norm(step)
         if judged:  # the matrix of several plans that share masses is no M-matrix, and bounds no step
             step = step * jnp.minimum(1, 2 * radius / jnp.where(length > 0, length, 1))
@@ -128,15 +136,22 @@ def anneal(equations: Equations, init: Float[Array, " n"], warm_start: Any, unkn
         cools = accepted & ~at_goal & ((length <= SHORT) | solved)
         stays = heats | cools  # the next epsilon's first step is judged by nothing before it
         merit = last.merit if system.merit is None else system.merit.value
+        retries = ~accepted & ~state.careful & callable(system.matrix)
         here = Accepted(x, jnp.where(stays, jnp.inf, residual_norm), jnp.where(stays, jnp.inf, merit))
         return _State(
             x=unknowns.centred(
-                jnp.where(accepted, jnp.where(stays, x, x + epsilon * step), 0.5 * (x + last.x)),
+                jnp.where(
+                    accepted,
+                    jnp.where(stays, x, x + epsilon * step),
+                    jnp.where(retries, last.x, 0.5 * (x + last.x)),
+                )
             ),
             last=Accepted(*(jnp.where(accepted, new, old) for new, old in zip(here, last, strict=True))),
             radius=jnp.where(stays, RADIUS, radius),
             epsilon=next_epsilon(epsilon, heats, cools, goal.epsilon),
             cooling=state.cooling | cools,
+            careful=(state.careful | retries) & ~stays,
+            retried=retries,
             warm_start=system.warm_start,
             best=jnp.where(better, x, state.best),
             best_error=jnp.where(better, system.marginal_error, state.best_error),
@@ -158,6 +173,8 @@ def anneal(equations: Equations, init: Float[Array, " n"], warm_start: Any, unkn
         radius=jnp.asarray(RADIUS, init.dtype),
         epsilon=goal.epsilon,
         cooling=no,
+        careful=no,
+        retried=no,
         warm_start=warm_start,
         best=init,
         best_error=infinite,
@@ -197,10 +214,10 @@ def damping(residual_norm: Array, radius: Array, has_merit: bool) -> Float[Array
     return jnp.clip(residual_norm / radius, least, jnp.inf if has_merit else 1)
 
 
-def newton_step(system: NewtonSystem, mu: Array) -> Float[Array, " n"]:
+def newton_step(system: NewtonSystem, mu: Array, careful: Array | bool = False) -> Float[Array, " n"]:
     r"""The :math:`\delta` with :math:`(M + \mu I) \delta = R`, in units of epsilon."""
     if callable(system.matrix):
-        return system.matrix(mu, system.residual)
+        return system.matrix(mu, jnp.asarray(careful))
     identity = jnp.eye(len(system.residual), dtype=system.residual.dtype)
     return matrices.solve_dominant(system.matrix + mu * identity, system.residual)
 

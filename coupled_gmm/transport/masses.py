@@ -106,11 +106,21 @@ class _Nodes:
 
 
 class _Answers(NamedTuple):
-    """How masses fall as potentials rise, in units of epsilon: by slope (I - 1 pi^T) of the sum of rate delta."""
+    """How log-masses fall as potentials rise, in units of epsilon: by slope (I - 1 pi^T) of the sum of rate delta.
+
+    As differences, slope_k pi_l (rate_k delta_k - rate_l delta_l): a component whose slope is many orders above the others' is
+    nearly all of pi.
+    """
 
     slope: Float[Array, "V K"]
     pi: Float[Array, "V K"]
     rate: Float[Array, "2 E K"]
+
+    @property
+    def differences(self) -> Float[Array, "V K K"]:
+        """slope pi^T, without its diagonal."""
+        k = self.slope.shape[-1]
+        return jnp.where(jnp.eye(k, dtype=bool), 0, self.slope[..., None] * self.pi[:, None])
 
     @classmethod
     def of(cls, slope: Array, log_mass: Array, rate: Array) -> "_Answers":
@@ -121,45 +131,50 @@ class _Answers(NamedTuple):
 
     def of_nodes(self, ends: Array, delta: Float[Array, "2 E K"]) -> Float[Array, "V K"]:
         pulls = jnp.zeros_like(self.slope).at[ends].add(self.rate * delta)
-        return self.slope * (pulls - jnp.sum(self.pi * pulls, axis=-1, keepdims=True))
+        return jnp.sum(self.differences * (pulls[..., None] - pulls[:, None]), axis=-1)
 
 
 class _Edges(NamedTuple):
-    """Every edge's own part of Newton's equations: [B0 U; V B1], with B diagonal but for a product of vectors."""
+    """Every edge's own part of Newton's equations: [B0 U; V B1]."""
 
-    diagonal: Float[Array, "2 E K"]
-    slope: Float[Array, "2 E K"]
-    share: Float[Array, "2 E K"]  # B = diag(diagonal) - slope share^T
-    room: Float[Array, " E"]  # 1 - share^T slope / diagonal of the side that is eliminated, never cancelled
+    own: Float[Array, "E K K"]  # B0
+    diagonal: Float[Array, "E K"]
+    slope: Float[Array, "E K"]
+    share: Float[Array, "E K"]  # B1 = diag(diagonal) - slope share^T
+    room: Float[Array, " E"]  # 1 - share^T slope / diagonal, not cancelled
     u: Float[Array, "E K K"]
     v: Float[Array, "E K K"]
 
     @classmethod
-    def of(cls, answers: _Answers, ends: Array, base: Array, u: Array, v: Array) -> "_Edges":
-        slope, pi = answers.slope[ends], answers.pi[ends]
-        diagonal = base + slope * answers.rate
-        room = jnp.sum(pi[1] * base[1] / diagonal[1], axis=-1)
-        free = jnp.sum(pi[1], axis=-1) > 0
-        return cls(diagonal, slope, pi * answers.rate, jnp.where(free, room, 1), u, v)
+    def of(cls, answers: _Answers, ends: Array, base: Array, masses: Array, u: Array, v: Array) -> "_Edges":
+        identity = jnp.eye(u.shape[-1], dtype=u.dtype)
+        differences = masses[0][..., None] * answers.differences[ends[0]]
+        sums = base[0] + answers.rate[0] * jnp.sum(differences, axis=-1)
+        own = sums[..., None] * identity - differences * answers.rate[0][:, None]
+        slope, pi = masses[1] * answers.slope[ends[1]], answers.pi[ends[1]]
+        diagonal = base[1] + slope * answers.rate[1]
+        room = jnp.sum(pi * base[1] / diagonal, axis=-1)
+        free = jnp.sum(pi, axis=-1) > 0
+        return cls(own, diagonal, slope, pi * answers.rate[1], jnp.where(free, room, 1), u, v)
 
-    def _other_side(self, y: Float[Array, "E K *n"]) -> Float[Array, "E K *n"]:
+    def other_side(self, y: Float[Array, "E K n"]) -> Float[Array, "E K n"]:
         """B1^-1 y."""
-        columns = y if y.ndim == 3 else y[..., None]
-        scaled = columns / self.diagonal[1][..., None]
-        common = jnp.sum(self.share[1][..., None] * scaled, axis=1, keepdims=True) / self.room[:, None, None]
-        solved = scaled + (self.slope[1] / self.diagonal[1])[..., None] * common
-        return solved if y.ndim == 3 else solved[..., 0]
+        scaled = y / self.diagonal[..., None]
+        common = jnp.sum(self.share[..., None] * scaled, axis=1, keepdims=True) / self.room[:, None, None]
+        return scaled + (self.slope / self.diagonal)[..., None] * common
 
     def schur(self) -> Float[Array, "E K K"]:
         """B0 - U B1^-1 V: dominant, as the whole is."""
-        identity = jnp.eye(self.u.shape[-1], dtype=self.u.dtype)
-        own = self.diagonal[0][..., None] * identity - self.slope[0][..., None] * self.share[0][:, None]
-        return own - self.u @ self._other_side(self.v)
+        return self.own - self.u @ self.other_side(self.v)
 
     def solve(self, inverse: Array, right: Float[Array, "2 E K"]) -> Float[Array, "2 E K"]:
-        reduced = right[0] - _times(self.u, self._other_side(right[1]))
-        x = _times(inverse, reduced)
-        return jnp.stack([x, self._other_side(right[1] - _times(self.v, x))])
+        return self.back(_times(inverse, self.reduced(right)), right)
+
+    def reduced(self, right: Float[Array, "2 E K"]) -> Float[Array, "E K"]:
+        return right[0] - _times(self.u, self.other_side(right[1][..., None])[..., 0])
+
+    def back(self, x: Float[Array, "E K"], right: Float[Array, "2 E K"]) -> Float[Array, "2 E K"]:
+        return jnp.stack([x, self.other_side((right[1] - _times(self.v, x))[..., None])[..., 0]])
 
     def across(self, x: Float[Array, "2 E K"]) -> Float[Array, "2 E K"]:
         return jnp.stack([_times(self.u, x[1]), _times(self.v, x[0])])
@@ -223,10 +238,11 @@ def solve(
         terms = jnp.concatenate([term.ravel() for term in terms])
         residual = jnp.where(present, wanted - log_sums, 0)
 
-        def step(mu: Array, residual: Array) -> Array:
-            right = residual.reshape(2, -1, k)
-            base = jnp.broadcast_to((1 + mu + eps * price)[..., None], right.shape)
-            delta = _newton_step(answers, ends, base, u, matrices.transpose(v), right)
+        def step(mu: Array, careful: Array) -> Array:
+            rows, masses = (jnp.where(careful, scale, 1) for scale in _row_scales(residual))
+            base = jnp.maximum(1, rows) * (1 + mu) + masses * (eps * price)[..., None]
+            across = u * rows[0][..., None], matrices.transpose(v) * rows[1][..., None]
+            delta = _newton_step(answers, ends, base, masses, *across, residual)
             return (epsilon[:, None] * delta).ravel()
 
         return NewtonSystem(
@@ -261,17 +277,31 @@ def solve(
     return jax.vmap(entropic.certified, (0, 0, 0, None, None))(*found, tol, end), new
 
 
-def _newton_step(answers: _Answers, ends: Array, base: Array, u: Array, v: Array, right: Array) -> Array:
-    edges = _Edges.of(answers, ends, base, u, v)
+def _row_scales(residual: Float[Array, "2 E K"]) -> tuple[Float[Array, "2 E K"], Float[Array, "2 E K"]]:
+    r"""Of the plan's and of the masses' part of Newton's rows, that make their solution one that the merit falls along.
+
+    Far from the solution the log-marginals' matrix is not symmetric in any metric. With R a row's residual, the logarithm of
+    wanted over actual mass, and the logarithmic mean of these as the row's metric, residuals are minus the merit's gradient; the
+    plan's part times R / (e^R - 1) and the masses' times R / (1 - e^-R) are symmetric.
+    """
+    size = jnp.abs(residual)
+    small = size < 1e-3
+    falling = jnp.where(small, 1 - size / 2, size / jnp.expm1(jnp.where(small, 1, size)))  # R / (e^R - 1) of |R|
+    rising = falling + size
+    return jnp.where(residual > 0, falling, rising), jnp.where(residual > 0, rising, falling)
+
+
+def _newton_step(
+    answers: _Answers, ends: Array, base: Array, masses: Array, u: Array, v: Array, right: Array
+) -> Array:
+    edges = _Edges.of(answers, ends, base, masses, u, v)
     schur = edges.schur()
     if len(u) == 1:
-        reduced = right[0] - _times(u, edges._other_side(right[1]))
-        x = jax.vmap(matrices.solve_dominant)(schur, reduced)
-        return jnp.stack([x, edges._other_side(right[1] - _times(v, x))])
+        return edges.back(jax.vmap(matrices.solve_dominant)(schur, edges.reduced(right)), right)
     inverse = matrices.invert_dominant(schur)
 
     def apply(delta: Array) -> Array:
-        return base * delta + edges.across(delta) + answers.of_nodes(ends, delta)[ends]
+        return base * delta + edges.across(delta) + masses * answers.of_nodes(ends, delta)[ends]
 
     first = edges.solve(inverse, right)
     whole, _ = bicgstab(
