@@ -266,7 +266,7 @@ def solve(
     # At an epsilon above v / lambda masses answer to a step in F by orders of magnitude.
     hottest = jnp.minimum(scale, 1 / jnp.maximum(jnp.max(rates * epsilon), jnp.finfo(cost.dtype).tiny))
     goal = Goal(
-        jnp.ones((), cost.dtype), marginal_error=0.5 * tol, hottest=jnp.maximum(1, hottest), max_iterations=max_iterations
+        jnp.ones((), cost.dtype), marginal_error=tol / 16, hottest=jnp.maximum(1, hottest), max_iterations=max_iterations
     )
     unknowns = Unknowns(present.ravel(), centred, scale)
     start = (start * grown[..., None]).ravel()
