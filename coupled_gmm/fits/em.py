@@ -23,7 +23,7 @@ from coupled_gmm.fits.frame import Sight
 from coupled_gmm.fits.graph import MixtureGraph
 from coupled_gmm.fits.m_step import MStep, ascend
 from coupled_gmm.fits.minorants import climb
-from coupled_gmm.fits.objective import Objective, Terms, no_terms, transport_terms
+from coupled_gmm.fits.objective import Objective, Terms, all_costs, no_terms, transport_terms
 from coupled_gmm.fits.optimisers import Optimiser
 from coupled_gmm.fits.request import Controls, FitOptions
 from coupled_gmm.fits.statistics import Parameters
@@ -83,6 +83,11 @@ class Task(NamedTuple):
     controls: Controls
     options: FitOptions
     optimiser: Optimiser
+
+    @property
+    def by_minorants(self) -> bool:
+        """Whether the M-step raises a minorant, which takes solved-for masses; else it evaluates the objective itself."""
+        return bool(self.graph.n_edges) and self.optimiser.monotone and self.options.solver.solves_masses
 
 
 class _Place(NamedTuple):
@@ -189,7 +194,7 @@ def m_step(task: Task, state: FitState, sums: statistics.Sums) -> tuple[FitState
     # The last round only looks at where the fit has come to.
     budget = jnp.where(state.step < controls.em_steps, controls.m_steps, 1)
     objective = Objective(found, task.floors, graph, task.options.solver)
-    step = climb if graph.n_edges and task.optimiser.monotone and task.options.solver.solves_masses else ascend
+    step = climb if task.by_minorants else ascend
     moved = step(objective, state.potentials, task.optimiser, task.sight.frame.unit, budget)
     place, gain = _arrived(state.place, found, moved, graph)
     fell = (state.step > 0) & (task.options.optimizer is None) & (gain < -_rounding(state.place, place))
@@ -209,12 +214,16 @@ def m_step(task: Task, state: FitState, sums: statistics.Sums) -> tuple[FitState
 
 def finish(task: Task, state: FitState, history: History) -> Solution:
     """The mixtures, J and the status in data units; "converged" only where plans and mixtures allow it."""
-    sight, place = task.sight, state.place
+    sight, place, graph = task.sight, state.place, task.graph
     nodes = task.given.fitted(sight.frame.mixture(place.parameters, sight.far))
+    terms = place.terms.scaled(jnp.square(sight.frame.unit))
+    if task.by_minorants and nodes.n_features > 2:  # of pairs between which no mass moves, a fit knows a lower bound
+        costs = all_costs(place.parameters, graph)
+        terms = terms._replace(costs=costs * jnp.square(sight.frame.unit))
     row = _row(task, place, jnp.zeros_like(place.value))
     return Solution(
         nodes=nodes,
-        terms=place.terms.scaled(jnp.square(sight.frame.unit)),
+        terms=terms,
         log_likelihoods=jnp.asarray(row.log_likelihoods),
         value=row.penalized_log_likelihood,
         status=_status_of_end(task, state, nodes),

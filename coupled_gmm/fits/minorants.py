@@ -17,7 +17,7 @@ from coupled_gmm.fits.coordinates import Coordinates
 from coupled_gmm.fits.couplings import Couplings
 from coupled_gmm.fits.graph import MixtureGraph
 from coupled_gmm.fits.m_step import SLACK, MStep
-from coupled_gmm.fits.objective import Objective, Terms, no_terms
+from coupled_gmm.fits.objective import Objective, Terms
 from coupled_gmm.fits.optimisers import Optimiser, Search
 from coupled_gmm.fits.statistics import Parameters, Statistics
 from coupled_gmm.transport import limits, masses
@@ -30,7 +30,7 @@ _HELD = 1e-2  # of a node's weight, by which its masses stay what they are
 
 
 class _Planned(NamedTuple):
-    """Plans and costs at the present masses, and at the ones that the clouds ask for at these costs."""
+    """Plans at the present masses, and at those that answer to them, each of its own masses; with the couplings they need."""
 
     before: Potentials
     after: Potentials
@@ -38,21 +38,22 @@ class _Planned(NamedTuple):
     couplings: Couplings
 
 
-class _Climb(NamedTuple):
-    """What the next pass needs of those before; the rest as in `MStep`."""
+class _Look(NamedTuple):
+    """Plans on their way: whose turn is next, the last ones, and the pairs whose costs are wanted exactly."""
 
-    x: Float[Array, " p"]
-    log_weights: Float[Array, "V K"]
-    potentials: Potentials
-    initial: Terms
-    marginal_error: Float[Array, ""]
-    first_gain: Float[Array, ""]
-    last_gain: Float[Array, ""]
-    ahead: Float[Array, ""]
-    left: Float[Array, ""]
-    moved: Bool[Array, ""]
+    turn: Int[Array, ""]
+    wanted: Bool[Array, "E K K"]
+    planned: _Planned
+
+
+class _Search(NamedTuple):
+    """A search for means and factors: what was found where it began, and how many evaluations it has taken."""
+
+    search: Search
+    value: Float[Array, ""]
+    slope: Float[Array, ""]
+    q: Float[Array, " V"]
     n: Int[Array, ""]
-    n_passes: Int[Array, ""]
 
 
 def climb(
@@ -62,73 +63,34 @@ def climb(
     unit: Float[AnyArray, ""],
     budget: Int[Array, ""],
 ) -> MStep:
-    """At most `budget` evaluations of minorants and their gradients, from the base of the statistics; the first is there."""
+    """At most `budget` evaluations of a minorant and its gradient, from the base of the statistics; the first is there."""
     graph, base, statistics = objective.graph, objective.statistics.base, objective.statistics
+    planned = _planned(base, graph, potentials, _response(graph, statistics))
+    costs = planned.couplings.costs
+    transport, later = (_dual_values(graph, costs, found) for found in (planned.before, planned.after))
+    asked = statistics.masses
+    change = jnp.where(asked > 0, planned.log_weights - jnp.where(asked > 0, base.log_weights, 0), 0)
+    change = jnp.sum(asked * change, axis=-1)
+    gain = graph.node_weights @ change - graph.edge_weights @ (later - transport)
+    error, later_error = (jnp.max(found.marginal_error, initial=0) for found in (planned.before, planned.after))
+    good = (later_error <= limits.MAX_MARGINAL_ERROR) & (gain > 0)
+    adopted = good & (budget > 1)
+    log_weights = chosen(adopted, planned.log_weights, base.log_weights)
+    used = chosen(adopted, planned.after, planned.before)
+
     coordinates = optimiser.coordinates(base, statistics, graph, unit)
-    response = _response(graph, statistics)
-
-    def a_pass(now: _Climb) -> _Climb:
-        parameters = coordinates.parameters(now.x, now.log_weights)._replace(log_weights=now.log_weights)
-        planned = _planned(parameters, graph, now.potentials, response)
-        costs = planned.couplings.costs
-        transport = _dual_values(graph, costs, planned.before)
-        first = now.n == 0
-        initial = Terms(objective.q(parameters), transport, costs, planned.before)
-        gain = _gain_of_masses(objective, now.log_weights, planned, transport)
-        good = jnp.all(planned.after.marginal_error <= limits.MAX_MARGINAL_ERROR) & (gain > 0)
-        adopted = good & (budget > 1)
-        log_weights = chosen(adopted, planned.log_weights, now.log_weights)
-        used = chosen(adopted, planned.after, planned.before)
-        search, n, start, slope = _search(objective, coordinates, optimiser, now, log_weights, (planned, used), budget)
-        gain = jnp.where(good, gain, 0)
-        risen = jnp.where(adopted, gain, 0) + start - search.state.value
-        error = jnp.max(used.marginal_error, initial=0)
-        error = jnp.where(first, jnp.fmax(error, jnp.max(planned.before.marginal_error, initial=0)), error)
-        return _Climb(
-            x=search.best,
-            log_weights=log_weights,
-            potentials=used,
-            initial=chosen(first, initial, now.initial),
-            marginal_error=jnp.fmax(now.marginal_error, error),
-            first_gain=jnp.where(first, risen, now.first_gain),
-            last_gain=risen,
-            ahead=jnp.where(first, (gain + slope) / SLACK, now.ahead),
-            left=search.left / SLACK,
-            moved=now.moved | (risen > 0),
-            n=n,
-            n_passes=now.n_passes + 1,
-        )
-
-    import os
-    passes = int(os.environ.get("PASSES", 1))
-
-    def unfinished(now: _Climb) -> Bool[Array, ""]:
-        return (now.n_passes == 0) | ((now.n_passes < passes) & (now.n < budget) & (now.last_gain > 0.03 * now.first_gain))
-
-    zero = jnp.zeros((), base.means.dtype)
-    start = _Climb(
-        x=coordinates.start,
-        log_weights=base.log_weights,
-        potentials=potentials,
-        initial=no_terms(graph),
-        marginal_error=zero,
-        first_gain=zero,
-        last_gain=zero,
-        ahead=zero,
-        left=zero,
-        moved=jnp.asarray(False),
-        n=jnp.zeros((), jnp.int32),
-        n_passes=jnp.zeros((), jnp.int32),
-    )
-    end = jax.lax.while_loop(unfinished, a_pass, start)
+    weights = graph.edge_weights[:, None, None] * jnp.exp(_log_plans(graph, costs, used))
+    weights = jnp.where(planned.couplings.known, weights, 0)
+    end = _search(objective, coordinates, optimiser, log_weights, planned.couplings, weights, budget)
+    gain = jnp.where(good, gain, 0)
     return MStep(
-        parameters=coordinates.parameters(end.x, end.log_weights)._replace(log_weights=end.log_weights),
-        initial=end.initial,
-        potentials=end.potentials,
-        marginal_error=end.marginal_error,
-        moved=end.moved,
-        ahead=end.ahead,
-        left=end.left,
+        parameters=coordinates.parameters(end.search.best, log_weights)._replace(log_weights=log_weights),
+        initial=Terms(end.q - jnp.where(adopted, change, 0), transport, costs, planned.before),
+        potentials=used,
+        marginal_error=jnp.where(adopted, jnp.fmax(error, later_error), error),
+        moved=adopted | (end.search.state.value < end.value),
+        ahead=(gain + end.slope) / SLACK,
+        left=end.search.left / SLACK,
     )
 
 
@@ -176,77 +138,55 @@ def _planned(parameters: Parameters, graph: MixtureGraph, near: Potentials, resp
     def moves_mass(costs: Array, potentials: Potentials, margin: float = 0) -> Bool[Array, "E K K"]:
         return _log_plans(graph, costs, potentials) > least - margin
 
-    def a_round(index: Array, now: tuple[Potentials, Potentials, Array, Array]) -> tuple[Potentials, Potentials, Array, Array]:
-        """At the present masses; at those that answer, from there; and between these for themselves."""
-        before, last, log_masses, wanted, costs = now
-        answers = response.free & (index == 1)
-        asked = Response(response.targets, response.weights, answers)
-        problems = _problems(graph, costs, log_masses)
+    def look(now: _Look) -> _Look:
+        turn, wanted, (before, after, log_masses, couplings) = now
+        couplings = couplings.with_those(wanted, parameters, graph)
+        log_masses = jnp.where(turn == 0, log_weights, log_masses)
+        asked = Response(response.targets, response.weights, response.free & (turn == 1))
+        problems, near = _problems(graph, couplings.costs, log_masses), (after.f, after.g)
         found, log_masses = masses.solve(
-            problems, links, log_masses, (last.f, last.g), tol, limits.MAX_ITERATIONS_IN_FITS, asked
+            problems, links, log_masses, near, tol, limits.MAX_ITERATIONS_IN_FITS, asked
         )
-        wanted = wanted | moves_mass(costs, found)
-        return chosen(index == 0, found, before), found, log_masses, wanted, costs
-
-    def look(now: tuple[_Planned, Array]) -> tuple[_Planned, Array]:
-        planned, wanted = now
-        couplings = planned.couplings.with_those(wanted, parameters, graph)
-        start = planned.before, planned.before, log_weights, couplings.known, couplings.costs
-        before, after, new, wanted, _ = jax.lax.fori_loop(0, 3, a_round, start)
-        return _Planned(before, after, new, couplings), wanted
+        wanted = couplings.known | moves_mass(couplings.costs, found)
+        settled = jnp.all(wanted == couplings.known)
+        before = chosen(turn == 0, found, before)
+        return _Look(jnp.where(settled, turn + 1, 0), wanted, _Planned(before, found, log_masses, couplings))
 
     couplings = Couplings.none(parameters, graph)
-    if parameters.means.shape[-1] <= 2:
-        wanted = jnp.ones_like(couplings.known)
-    else:
-        wanted = moves_mass(couplings.costs, near, margin=10)
-    def unsettled(now: tuple[_Planned, Array]) -> Bool[Array, ""]:
-        planned, wanted = now
-        return (planned.couplings.count == 0) | jnp.any(wanted & ~planned.couplings.known)
-
-    wanted = wanted.at[:, 0, 0].set(True)  # that there is a first look
-    return jax.lax.while_loop(unsettled, look, (_Planned(near, near, log_weights, couplings), wanted))[0]
-
-
-def _gain_of_masses(
-    objective: Objective, log_weights: Array, planned: _Planned, transport: Array
-) -> Float[Array, ""]:
-    """What J gains by the masses that answer."""
-    graph = objective.graph
-    asked = objective.statistics.masses
-    change = jnp.where(asked > 0, planned.log_weights - jnp.where(asked > 0, log_weights, 0), 0)
-    after = _dual_values(graph, planned.couplings.costs, planned.after)
-    return graph.node_weights @ jnp.sum(asked * change, axis=-1) - graph.edge_weights @ (after - transport)
+    few = parameters.means.shape[-1] <= 2  # features: a cost costs nothing
+    wanted = jnp.ones_like(couplings.known) if few else moves_mass(couplings.costs, near, margin=10)
+    start = _Look(jnp.zeros((), jnp.int32), wanted, _Planned(near, near, log_weights, couplings))
+    return jax.lax.while_loop(lambda now: now.turn < 3, look, start).planned
 
 
 def _search(
     objective: Objective,
     coordinates: Coordinates,
     optimiser: Optimiser,
-    now: _Climb,
-    log_weights: Array,
-    plans: tuple[_Planned, Potentials],
-    budget: Array,
-) -> tuple[Search, Array, Array, Array]:
-    """Means and factors for given masses, plans and couplings: the search at its end, evaluations, and value and slope at its start."""
-    graph, (planned, used) = objective.graph, plans
-    couplings = planned.couplings
-    weights = graph.edge_weights[:, None, None] * jnp.exp(_log_plans(graph, couplings.costs, used))
-    weights, couplings = jax.lax.stop_gradient((jnp.where(couplings.known, weights, 0), couplings))
+    log_weights: Float[Array, "V K"],
+    couplings: Couplings,
+    weights: Float[Array, "E K K"],
+    budget: Int[Array, ""],
+) -> _Search:
+    """Means and factors, with masses, plans and couplings as they are."""
+    graph = objective.graph
 
-    def loss(x: Array) -> Array:
+    def loss(x: Array) -> tuple[Array, Array]:
         parameters = coordinates.parameters(x, log_weights)._replace(log_weights=log_weights)
-        return couplings.price(parameters, weights) - graph.node_weights @ objective.q(parameters)
+        q = objective.q(parameters)
+        return couplings.price(parameters, weights) - graph.node_weights @ q, q
 
-    def evaluate(carry: tuple[Search, Array, Array, Array]) -> tuple[Search, Array, Array, Array]:
-        search, n, start, slope = carry
-        value, gradient = jax.value_and_grad(loss)(search.trial)
-        first = n == now.n
-        search = optimiser.update(search, value, gradient)
-        return search, n + 1, jnp.where(first, value, start), jnp.where(first, search.left, slope)
+    def evaluate(now: _Search) -> _Search:
+        (value, q), gradient = jax.value_and_grad(loss, has_aux=True)(now.search.trial)
+        search = optimiser.update(now.search, value, gradient)
+        found = _Search(search, value, search.left, q, now.n + 1)
+        return chosen(now.n == 0, found, now._replace(search=search, n=now.n + 1))
 
-    def unfinished(carry: tuple[Search, Array, Array, Array]) -> Array:
-        return (carry[1] < jnp.maximum(budget, now.n + 1)) & ~carry[0].done
+    def unfinished(now: _Search) -> Bool[Array, ""]:
+        return (now.n < budget) & ~now.search.done
 
-    zero = jnp.zeros((), now.x.dtype)
-    return jax.lax.while_loop(unfinished, evaluate, (optimiser.init(now.x), now.n, zero, zero))
+    zero = jnp.zeros((), log_weights.dtype)
+    start = _Search(
+        optimiser.init(coordinates.start), zero, zero, jnp.zeros_like(graph.node_weights), jnp.zeros((), jnp.int32)
+    )
+    return jax.lax.while_loop(unfinished, evaluate, start)

@@ -120,6 +120,12 @@ def transport_terms(
     return jax.vmap(edge)(sources, targets, graph.epsilon, graph.rho, potentials)
 
 
+def all_costs(parameters: Parameters, graph: MixtureGraph) -> Float[Array, "E K K"]:
+    """The costs of all pairs of components, of every edge."""
+    one, other = take(parameters, graph.sources), take(parameters, graph.targets)
+    return jax.vmap(bures.pairwise_cost)(one.means, one.factors, other.means, other.factors)
+
+
 def solved_log_weights(potentials: entropic.Potentials) -> Float[Array, "2 K"]:
     """The log-weights of a pair's two nodes, where they were solved for with its one plan."""
     return jax.lax.stop_gradient(jnp.stack([potentials.log_a[0], potentials.log_b[0]]))
