@@ -138,9 +138,10 @@ def invert_dominant(a: Float[Array, "*b k k"]) -> Float[Array, "*b k k"]:
     def eliminate(j, a):
         pivot = 1 / a[..., j, j][..., None]
         row, column = a[..., j, :] * pivot, a[..., :, j]
-        rest = jnp.where(index == j, 0, a) - jnp.where(index == j, 0, column)[..., :, None] * jnp.where(
-            index == j, pivot, row
-        )[..., None, :]
+        rest = (
+            jnp.where(index == j, 0, a)
+            - jnp.where(index == j, 0, column)[..., :, None] * jnp.where(index == j, pivot, row)[..., None, :]
+        )
         return jnp.where(index[:, None] == j, jnp.where(index == j, pivot, row)[..., None, :], rest)
 
     return _column_loop(k, eliminate, a)

@@ -199,8 +199,6 @@ def fit_graph(
         frozen = bool(still[i])
         if frozen == (clouds[i] is not None) or (clouds[i] is not None and not frame.raises(ridge)):
             gmm.check_densities(f"node {i}")
-    matched = graph.n_nodes == 2 and graph.n_edges == 1 and all(cloud is not None for cloud in clouds)
-    graph = dataclasses.replace(graph, matched=matched)
     given = [
         GivenCloud(f"clouds[{i}]", cloud, f"point_weights[{i}]", weight)
         for i, (cloud, weight) in enumerate(zip(clouds, weights, strict=True))

@@ -51,7 +51,7 @@ class Couplings(NamedTuple):
 
     @classmethod
     def none(cls, parameters: Parameters, graph: MixtureGraph) -> "Couplings":
-        k, (_, width, _) = parameters.means.shape[1], Shapes.of(parameters).factors.shape
+        width = Shapes.of(parameters).factors.shape[-1]
         one, other = take(parameters, graph.sources), take(parameters, graph.targets)
         costs = jax.vmap(bures.least_cost)(one.means, one.factors, other.means, other.factors)
         n = costs.size + _block_length(costs.size, width, costs.dtype)  # a block may begin at the last one
@@ -129,7 +129,9 @@ def _halves(
     return tuple(found)
 
 
-_price = jax.custom_jvp(lambda shapes, couplings, weights, d: _halves(shapes, couplings, weights, d)[0], nondiff_argnums=(3,))
+_price = jax.custom_jvp(
+    lambda shapes, couplings, weights, d: _halves(shapes, couplings, weights, d)[0], nondiff_argnums=(3,)
+)
 
 
 @_price.defjvp

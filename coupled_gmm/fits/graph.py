@@ -39,7 +39,6 @@ class MixtureGraph:
     frozen: Bool[Array, " V"]
     sizes: tuple[int, ...] = static()
     balanced: bool = static()
-    matched: bool = static(default=False)  # one edge between two nodes that both have clouds
 
     @classmethod
     def from_mixtures(
@@ -115,7 +114,6 @@ class MixtureGraph:
             frozen=jnp.asarray(frozen),
             sizes=(pair.gmm0.n_components, pair.gmm1.n_components),
             balanced=pair.balanced,
-            matched=True,
         )
 
     @classmethod

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from coupled_gmm.core.tree import AnyArray, chosen
 from coupled_gmm.fits.coordinates import restore_frozen
-from coupled_gmm.fits.objective import Objective, Terms, no_terms, solved_log_weights
+from coupled_gmm.fits.objective import Objective, Terms, no_terms
 from coupled_gmm.fits.optimisers import Optimiser, Search
 from coupled_gmm.fits.statistics import Parameters, maximiser
 from coupled_gmm.transport import entropic, limits
@@ -38,8 +38,6 @@ class _Ascent(NamedTuple):
     search: Search
     initial: Terms
     potentials: entropic.Potentials
-    log_weights: Float[Array, "V K"]  # what the coordinates are relative to; at the best, while they are solved for
-    solves_masses: Bool[Array, ""]
     marginal_error: Float[Array, ""]
     ahead: Float[Array, ""]
     moved: Bool[Array, ""]
@@ -61,16 +59,9 @@ def ascend(
     if not graph.n_edges:
         return _closed_form(objective, potentials)
     coordinates = optimiser.coordinates(base, objective.statistics, graph, unit)
-    may_solve = optimiser.monotone and graph.balanced and graph.matched and objective.solver.solves_masses
 
     def loss(x: Array, now: _Ascent) -> tuple[Array, Terms]:
-        free = now.solves_masses & (now.n > 0)
-        response = objective.response(free) if may_solve else None
-        parameters = coordinates.parameters(x, now.log_weights)
-        if may_solve:  # solved-for weights are no unknowns of the search
-            fixed = jax.lax.stop_gradient(parameters.log_weights)
-            parameters = parameters._replace(log_weights=jnp.where(now.solves_masses, fixed, parameters.log_weights))
-        found = objective.terms(parameters, now.potentials, response)
+        found = objective.terms(coordinates.parameters(x, base.log_weights), now.potentials)
         return -found.total(graph), found
 
     def unfinished(now: _Ascent) -> Bool[Array, ""]:
@@ -86,17 +77,11 @@ def ascend(
             value = jnp.where(finite, value, jnp.inf)
         search = optimiser.update(now.search, value, gradient)
         accepted = search.accepted & finite
-        log_weights = now.log_weights
-        if may_solve:
-            solved = solved_log_weights(found.potentials)
-            log_weights = chosen(accepted & now.solves_masses, solved, log_weights)
         largest = jnp.maximum(now.marginal_error, found.marginal_error)
         return _Ascent(
             search=search,
             initial=chosen(first, found, now.initial),
             potentials=chosen(accepted, found.potentials, now.potentials),
-            log_weights=log_weights,
-            solves_masses=now.solves_masses & finite,  # where that fails, weights are searched for like the rest
             # The first evaluation counts whatever it finds: it is where the fit is.
             marginal_error=jnp.where(accepted | first, largest, now.marginal_error),
             ahead=jnp.where(first, coordinates.promise(gradient) / SLACK, now.ahead),
@@ -109,9 +94,6 @@ def ascend(
         search=optimiser.init(coordinates.start),
         initial=no_terms(graph),
         potentials=potentials,
-        log_weights=base.log_weights,
-        # Masses of a node of weight zero follow no cloud: there is nothing that they would answer with.
-        solves_masses=jnp.all((graph.node_weights > 0) | graph.frozen),
         marginal_error=zero,
         ahead=zero,
         moved=jnp.asarray(False),
@@ -119,7 +101,7 @@ def ascend(
     )
     end = jax.lax.while_loop(unfinished, evaluate, start)
     return MStep(
-        parameters=coordinates.parameters(end.search.best, end.log_weights),
+        parameters=coordinates.parameters(end.search.best, base.log_weights),
         initial=end.initial,
         potentials=end.potentials,
         marginal_error=end.marginal_error,

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from coupled_gmm.core.tree import AnyArray, chosen, take
+from coupled_gmm.core.tree import AnyArray, chosen
 from coupled_gmm.fits.coordinates import Coordinates
 from coupled_gmm.fits.couplings import Couplings
 from coupled_gmm.fits.graph import MixtureGraph
@@ -24,7 +24,6 @@ from coupled_gmm.transport import limits, masses
 from coupled_gmm.transport.entropic import Potentials
 from coupled_gmm.transport.masses import Links, Response
 from coupled_gmm.transport.problem import TransportProblem
-
 
 _HELD = 1e-2  # of a node's weight, by which its masses stay what they are
 
@@ -97,8 +96,8 @@ def climb(
 def _response(graph: MixtureGraph, statistics: Statistics) -> Response:
     r"""What masses answer with: mostly what the clouds ask for, and with a small weight the present masses.
 
-    That is a minorant again, since :math:`\\sum a_0 \\log (a / a_0) \\le 0`, and one that is curved enough where a cloud asks for 1e-20
-    of a component. Masses of a node without a cloud are held by that alone, as much as by the entropy of its plans.
+    That is a minorant again, since :math:`\sum a_0 \log (a / a_0) \le 0`, and one that is curved enough where a cloud asks for
+    1e-20 of a component. Masses of a node without a cloud are held by that alone, as much as by the entropy of its plans.
     """
     asked = (graph.node_weights > 0) & (jnp.sum(statistics.masses, axis=-1) > 0)
     entropy = jnp.zeros_like(graph.node_weights).at[graph.sources].add(graph.edge_weights * graph.epsilon)
@@ -144,9 +143,7 @@ def _planned(parameters: Parameters, graph: MixtureGraph, near: Potentials, resp
         log_masses = jnp.where(turn == 0, log_weights, log_masses)
         asked = Response(response.targets, response.weights, response.free & (turn == 1))
         problems, near = _problems(graph, couplings.costs, log_masses), (after.f, after.g)
-        found, log_masses = masses.solve(
-            problems, links, log_masses, near, tol, limits.MAX_ITERATIONS_IN_FITS, asked
-        )
+        found, log_masses = masses.solve(problems, links, log_masses, near, tol, limits.MAX_ITERATIONS_IN_FITS, asked)
         wanted = couplings.known | moves_mass(couplings.costs, found)
         settled = jnp.all(wanted == couplings.known)
         before = chosen(turn == 0, found, before)

@@ -1,9 +1,5 @@
 r"""What the M-step raises: sum v_i Q_i - sum lambda_ij T_ij, all of whose terms are functions of the parameters alone.
 
-Balanced transport has kinks in the masses: where they agree, or nearly, no gradient says how far they should part. For a
-balanced pair the default therefore solves for masses and plan at once (`masses`), exactly, in each evaluation,
-and searches over means and factors only; the objective it sees is smooth.
-
 The transport cost enters by its dual value. Potentials are carried from one evaluation to the next and never
 differentiated: by the envelope theorem the derivative at fixed potentials is that of the cost.
 """
@@ -13,14 +9,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from coupled_gmm.core.tree import take
 from coupled_gmm.fits.graph import MixtureGraph
 from coupled_gmm.fits.statistics import Parameters, Statistics, expected_log_likelihood
 from coupled_gmm.gaussians import bures
-from coupled_gmm.transport import duals, entropic, limits, masses
-from coupled_gmm.transport.masses import Response
+from coupled_gmm.transport import duals, entropic, limits
 from coupled_gmm.transport.problem import TransportProblem
 from coupled_gmm.transport.solvers import PlanSolver
 
@@ -66,26 +61,14 @@ class Objective(NamedTuple):
     graph: MixtureGraph
     solver: PlanSolver
 
-    def terms(self, parameters: Parameters, potentials: entropic.Potentials, response: Response | None = None) -> Terms:
-        """Of these parameters; or of these but for the masses that answer with a response, which are solved for."""
-        transport, costs, solved = transport_terms(parameters, self.graph, potentials, self.solver, response)
-        if response is not None:
-            free = jnp.stack(response.free)[:, None]
-            log_weights = jnp.where(free, solved_log_weights(solved), parameters.log_weights)
-            parameters = parameters._replace(log_weights=log_weights)
+    def terms(self, parameters: Parameters, potentials: entropic.Potentials) -> Terms:
+        """Of these parameters, with plans found from potentials of nearby ones."""
+        transport, costs, solved = transport_terms(parameters, self.graph, potentials, self.solver)
         return Terms(self.q(parameters), transport, costs, solved)
 
     def q(self, parameters: Parameters) -> Float[Array, " V"]:
         """The expected log-likelihood of every node."""
         return jax.vmap(expected_log_likelihood)(parameters, self.statistics, self.floors)
-
-    def response(self, free: Bool[Array, ""]) -> Response:
-        """How the masses of a pair answer to potentials: they maximise Q's part in them less the price of transport."""
-        graph = self.graph
-        weighs = graph.node_weights > 0
-        rates = graph.edge_weights[0] / jnp.where(weighs, graph.node_weights, 1)
-        moving = free & ~graph.frozen
-        return Response(tuple(self.statistics.masses), tuple(rates), tuple(moving))
 
 
 def transport_terms(
@@ -93,7 +76,6 @@ def transport_terms(
     graph: MixtureGraph,
     potentials: entropic.Potentials,
     solver: PlanSolver,
-    response: Response | None = None,
 ) -> tuple[Float[Array, " E"], Float[Array, "E K K"], entropic.Potentials]:
     """Regularised transport cost of every edge, differentiable in the parameters; costs, and certifying potentials."""
     if not graph.n_edges:
@@ -106,13 +88,7 @@ def transport_terms(
         prices = {"epsilon": epsilon, "rho": rho, "balanced": graph.balanced}
         problem = TransportProblem.of_log_masses(cost, one.log_weights, other.log_weights, **prices)
         fixed, init = jax.lax.stop_gradient((problem, (start.f, start.g)))
-        if response is None:
-            solved = solver(fixed, init, tol, limits.MAX_ITERATIONS_IN_FITS)
-        else:
-            solved = masses.solve(fixed, init, tol, limits.MAX_ITERATIONS_IN_FITS, response)
-            log_a = jnp.where(response.free[0], solved.log_a, one.log_weights)
-            log_b = jnp.where(response.free[1], solved.log_b, other.log_weights)
-            problem = problem.with_log_masses(log_a, log_b)
+        solved = solver(fixed, init, tol, limits.MAX_ITERATIONS_IN_FITS)
         value = duals.dual_value(problem, solved.f, solved.g)
         return value, *jax.lax.stop_gradient((cost, solved))
 
@@ -124,8 +100,3 @@ def all_costs(parameters: Parameters, graph: MixtureGraph) -> Float[Array, "E K 
     """The costs of all pairs of components, of every edge."""
     one, other = take(parameters, graph.sources), take(parameters, graph.targets)
     return jax.vmap(bures.pairwise_cost)(one.means, one.factors, other.means, other.factors)
-
-
-def solved_log_weights(potentials: entropic.Potentials) -> Float[Array, "2 K"]:
-    """The log-weights of a pair's two nodes, where they were solved for with its one plan."""
-    return jax.lax.stop_gradient(jnp.stack([potentials.log_a[0], potentials.log_b[0]]))

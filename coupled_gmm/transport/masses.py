@@ -11,8 +11,8 @@ potentials of all edges of their node,
 .. math:: a_i = n_i / (1 + \Phi_i - s_i), \qquad \Phi_i = \sum_{h} \lambda_h \phi(F_h) / v_i, \quad
    \phi(F) = \rho (1 - e^{-F / \rho})
 
-(F where :math:`\rho` is infinite), :math:`s_i` being such that they sum to 1. With the masses put in, it is a convex function of the
-potentials that is minimised: it tells good steps from bad, where the residual alone may go round in circles.
+(F where :math:`\rho` is infinite), :math:`s_i` being such that they sum to 1. With the masses put in, it is a convex function of
+the potentials that is minimised: it tells good steps from bad, where the residual alone may go round in circles.
 
 The entropy of a plan is taken against the marginals :math:`p_0 q_0^T` that the plan has for the present masses. That makes the
 problem concave, and its value a lower bound that is exact at the start: balanced, T differs by
@@ -234,7 +234,12 @@ def solve(
         answers = _Answers.of(slope, log_mass, (rates * eps)[..., None] * moved)
         paid = jnp.where(present, jnp.exp(log_mass[ends]) * worth(x, rho), 0)
         mass = eps[:, None] * jnp.exp(log_sums[0])
-        terms = [nodes.worth(log_mass), -weights[:, None] * paid[0], -weights[:, None] * paid[1], weights[:, None] * mass]
+        terms = [
+            nodes.worth(log_mass),
+            -weights[:, None] * paid[0],
+            -weights[:, None] * paid[1],
+            weights[:, None] * mass,
+        ]
         terms = jnp.concatenate([term.ravel() for term in terms])
         residual = jnp.where(present, wanted - log_sums, 0)
 
@@ -266,7 +271,10 @@ def solve(
     # At an epsilon above v / lambda masses answer to a step in F by orders of magnitude.
     hottest = jnp.minimum(scale, 1 / jnp.maximum(jnp.max(rates * epsilon), jnp.finfo(cost.dtype).tiny))
     goal = Goal(
-        jnp.ones((), cost.dtype), marginal_error=tol / 16, hottest=jnp.maximum(1, hottest), max_iterations=max_iterations
+        jnp.ones((), cost.dtype),
+        marginal_error=tol / 16,
+        hottest=jnp.maximum(1, hottest),
+        max_iterations=max_iterations,
     )
     unknowns = Unknowns(present.ravel(), centred, scale)
     start = (start * grown[..., None]).ravel()
@@ -291,9 +299,7 @@ def _row_scales(residual: Float[Array, "2 E K"]) -> tuple[Float[Array, "2 E K"],
     return jnp.where(residual > 0, falling, rising), jnp.where(residual > 0, rising, falling)
 
 
-def _newton_step(
-    answers: _Answers, ends: Array, base: Array, masses: Array, u: Array, v: Array, right: Array
-) -> Array:
+def _newton_step(answers: _Answers, ends: Array, base: Array, masses: Array, u: Array, v: Array, right: Array) -> Array:
     edges = _Edges.of(answers, ends, base, masses, u, v)
     schur = edges.schur()
     if len(u) == 1:

@@ -31,9 +31,7 @@ def solve_pair(problem, init, tol, limit, targets, rates, free=(True, True)):
     found, _ = masses.solve(stacked, links, log_masses, init, tol, limit, response)
     found = jax.tree.map(lambda leaf: leaf[0], found)
     k0, k1 = sizes
-    return dataclasses.replace(
-        found, f=found.f[:k0], g=found.g[:k1], log_a=found.log_a[:k0], log_b=found.log_b[:k1]
-    )
+    return dataclasses.replace(found, f=found.f[:k0], g=found.g[:k1], log_a=found.log_a[:k0], log_b=found.log_b[:k1])
 
 
 solve = jax.jit(solve_pair, static_argnums=3)
@@ -184,7 +182,9 @@ def test_masses_that_must_move_far_are_found(precision_bits):
             for rate in (0.003, 0.03, 0.1, 0.3, 1.0, 3.0):
                 log_a = jnp.log(a)
                 problem = balanced(cost, log_a, log_a, jnp.asarray(epsilon))
-                end = solve(problem, (zeros, zeros), jnp.asarray(1e-4), 200, (n, m), (jnp.asarray(rate),) * 2, (yes, yes))
+                end = solve(
+                    problem, (zeros, zeros), jnp.asarray(1e-4), 200, (n, m), (jnp.asarray(rate),) * 2, (yes, yes)
+                )
                 assert bool(end.converged), (epsilon, rate, end.marginal_error, end.n_iterations)
 
 
