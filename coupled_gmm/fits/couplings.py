@@ -24,7 +24,7 @@ from coupled_gmm.fits.graph import MixtureGraph
 from coupled_gmm.fits.statistics import Parameters
 from coupled_gmm.gaussians import bures
 
-_BLOCKS = 2  # that fit where one of a cost matrix does
+_BLOCKS = 16  # that fit where one of a cost matrix does
 
 
 class Shapes(NamedTuple):

@@ -137,6 +137,8 @@ def _planned(parameters: Parameters, graph: MixtureGraph, near: Potentials, resp
     def moves_mass(costs: Array, potentials: Potentials, margin: float = 0) -> Bool[Array, "E K K"]:
         return _log_plans(graph, costs, potentials) > least - margin
 
+    carried = jnp.any(near.n_iterations > 0) & graph.balanced
+
     def look(now: _Look) -> _Look:
         turn, wanted, (before, after, log_masses, couplings) = now
         couplings = couplings.with_those(wanted, parameters, graph)
@@ -153,7 +155,8 @@ def _planned(parameters: Parameters, graph: MixtureGraph, near: Potentials, resp
     few = parameters.means.shape[-1] <= 2  # features: a cost costs nothing
     wanted = jnp.ones_like(couplings.known) if few else moves_mass(couplings.costs, near, margin=10)
     start = _Look(jnp.zeros((), jnp.int32), wanted, _Planned(near, near, log_weights, couplings))
-    return jax.lax.while_loop(lambda now: now.turn < 3, look, start).planned
+    turns = 2 if graph.balanced else 3  # balanced, plans come out with the masses
+    return jax.lax.while_loop(lambda now: now.turn < turns, look, start).planned
 
 
 def _search(
