@@ -6,7 +6,8 @@ is raised in two halves: the E-step reduces each cloud to masses, means and scat
 say of J. One compiled loop serves the mixture alone (one node), the pair (one edge) and any graph.
 
 How is one mixture fitted? `gmm`. Several together? `coupled`. What may be asked of a fit? `request`. What happens in one EM step?
-`em`; in its E-step? `statistics`; in its M-step? `m_step`, which raises `objective` by one of the `optimisers`, in one of the
-`coordinates`. What couples what? `graph`. Where do fits start? `starts`. In which origin and unit do they see data? `frame`. What
+`em`; in its E-step? `statistics`; in its M-step? `minorants`: masses and plans at once, then means and factors under them, by the
+`couplings` of the components that exchange mass. With an optimiser of the caller's? `m_step`, which evaluates `objective` itself, by one
+of the `optimisers`, in one of the `coordinates`. What couples what? `graph`. Where do fits start? `starts`. In which origin and unit do they see data? `frame`. What
 do they return? `results`.
 """

@@ -125,8 +125,8 @@ def _halves(
         return begin + length, price, in_means, in_factors
 
     start = jnp.zeros_like(couplings.count), jnp.zeros((), means.dtype), jnp.zeros_like(means), jnp.zeros_like(factors)
-    _, *found = jax.lax.while_loop(lambda carry: carry[0] < couplings.count, block, start)
-    return tuple(found)
+    _, price, in_means, in_factors = jax.lax.while_loop(lambda carry: carry[0] < couplings.count, block, start)
+    return price, in_means, in_factors
 
 
 _price = jax.custom_jvp(

@@ -3,7 +3,7 @@ r"""The program of a coupled fit: EM on every cloud, minus the price of transpor
 .. math:: J = \sum_i v_i \, \overline{\log p_i} - \sum_{(i, j)} \lambda_{ij} T(p_i, p_j)
 
 One compiled loop over EM steps. Each reduces the clouds to statistics (`statistics`), then raises the expected objective of
-all nodes at once (`m_step`); plans' potentials are carried through. The E-step and the M-step are traced once each: the
+all nodes at once (`minorants`, or `m_step`); plans' potentials are carried through. The E-step and the M-step are traced once each: the
 last round of the loop looks at where the fit has come to, and moves nothing.
 """
 
@@ -155,7 +155,7 @@ def prepare(problem: MixtureGraph, sight: Sight, controls: Controls, options: Fi
     dtype = problem.nodes.dtype
     controls = jax.tree.map(lambda c: c.astype(dtype) if jnp.issubdtype(c, jnp.floating) else c, controls)
     if options.optimizer is None:
-        optimiser = optimisers.lbfgs_optimiser()
+        optimiser = optimisers.lbfgs_optimiser(patience=1e-2)
     else:
         rate = controls.learning_rate
         optimiser = optimisers.optax_optimiser(options.optimizer if rate is None else options.optimizer(rate))

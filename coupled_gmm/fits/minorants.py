@@ -137,15 +137,13 @@ def _planned(parameters: Parameters, graph: MixtureGraph, near: Potentials, resp
     def moves_mass(costs: Array, potentials: Potentials, margin: float = 0) -> Bool[Array, "E K K"]:
         return _log_plans(graph, costs, potentials) > least - margin
 
-    carried = jnp.any(near.n_iterations > 0) & graph.balanced
-
     def look(now: _Look) -> _Look:
         turn, wanted, (before, after, log_masses, couplings) = now
         couplings = couplings.with_those(wanted, parameters, graph)
         log_masses = jnp.where(turn == 0, log_weights, log_masses)
         asked = Response(response.targets, response.weights, response.free & (turn == 1))
-        problems, near = _problems(graph, couplings.costs, log_masses), (after.f, after.g)
-        found, log_masses = masses.solve(problems, links, log_masses, near, tol, limits.MAX_ITERATIONS_IN_FITS, asked)
+        problems, init = _problems(graph, couplings.costs, log_masses), (after.f, after.g)
+        found, log_masses = masses.solve(problems, links, log_masses, init, tol, limits.MAX_ITERATIONS_IN_FITS, asked)
         wanted = couplings.known | moves_mass(couplings.costs, found)
         settled = jnp.all(wanted == couplings.known)
         before = chosen(turn == 0, found, before)

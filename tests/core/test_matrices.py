@@ -274,3 +274,12 @@ def test_products_of_derivatives_are_in_full_precision(examples):
 
 def test_the_search_for_low_products_finds_them():
     assert low_products(lambda a: a @ a, jnp.eye(2))
+
+
+def test_inverses_of_dominant_matrices(precision):
+    rng = np.random.RandomState(0)
+    for k in (1, 3, 4, 9):
+        stochastic = rng.rand(2, k, k)
+        matrix = 1.1 * np.eye(k) - stochastic / stochastic.sum(-1, keepdims=True)
+        found = jax.jit(matrices.invert_dominant)(jnp.asarray(matrix))
+        np.testing.assert_allclose(found, np.linalg.inv(matrix), atol=1e3 * precision)

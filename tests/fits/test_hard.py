@@ -247,7 +247,9 @@ def check_pair(fit, way: Way) -> None:
         present = np.asarray(gmm.weights) > 0
         assert (np.linalg.eigvalsh(np.asarray(gmm.covariances, np.float64)[present]) > 0).all()
     if fit.status == cg.Status.SINGULAR:  # said only of what is: a variance within some roundings of nothing
-        spectra = [np.linalg.eigvalsh(np.asarray(gmm.covariances, np.float64)) for gmm in (fit.pair.gmm0, fit.pair.gmm1)]
+        spectra = [
+            np.linalg.eigvalsh(np.asarray(gmm.covariances, np.float64)) for gmm in (fit.pair.gmm0, fit.pair.gmm1)
+        ]
         assert min((values[:, 0] / values[:, -1]).min() for values in spectra) < 20 * np.finfo(fit.pair.gmm0.dtype).eps
     else:
         assert fit.status == cg.Status.STEPS_DONE, fit.message

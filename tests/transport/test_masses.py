@@ -250,3 +250,101 @@ def test_a_plan_of_nan_meets_no_bound():
     end = jax.jit(entropic.solve, static_argnums=3)(balanced(cost, zeros - 0.7, zeros - 0.7, one), zeros, one, 10)
     assert np.isinf(end.marginal_error)
     assert not end.converged
+
+
+SHAPES = {"chain": [(0, 1), (1, 2)], "star": [(0, 1), (0, 2), (0, 3)], "ring": [(0, 1), (1, 2), (0, 2)]}
+
+
+def make_graph(shape, seed=0, k=3):
+    """Costs, targets, present masses, weights and epsilons of a graph, by NumPy."""
+    rng, edges = np.random.RandomState(seed), np.array(SHAPES[shape])
+    n_nodes = edges.max() + 1
+    x = rng.randn(n_nodes, k, 2)
+    cost = np.stack([((x[i][:, None] - x[j]) ** 2).sum(-1) for i, j in edges])
+    targets, present = rng.dirichlet(np.full(k, 3.0), n_nodes), rng.dirichlet(np.full(k, 3.0), n_nodes)
+    return (
+        edges,
+        cost,
+        targets,
+        present,
+        rng.uniform(0.5, 2, len(edges)),
+        0.1 * cost.mean((1, 2)),
+        rng.uniform(0.5, 2, n_nodes),
+    )
+
+
+def solved_graph(graph, free, rho=None, init=None, present=None):
+    edges, cost, targets, given, weights, epsilon, v = graph
+    present = given if present is None else present
+    logs = jnp.log(jnp.asarray(present))
+    one, other = logs[edges[:, 0]], logs[edges[:, 1]]
+    prices = {"rho": None if rho is None else jnp.full(len(edges), rho), "balanced": rho is None}
+    problems = TransportProblem.of_log_masses(jnp.asarray(cost), one, other, epsilon=jnp.asarray(epsilon), **prices)
+    response = Response(jnp.asarray(targets), jnp.asarray(v), jnp.asarray(free))
+    links = Links(jnp.asarray(edges.T), jnp.asarray(weights))
+    init = (jnp.zeros(cost.shape[:2]),) * 2 if init is None else init
+    return jax.jit(masses.solve, static_argnums=5)(problems, links, logs, init, jnp.asarray(1e-10), 500, response)
+
+
+def graph_objective(masses_, graph):
+    edges, cost, targets, present, weights, epsilon, v = graph
+    moved = zip(edges, cost, weights, epsilon)
+    price = sum(w * transport(c, masses_[i], masses_[j], present[i], present[j], e) for (i, j), c, w, e in moved)
+    return np.sum(v[:, None] * targets * np.log(masses_)) - price
+
+
+@pytest.mark.parametrize(("shape", "held"), [("chain", 0), ("star", None), ("ring", 2)])
+def test_masses_of_a_graph_maximise_the_joint_objective(x64, shape, held):
+    """Every plan has its nodes' new masses, and no other masses are worth more, by a plain Sinkhorn."""
+    graph = make_graph(shape)
+    edges, cost, _, present, _, epsilon, v = graph
+    free = np.arange(len(v)) != (-1 if held is None else held)
+    found, logs = solved_graph(graph, free)
+    assert found.converged.all(), found.marginal_error
+    best = np.exp(np.asarray(logs))
+    np.testing.assert_allclose(best.sum(1), 1, atol=1e-9)
+    if held is not None:
+        np.testing.assert_allclose(best[held], present[held], rtol=1e-12)
+    for (i, j), c, e, f, g in zip(edges, cost, epsilon, np.asarray(found.f), np.asarray(found.g)):
+        plan = np.outer(best[i], best[j]) * np.exp((f[:, None] + g - c) / e)
+        np.testing.assert_allclose(plan.sum(1), best[i], atol=1e-8)
+        np.testing.assert_allclose(plan.sum(0), best[j], atol=1e-8)
+    rng, value = np.random.RandomState(1), graph_objective(best, graph)
+    assert value >= graph_objective(present, graph)
+    for size in (1e-3, 1e-1):
+        for _ in range(4):
+            other = best * np.exp(size * rng.randn(*best.shape) * free[:, None])
+            assert graph_objective(other / other.sum(1, keepdims=True), graph) <= value + 1e-9
+
+
+def test_masses_of_an_unbalanced_graph_rise_to_a_stationary_point(x64):
+    """Solved for again and again, each time from the plans between the last ones: J rises, and nothing of first order is left."""
+    graph, rho, free = make_graph("chain"), 0.5, [True, True, True]
+    edges, cost, targets, present, weights, epsilon, v = graph
+
+    def held(present):
+        found, _ = solved_graph(graph, [False] * 3, rho, present=present)
+        problems = [
+            TransportProblem.of_masses(
+                *map(jnp.asarray, (c, present[i], present[j])),
+                epsilon=jnp.asarray(e),
+                rho=jnp.asarray(rho),
+                balanced=False,
+            )
+            for (i, j), c, e in zip(edges, cost, epsilon)
+        ]
+        price = [float(p.dual_objective(f, g)) for p, f, g in zip(problems, found.f, found.g)]
+        return np.sum(v[:, None] * targets * np.log(present)) - np.dot(weights, price), (found.f, found.g)
+
+    values, now = [], present
+    for _ in range(60):
+        value, plans = held(now)
+        values.append(value)
+        _, logs = solved_graph(graph, free, rho, plans, now)
+        now = np.exp(np.asarray(logs))
+    assert (np.diff(values) > -1e-10).all() and values[-1] - values[0] > 1e-3
+    assert values[-1] - values[-2] < 1e-8
+    rng = np.random.RandomState(1)
+    for _ in range(4):
+        other = now * np.exp(1e-3 * rng.randn(*now.shape))
+        assert held(other / other.sum(1, keepdims=True))[0] <= values[-1] + 1e-9
