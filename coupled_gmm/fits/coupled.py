@@ -241,9 +241,9 @@ def fit_pair(
       point_weights0, point_weights1: (n0,), (n1,), at least 0, not all 0; None weighs points equally.
       em_steps: EM steps, at most.
       m_steps: evaluations of the M-step's objective, or of what bounds it from below, and its gradient in each, at most.
-      optimizer: None solves for masses and plans, and moves means and factors by L-BFGS in natural coordinates; an optax factory (``optax.adam``) takes `learning_rate` as a leaf;
-        a built optax transformation is used as it is. Both run in log-Cholesky coordinates, as OTT's fit does, and do
-        every step.
+      optimizer: None solves for masses and plans, and moves means and factors by L-BFGS in natural coordinates; an optax
+        factory (``optax.adam``) takes `learning_rate` as a leaf; a built optax transformation is used as it is. Both run in
+        log-Cholesky coordinates, as OTT's fit does, and do every step.
       learning_rate: above 0, with a factory only.
       tol: at least 0; the fit has converged when an EM step raises J by no more. With 0 all steps are done.
       freeze: any of "gmm0", "gmm1", left as they are.

@@ -3,8 +3,8 @@ r"""The program of a coupled fit: EM on every cloud, minus the price of transpor
 .. math:: J = \sum_i v_i \, \overline{\log p_i} - \sum_{(i, j)} \lambda_{ij} T(p_i, p_j)
 
 One compiled loop over EM steps. Each reduces the clouds to statistics (`statistics`), then raises the expected objective of
-all nodes at once (`minorants`, or `m_step`); plans' potentials are carried through. The E-step and the M-step are traced once each: the
-last round of the loop looks at where the fit has come to, and moves nothing.
+all nodes at once (`minorants`, or `m_step`); plans' potentials are carried through. The E-step and the M-step are traced once
+each: the last round of the loop looks at where the fit has come to, and moves nothing.
 """
 
 import dataclasses
