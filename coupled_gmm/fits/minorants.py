@@ -109,21 +109,18 @@ def _response(graph: MixtureGraph, statistics: Statistics) -> Response:
     return Response(targets / (asks + held)[:, None], asks + held, ~graph.frozen)
 
 
-def _problems(graph: MixtureGraph, costs: Array, log_weights: Array) -> TransportProblem:
-    one, other = log_weights[graph.sources], log_weights[graph.targets]
+def _problems(graph: MixtureGraph, costs: Array, log_a: Array, log_b: Array) -> TransportProblem:
     prices = {"epsilon": graph.epsilon, "rho": graph.rho, "balanced": graph.balanced}
-    return TransportProblem.of_log_masses(costs, one, other, **prices)
+    return TransportProblem.of_log_masses(costs, log_a, log_b, **prices)
 
 
 def _dual_values(graph: MixtureGraph, costs: Array, potentials: Potentials) -> Float[Array, " E"]:
-    problems = _problems(graph, costs, jnp.zeros((graph.n_nodes, costs.shape[-1]), costs.dtype))
-    problems = problems.with_log_masses(potentials.log_a, potentials.log_b)
+    problems = _problems(graph, costs, potentials.log_a, potentials.log_b)
     return jax.vmap(TransportProblem.dual_objective)(problems, potentials.f, potentials.g)
 
 
 def _log_plans(graph: MixtureGraph, costs: Array, potentials: Potentials) -> Float[Array, "E K K"]:
-    problems = _problems(graph, costs, jnp.zeros((graph.n_nodes, costs.shape[-1]), costs.dtype))
-    problems = problems.with_log_masses(potentials.log_a, potentials.log_b)
+    problems = _problems(graph, costs, potentials.log_a, potentials.log_b)
     return jax.vmap(TransportProblem.log_plan)(problems, potentials.f, potentials.g)
 
 
@@ -142,7 +139,7 @@ def _planned(parameters: Parameters, graph: MixtureGraph, near: Potentials, resp
         couplings = couplings.with_those(wanted, parameters, graph)
         log_masses = jnp.where(turn == 0, log_weights, log_masses)
         asked = Response(response.targets, response.weights, response.free & (turn == 1))
-        problems, init = _problems(graph, couplings.costs, log_masses), (after.f, after.g)
+        problems, init = _problems(graph, couplings.costs, *log_masses[links.ends]), (after.f, after.g)
         found, log_masses = masses.solve(problems, links, log_masses, init, tol, limits.MAX_ITERATIONS_IN_FITS, asked)
         wanted = couplings.known | moves_mass(couplings.costs, found)
         settled = jnp.all(wanted == couplings.known)

@@ -91,22 +91,17 @@ def _turned_cost(
 
 
 def _turned(factor0: Array, factors1: Array, smallest: Array, d: int) -> tuple[Array, Array, Array]:
-    """The costs, U and L1 U^T."""
-    u = polar(matrices.transpose(factor0) @ factors1, smallest)
-    turned = factors1 @ matrices.transpose(u)
-    distance = jnp.sum((factor0 - turned) ** 2, axis=(-2, -1))
-    missing = jnp.sum(factors1**2, axis=(-2, -1)) - jnp.sum(turned**2, axis=(-2, -1))
-    singular = d - jnp.sum(u**2, axis=(-2, -1)) > 8 * d * jnp.finfo(u.dtype).eps
-    return distance + jnp.where(singular, jnp.maximum(missing, 0), 0), u, turned
+    """`coupled_cost` of the best couplings."""
+    return coupled_cost(factor0, factors1, polar(matrices.transpose(factor0) @ factors1, smallest), d)
 
 
 @_turned_cost.defjvp
 @matrices.precise
 def _turned_cost_jvp(d, primals, tangents):
     factor0, factors1, smallest = primals
-    cost, u, turned = _turned(factor0, factors1, smallest, d)
-    change = jnp.sum((factor0 - turned) * tangents[0], axis=(-2, -1))
-    change += jnp.sum((factors1 - factor0 @ u) * tangents[1], axis=(-2, -1))
+    cost, in0, in1 = _turned(factor0, factors1, smallest, d)
+    change = jnp.sum(in0 * tangents[0], axis=(-2, -1))
+    change += jnp.sum(in1 * tangents[1], axis=(-2, -1))
     return cost, 2 * change
 
 
@@ -179,10 +174,8 @@ def coupling(factors0: Float[Array, "n d d"], factors1: Float[Array, "n d d"]) -
     bounded memory.
     """
     d = factors0.shape[-1]
-    if d == 1:
-        return jnp.ones_like(factors0)
-    if d == 2:
-        return _rotation(matrices.transpose(factors0) @ factors1)
+    if d <= 2:
+        return rotations(factors0, factors1, jnp.ones(len(factors0), factors0.dtype))
 
     def one(pair: tuple[Array, Array, Array]) -> Float[Array, "d d"]:
         factor0, factor1, smallest = pair
@@ -206,7 +199,7 @@ def rotations(
 
 
 def coupled_cost(
-    factors0: Float[Array, "n D D"], factors1: Float[Array, "n D D"], rotations: Float[Array, "n D D"], d: int
+    factors0: Float[Array, "*#n D D"], factors1: Float[Array, "n D D"], rotations: Float[Array, "n D D"], d: int
 ) -> tuple[Float[Array, " n"], Float[Array, "n D D"], Float[Array, "n D D"]]:
     r"""What n pairs of centred Gaussians pay for these couplings, and the halves of its derivatives in the factors.
 

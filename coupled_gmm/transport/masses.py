@@ -207,7 +207,7 @@ def solve(
     grown = 1 + jnp.where(free, epsilon * price, 0)
     price = price / grown
     start = jnp.stack(init) / unit[:, None]
-    anchors = jnp.where(present, given, -jnp.inf) - jnp.where(free[..., None], start * (price * grown)[..., None], 0)
+    anchors = given - jnp.where(free[..., None], start * (price * grown)[..., None], 0)
     anchored = TransportProblem.of_log_masses(cost, anchors[0], anchors[1], epsilon=epsilon, balanced=problems.balanced)
     rho = jnp.where(price > 0, 1 / jnp.where(price > 0, price, 1), jnp.inf)[..., None]
     # Where no node is free, edges have nothing to do with each other, and each counts.
