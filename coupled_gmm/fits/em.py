@@ -22,6 +22,7 @@ from coupled_gmm.fits import frame, optimisers, statistics
 from coupled_gmm.fits.frame import Sight
 from coupled_gmm.fits.graph import MixtureGraph
 from coupled_gmm.fits.m_step import MStep, ascend
+from coupled_gmm.fits.merged import merged
 from coupled_gmm.fits.minorants import climb
 from coupled_gmm.fits.objective import Objective, Terms, all_costs, no_terms, transport_terms
 from coupled_gmm.fits.optimisers import Optimiser
@@ -31,6 +32,7 @@ from coupled_gmm.gaussians.mixture import GaussianMixture
 from coupled_gmm.transport import entropic, limits, solvers
 
 _FALL = 1e-4  # an ascent that falls by this part of 1 + |J| has met more than rounding
+_SETTLED = 1e-3  # of 1 + |J|: what a step gains that goes nowhere else
 _ROUNDINGS = 64  # rounding units of 1 + |J| by which J may seem to fall
 _RUNNING = -1
 
@@ -197,13 +199,28 @@ def m_step(task: Task, state: FitState, sums: statistics.Sums) -> tuple[FitState
     step = climb if task.by_minorants else ascend
     moved = step(objective, state.potentials, task.optimiser, task.sight.frame.unit, budget)
     place, gain = _arrived(state.place, found, moved, graph)
-    fell = (state.step > 0) & (task.options.optimizer is None) & (gain < -_rounding(state.place, place))
-    status = _status_of_step(state, place.value, gain, fell, moved, controls)
+    rounding = _rounding(state.place, place)
+    fell = (state.step > 0) & (task.options.optimizer is None) & (gain < -rounding)
+    collapsed = fell & _has_collapsed(gain, place, graph)
+    status = _status_of_step(state, place.value, gain, fell, collapsed, moved, controls)
+    place = chosen(fell, state.place, place)  # J never falls: a step on which it did is taken back
+    parameters = moved.parameters
+    if task.by_minorants:
+        # Where it would end, or has but one step to go and has settled, it may find that one Gaussian is better.
+        settled = (state.step > 0) & (gain <= _SETTLED * (1 + jnp.abs(place.value)))
+        ends = jnp.where(status == _RUNNING, settled & (state.step == controls.em_steps - 1), state.step < controls.em_steps)
+        one, gains = merged(found, task.floors, graph, place.penalized, place.terms.transport)
+        leaps = ends & (gains > rounding)
+        parameters = jax.tree.map(
+            lambda one, many: jnp.where(jnp.expand_dims(leaps, range(1, many.ndim)), one, many), one, parameters
+        )
+        status = jnp.where(jnp.any(leaps), _RUNNING, status)
+        moved = moved._replace(left=jnp.where(jnp.any(leaps), jnp.inf, moved.left))
     after = FitState(
         step=state.step + (status == _RUNNING),
-        base=statistics.Base.of(moved.parameters),
+        base=statistics.Base.of(parameters),
         potentials=moved.potentials,
-        place=chosen(fell, state.place, place),  # J never falls: a step on which it did is taken back
+        place=place,
         marginal_error=jnp.fmax(state.marginal_error, moved.marginal_error),
         left=moved.left,
         moved=moved.moved,
@@ -259,8 +276,14 @@ def _rounding(before: _Place, place: _Place) -> Array:
     return _ROUNDINGS * jnp.finfo(place.value.dtype).eps * (1 + jnp.abs(place.value) + before.rise)
 
 
+def _has_collapsed(gain: Array, place: _Place, graph: MixtureGraph) -> Bool[Array, ""]:
+    """Whether a fall is more than what rounding may have done: of J, and of masses that pay for their transport."""
+    costs = graph.edge_weights @ jnp.max(place.terms.costs, axis=(1, 2), initial=0)
+    return gain < -_FALL * (1 + jnp.abs(place.value)) - 2 * jnp.finfo(gain.dtype).eps * costs
+
+
 def _status_of_step(
-    state: FitState, value: Array, gain: Array, fell: Array, moved: MStep, controls: Controls
+    state: FitState, value: Array, gain: Array, fell: Array, collapsed: Array, moved: MStep, controls: Controls
 ) -> Int[Array, ""]:
     """Whether and why a fit ends here.
 
@@ -271,7 +294,6 @@ def _status_of_step(
     asked, still, steps_done = tol > 0, (state.step > 0) & (gain <= tol), state.step >= controls.em_steps
     met = asked & still & ~fell & (state.left <= tol) & (moved.ahead <= tol)
     stalled = asked & still & ~met & ~state.moved
-    collapsed = fell & (gain < -_FALL * (1 + jnp.abs(value)))
     missed = jnp.fmax(state.marginal_error, moved.marginal_error) > limits.MAX_MARGINAL_ERROR
     ends = [
         (~jnp.isfinite(value), Status.NOT_FINITE),

@@ -26,6 +26,7 @@ from coupled_gmm.transport.masses import Links, Response
 from coupled_gmm.transport.problem import TransportProblem
 
 _HELD = 1e-2  # of a node's weight, by which its masses stay what they are
+_STIFFEST = 30.0  # in units of what masses answer with, the weight of the entropy of plans that they answer to
 
 
 class _Planned(NamedTuple):
@@ -97,16 +98,20 @@ def _response(graph: MixtureGraph, statistics: Statistics) -> Response:
     r"""What masses answer with: mostly what the clouds ask for, and with a small weight the present masses.
 
     That is a minorant again, since :math:`\sum a_0 \log (a / a_0) \le 0`, and one that is curved enough where a cloud asks for
-    1e-20 of a component. Masses of a node without a cloud are held by that alone, as much as by the entropy of its plans.
+    1e-20 of a component, or where entropy weighs so much more than the clouds that masses would answer to potentials' rounding.
+    Masses of a node without a cloud are held by that alone, as much as by the entropy of its plans. A component of which less
+    is left than rounding of rounding is none.
     """
     asked = (graph.node_weights > 0) & (jnp.sum(statistics.masses, axis=-1) > 0)
     entropy = jnp.zeros_like(graph.node_weights).at[graph.sources].add(graph.edge_weights * graph.epsilon)
     entropy = entropy.at[graph.targets].add(graph.edge_weights * graph.epsilon)
-    held = jnp.where(asked, _HELD * graph.node_weights, jnp.where(entropy > 0, entropy, 1))
+    least = jnp.maximum(_HELD * graph.node_weights, entropy / _STIFFEST - graph.node_weights)
+    held = jnp.where(asked, least, jnp.where(entropy > 0, entropy, 1))
     asks = jnp.where(asked, graph.node_weights, 0)
     present = jnp.exp(statistics.base.log_weights)
-    targets = asks[:, None] * statistics.masses + held[:, None] * present
-    return Response(targets / (asks + held)[:, None], asks + held, ~graph.frozen)
+    targets = (asks[:, None] * statistics.masses + held[:, None] * present) / (asks + held)[:, None]
+    info = jnp.finfo(targets.dtype)
+    return Response(jnp.where(targets > info.tiny / info.eps, targets, 0), asks + held, ~graph.frozen)
 
 
 def _problems(graph: MixtureGraph, costs: Array, log_a: Array, log_b: Array) -> TransportProblem:

@@ -92,7 +92,7 @@ class _Nodes:
         normalizer = jnp.clip(normalizer, least, 1)
         normalizer = jax.lax.fori_loop(0, steps, newton, normalizer, unroll=steps == _NORMALIZER_STEPS)
         denominator = normalizer + excess
-        log_mass = jnp.where(has, jnp.log(jnp.where(has, targets, 1) / denominator), -jnp.inf)
+        log_mass = jnp.where(has, jnp.log(jnp.where(has, targets, 1)) - jnp.log(denominator), -jnp.inf)
         return (
             jnp.where(self.free, log_mass, self.given),
             jnp.where(self.free & has, 1 / denominator, 0),
@@ -260,7 +260,8 @@ def solve(
         )
 
     both = present[0][:, :, None] & present[1][:, None]
-    scale = jnp.max(jnp.where(both, jnp.abs(cost), 0) / epsilon[:, None, None])
+    scales = jnp.max(jnp.where(both, jnp.abs(cost), 0), axis=(1, 2)) / epsilon
+    scale = jnp.max(scales)
     shift_weights = jnp.exp(given[0]) if problems.balanced else jnp.zeros_like(given[0])
 
     def centred(x: Array) -> Array:
@@ -270,9 +271,11 @@ def solve(
 
     # At an epsilon above v / lambda masses answer to a step in F by orders of magnitude.
     hottest = jnp.minimum(scale, 1 / jnp.maximum(jnp.max(rates * epsilon), jnp.finfo(cost.dtype).tiny))
+    # A part of the mass that goes astray costs what an edge weighs times its costs.
+    heaviest = jnp.max(links.weights * unit * epsilon * scales) / jnp.max(response.weights)
     goal = Goal(
         jnp.ones((), cost.dtype),
-        marginal_error=tol / 16,
+        marginal_error=jnp.maximum(tol / (16 * jnp.maximum(1, heaviest)), 2 * jnp.finfo(cost.dtype).eps),
         hottest=jnp.maximum(1, hottest),
         max_iterations=max_iterations,
     )
