@@ -87,7 +87,8 @@ class BarycenterProblem:
         """What the first solve starts from: nothing."""
         b, k = self.weights.shape
         if self.method == "entropic":
-            return jnp.zeros((b, n), self.means.dtype), jnp.zeros((b, k), self.means.dtype)
+            f, g = jnp.zeros((b, n), self.means.dtype), jnp.zeros((b, k), self.means.dtype)
+            return (f, f), (g, g)
         cells = jnp.zeros((b, n + k - 1), jnp.int32)
         return exact.Basis(cells, cells, jnp.zeros((b, n + k - 1, n + k), self.means.dtype))  # no feasible one
 
@@ -118,11 +119,12 @@ class BarycenterProblem:
         def one(cost: Array, fixed: Array, init: Any) -> tuple[Array, ...]:
             problem = TransportProblem.of_masses(cost, weights, fixed, epsilon=self.epsilon, balanced=True)
             found = solvers.ENTROPIC(problem, init, tol, limit)
-            value = duals.dual_value(problem, found.f, found.g)
-            return problem.plan(found.f, found.g), found.f, found.g, value, found.marginal_error
+            value = duals.dual_value(problem, *found.words)
+            return problem.plan(*found.words), found.f, found.words, value, found.marginal_error
 
-        matrix, f, g, values, errors = jax.vmap(one)(cost, self.weights, warm_start)
-        return PlansToFixed(matrix, f, self.coefficients @ values, jnp.all(errors <= limits.MAX_MARGINAL_ERROR), (f, g))
+        matrix, f, warm_start, values, errors = jax.vmap(one)(cost, self.weights, warm_start)
+        solved = jnp.all(errors <= limits.MAX_MARGINAL_ERROR)
+        return PlansToFixed(matrix, f, self.coefficients @ values, solved, warm_start)
 
     def cells(self, plans: PlansToFixed) -> Cells:
         """Where the plans may hold mass: everywhere, or in the cells of exact plans' trees."""

@@ -1,4 +1,4 @@
-"""Numbers as sums of three floats of falling size, for differences that cancel (Dekker 1971, Shewchuk 1997).
+"""Numbers as sums of two or three floats of falling size, for differences that cancel (Dekker 1971, Shewchuk 1997).
 
 Only sums and differences, each with its rounding error: exact on every device, since neither XLA nor NumPy reassociates them.
 All functions take NumPy arrays as well as JAX's.
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 Array = Any  # of either library
 Expansion = tuple[Array, ...]  # of three, the largest first
+Words = tuple[Array, Array]  # of two
 
 
 def two_sum(x: Array, y: Array) -> tuple[Array, Array]:
@@ -51,3 +52,14 @@ def reduced(cost: Array, f: Expansion, g: Expansion) -> Array:
 def zeros(size: int, dtype: Any) -> Expansion:
     zero = jnp.zeros(size, dtype)
     return zero, zero, zero
+
+
+def words(x: Array | Words) -> Words:
+    """A number that may be of one float as one of two."""
+    return x if isinstance(x, tuple) else (x, jnp.zeros_like(x))
+
+
+def moved(x: Words, by: Array) -> Words:
+    """x + by, rounded to two floats."""
+    high, rest = two_sum(x[0], by)
+    return two_sum(high, x[1] + rest)

@@ -208,8 +208,9 @@ def _plan_values(o: _Object) -> None:
     """Numbers where there is mass: of an absent component anything may be said."""
     pair = o.held("pair")
     a, b = (np.asarray(gmm.weights) > 0 for gmm in (pair.gmm0, pair.gmm1))
-    for name, values, present in (("potentials[0]", 0, a), ("potentials[1]", 1, b)):
-        o.require(name, ~np.isnan(np.asarray(o.held("potentials")[values])[present]), "must be numbers")
+    for name in ("potentials", "rests"):
+        for side, present in enumerate((a, b) if o.held(name) is not None else ()):
+            o.require(f"{name}[{side}]", ~np.isnan(np.asarray(o.held(name)[side])[present]), "must be numbers")
     both = a[..., :, None] & b[..., None, :]
     o.require("cost", ~np.isnan(o.array("cost")[both]), "must be numbers")
     if o.held("vertex") is not None:

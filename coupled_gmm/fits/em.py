@@ -208,7 +208,9 @@ def m_step(task: Task, state: FitState, sums: statistics.Sums) -> tuple[FitState
     if task.by_minorants:
         # Where it would end, or has but one step to go and has settled, it may find that one Gaussian is better.
         settled = (state.step > 0) & (gain <= _SETTLED * (1 + jnp.abs(place.value)))
-        ends = jnp.where(status == _RUNNING, settled & (state.step == controls.em_steps - 1), state.step < controls.em_steps)
+        ends = jnp.where(
+            status == _RUNNING, settled & (state.step == controls.em_steps - 1), state.step < controls.em_steps
+        )
         one, gains = merged(found, task.floors, graph, place.penalized, place.terms.transport)
         leaps = ends & (gains > rounding)
         parameters = jax.tree.map(

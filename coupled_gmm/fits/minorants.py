@@ -121,12 +121,12 @@ def _problems(graph: MixtureGraph, costs: Array, log_a: Array, log_b: Array) -> 
 
 def _dual_values(graph: MixtureGraph, costs: Array, potentials: Potentials) -> Float[Array, " E"]:
     problems = _problems(graph, costs, potentials.log_a, potentials.log_b)
-    return jax.vmap(TransportProblem.dual_objective)(problems, potentials.f, potentials.g)
+    return jax.vmap(TransportProblem.dual_objective)(problems, *potentials.words)
 
 
 def _log_plans(graph: MixtureGraph, costs: Array, potentials: Potentials) -> Float[Array, "E K K"]:
     problems = _problems(graph, costs, potentials.log_a, potentials.log_b)
-    return jax.vmap(TransportProblem.log_plan)(problems, potentials.f, potentials.g)
+    return jax.vmap(TransportProblem.log_plan)(problems, *potentials.words)
 
 
 def _planned(parameters: Parameters, graph: MixtureGraph, near: Potentials, response: Response) -> _Planned:
@@ -144,7 +144,7 @@ def _planned(parameters: Parameters, graph: MixtureGraph, near: Potentials, resp
         couplings = couplings.with_those(wanted, parameters, graph)
         log_masses = jnp.where(turn == 0, log_weights, log_masses)
         asked = Response(response.targets, response.weights, response.free & (turn == 1))
-        problems, init = _problems(graph, couplings.costs, *log_masses[links.ends]), (after.f, after.g)
+        problems, init = _problems(graph, couplings.costs, *log_masses[links.ends]), after.words
         found, log_masses = masses.solve(problems, links, log_masses, init, tol, limits.MAX_ITERATIONS_IN_FITS, asked)
         wanted = couplings.known | moves_mass(couplings.costs, found)
         settled = jnp.all(wanted == couplings.known)

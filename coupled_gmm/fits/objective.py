@@ -4,7 +4,6 @@ The transport cost enters by its dual value. Potentials are carried from one eva
 differentiated: by the envelope theorem the derivative at fixed potentials is that of the cost.
 """
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -38,8 +37,7 @@ class Terms(NamedTuple):
 
     def scaled(self, square: Float[Array, ""]) -> "Terms":
         """Those of transport in another unit, in which costs are so many times larger."""
-        potentials = self.potentials
-        potentials = dataclasses.replace(potentials, f=potentials.f * square, g=potentials.g * square)
+        potentials = self.potentials.scaled(square)
         return self._replace(transport=self.transport * square, costs=self.costs * square, potentials=potentials)
 
 
@@ -49,7 +47,7 @@ def no_terms(graph: MixtureGraph) -> Terms:
     zeros = jnp.zeros((n, k), graph.nodes.dtype)
     flags = jnp.zeros(n, bool)
     count = jnp.zeros(n, jnp.int32)
-    potentials = entropic.Potentials(zeros, zeros, zeros, zeros, zeros[:, 0], count, flags, flags)
+    potentials = entropic.Potentials(zeros, zeros, (zeros, zeros), zeros, zeros, zeros[:, 0], count, flags, flags)
     return Terms(jnp.zeros(graph.n_nodes, zeros.dtype), zeros[:, 0], jnp.zeros((n, k, k), zeros.dtype), potentials)
 
 
@@ -87,9 +85,9 @@ def transport_terms(
         tol = jnp.asarray(limits.fit_tolerance(cost.dtype), cost.dtype)
         prices = {"epsilon": epsilon, "rho": rho, "balanced": graph.balanced}
         problem = TransportProblem.of_log_masses(cost, one.log_weights, other.log_weights, **prices)
-        fixed, init = jax.lax.stop_gradient((problem, (start.f, start.g)))
+        fixed, init = jax.lax.stop_gradient((problem, start.words))
         solved = solver(fixed, init, tol, limits.MAX_ITERATIONS_IN_FITS)
-        value = duals.dual_value(problem, solved.f, solved.g)
+        value = duals.dual_value(problem, *solved.words)
         return value, *jax.lax.stop_gradient((cost, solved))
 
     sources, targets = take(parameters, graph.sources), take(parameters, graph.targets)

@@ -20,9 +20,10 @@ from coupled_gmm.transport.plan import Plan
 
 def trimmed(padded: Plan, gmm0: GaussianMixture, gmm1: GaussianMixture) -> Plan:
     """A plan between padded mixtures as one between the mixtures themselves."""
-    k0, k1, (f, g) = gmm0.n_components, gmm1.n_components, padded.potentials
+    k0, k1, sides = gmm0.n_components, gmm1.n_components, (padded.potentials, padded.rests)
+    potentials, rests = (None if side is None else (side[0][:k0], side[1][:k1]) for side in sides)
     pair = padded.pair.replace(gmm0, gmm1)
-    return dataclasses.replace(padded, pair=pair, cost=padded.cost[:k0, :k1], potentials=(f[:k0], g[:k1]))
+    return dataclasses.replace(padded, pair=pair, cost=padded.cost[:k0, :k1], potentials=potentials, rests=rests)
 
 
 @saved

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from coupled_gmm.core import matrices
-from coupled_gmm.transport.problem import TransportProblem, largest_exponent
+from coupled_gmm.transport.problem import Potential, TransportProblem, largest_exponent, value
 
 
 @jax.custom_jvp
-def dual_value(problem: TransportProblem, f: Float[Array, " K0"], g: Float[Array, " K1"]) -> Float[Array, ""]:
+def dual_value(problem: TransportProblem, f: Potential, g: Potential) -> Float[Array, ""]:
     r"""The dual objective :math:`\langle \phi(f), a \rangle + \langle \phi(g), b \rangle + \epsilon (|a||b| - |P|)`.
 
     :math:`\phi(f) = \rho (1 - e^{-f / \rho})` at its side's price, or f where that is infinite. Differentiated, it is the optimal
@@ -32,7 +32,7 @@ def _dual_value_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
 
 
 @jax.custom_jvp
-def implicit(problem: TransportProblem, f: Array, g: Array) -> tuple[Float[Array, "*b K0"], Float[Array, "*b K1"]]:
+def implicit(problem: TransportProblem, f: Potential, g: Potential) -> tuple[Potential, Potential]:
     """The potentials f and g themselves; their derivatives, of any order, are those of the problem's solution.
 
     By the implicit function theorem, from the same linear system as the solver's Newton step. Where balanced, masses move
@@ -52,7 +52,7 @@ def _implicit_jvp(primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
         """P / (a b^T) over the row sums, and over the column sums, that are wanted."""
         inverse_rho0, inverse_rho1 = problem.inverse_rhos
         log_kernel = problem.exponent(f, g) / problem.epsilon
-        by_row, by_column = log_kernel + (f * inverse_rho0)[:, None], log_kernel + g * inverse_rho1
+        by_row, by_column = log_kernel + (value(f) * inverse_rho0)[:, None], log_kernel + value(g) * inverse_rho1
         largest = largest_exponent(problem.cost)
         return jnp.exp(jnp.minimum(by_row, largest)), jnp.exp(jnp.minimum(by_column, largest))
 
@@ -76,7 +76,11 @@ def _implicit_jvp(primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
         in_f, in_g = _eliminated(u, v, right0, right1, (tau0, tau1), centre0)
     else:
         in_g, in_f = _eliminated(v.T, u.T, right1, right0, (tau1, tau0), centre1)
-    return (f, g), (in_f, in_g)
+    return (f, g), (_in_first_word(f, in_f), _in_first_word(g, in_g))
+
+
+def _in_first_word(potential: Potential, tangent: Array) -> Potential:
+    return (tangent, jnp.zeros_like(tangent)) if isinstance(potential, tuple) else tangent
 
 
 def _eliminated(

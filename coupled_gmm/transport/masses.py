@@ -31,12 +31,13 @@ import jax.numpy as jnp
 from jax.scipy.sparse.linalg import bicgstab
 from jaxtyping import Array, Bool, Float, Int
 
-from coupled_gmm.core import matrices
+from coupled_gmm.core import expansions, matrices
+from coupled_gmm.core.expansions import Words
 from coupled_gmm.core.tree import pytree
 from coupled_gmm.transport import entropic
-from coupled_gmm.transport.annealing import Goal, Merit, NewtonSystem, Unknowns, anneal
+from coupled_gmm.transport.annealing import FAR, Goal, Merit, NewtonSystem, Unknowns, anneal
 from coupled_gmm.transport.entropic import Potentials
-from coupled_gmm.transport.problem import TransportProblem, largest_exponent, worth
+from coupled_gmm.transport.problem import TransportProblem, largest_exponent, value, worth
 
 # Of Newton's method for the normalizer, from the last one: the merit must be that of masses that sum to 1.
 _NORMALIZER_STEPS, _LAST_NORMALIZER_STEPS = 4, 8
@@ -99,10 +100,11 @@ class _Nodes:
             normalizer,
         )
 
-    def worth(self, log_mass: Array) -> Float[Array, "V K"]:
-        r"""The terms of :math:`v n \log a`, which free masses have."""
+    def worth(self, log_mass: Array, pull: Array) -> Float[Array, "V K"]:
+        r"""The terms of :math:`v (n \log a - a \Phi)`, which free masses have."""
         has = self.free & (self.targets > 0)
-        return jnp.where(has, self.weights[:, None] * self.targets * jnp.where(has, log_mass, 0), 0)
+        value = self.targets * jnp.where(has, log_mass, 0) - jnp.exp(log_mass) * pull
+        return jnp.where(has, self.weights[:, None] * value, 0)
 
 
 class _Answers(NamedTuple):
@@ -188,7 +190,7 @@ def solve(
     problems: TransportProblem,
     links: Links,
     log_masses: Float[Array, "V K"],
-    init: tuple[Float[Array, "E K"], Float[Array, "E K"]],
+    init: tuple[Words, Words],
     tol: Float[Array, ""],
     max_iterations: int,
     response: Response,
@@ -202,25 +204,38 @@ def solve(
     nodes = _Nodes(response, log_masses)
     given, present, free = nodes.given[ends], nodes.present[ends], response.free[ends]
     unit = jnp.exp2(jnp.round(jnp.log2(problems.epsilon)))  # in which potentials are unknowns: no rounding by it
-    cost, epsilon = problems.cost / unit[:, None, None], problems.epsilon / unit
+    epsilon = problems.epsilon / unit
     price = _inverse_rhos(problems) * unit  # 1 / rho
-    grown = 1 + jnp.where(free, epsilon * price, 0)
-    price = price / grown
-    start = jnp.stack(init) / unit[:, None]
-    anchors = given - jnp.where(free[..., None], start * (price * grown)[..., None], 0)
-    anchored = TransportProblem.of_log_masses(cost, anchors[0], anchors[1], epsilon=epsilon, balanced=problems.balanced)
+    price = price / (1 + jnp.where(free, epsilon * price, 0))
     rho = jnp.where(price > 0, 1 / jnp.where(price > 0, price, 1), jnp.inf)[..., None]
+    both = present[0][:, :, None] & present[1][:, None]
+    # What is unknown is how potentials change, and costs are less those that there are: rounded as finely as the change is.
+    near = _near(problems, both, init)
+    reduced = -jax.vmap(TransportProblem.exponent)(problems, *near) / unit[:, None, None]
+    anchored = TransportProblem.of_log_masses(reduced, given[0], given[1], epsilon=epsilon, balanced=problems.balanced)
+    start = jnp.stack([value(side) for side in near]) / unit[:, None]
+    start = jnp.where(free[..., None], start * (1 + epsilon * _inverse_rhos(problems) * unit)[..., None], start)
     # Where no node is free, edges have nothing to do with each other, and each counts.
     weights = jnp.where(jnp.any(response.free), links.weights * unit, 1)
-    rates = jnp.where(free, links.weights * unit / response.weights[ends], 0)
+    rates = jnp.where(free, links.weights * unit / response.weights[ends], 0)[..., None]
+    kept = jnp.exp(jnp.minimum(-start * price[..., None], largest_exponent(start)))
+
+    def summed(worths: Float[Array, "2 E K"]) -> Float[Array, "V K"]:
+        return jnp.zeros_like(log_masses).at[ends].add(rates * worths)
+
+    # A shift of all of a node's is free: masses sum to 1.
+    pulled = summed(worth(start, rho))
+    pulled = pulled - jnp.min(jnp.where(nodes.present, pulled, jnp.inf), axis=-1, keepdims=True)
 
     def pulls(x: Array) -> Float[Array, "V K"]:
-        return jnp.zeros_like(log_masses).at[ends].add(rates[..., None] * worth(x, rho))
+        """phi of the whole potential is that of the start, and that of the change times what the start has left of masses."""
+        return jnp.where(nodes.present, pulled, 0) + summed(kept * worth(x, rho))
 
     def equations(x: Array, heat: Array, normalizer: Array) -> NewtonSystem:
         x, eps = x.reshape(2, -1, k), epsilon * heat
-        log_mass, slope, normalizer = nodes.answer(pulls(x), normalizer, _NORMALIZER_STEPS)
-        wanted = log_mass[ends] - x * price[..., None]
+        pull = pulls(x)
+        log_mass, slope, normalizer = nodes.answer(pull, normalizer, _NORMALIZER_STEPS)
+        wanted = log_mass[ends] - (start + x) * price[..., None]
         log_plan = jax.vmap(TransportProblem.log_plan)(anchored.at(eps), x[0], x[1])
         log_sums = jnp.stack([jax.nn.logsumexp(log_plan, axis=2), jax.nn.logsumexp(log_plan, axis=1)])
         centres = jnp.where(present, log_sums, 0)
@@ -230,12 +245,12 @@ def solve(
         missed = jnp.sum(jnp.abs(part(log_sums) - part(wanted)), axis=(0, 2))
         lost = jnp.max(jnp.abs(jnp.sum(jnp.exp(log_mass), axis=-1) - 1))
         plan = jnp.exp(log_plan - jnp.reshape(log_total, (-1, 1, 1)))
-        moved = jnp.exp(jnp.minimum(-x * price[..., None], largest_exponent(x)))  # the slope of worth
-        answers = _Answers.of(slope, log_mass, (rates * eps)[..., None] * moved)
-        paid = jnp.where(present, jnp.exp(log_mass[ends]) * worth(x, rho), 0)
+        moved = kept * jnp.exp(jnp.minimum(-x * price[..., None], largest_exponent(x)))  # the slope of worth
+        answers = _Answers.of(slope, log_mass, rates * eps[:, None] * moved)
+        paid = jnp.where(present & ~free[..., None], jnp.exp(log_mass[ends]) * kept * worth(x, rho), 0)
         mass = eps[:, None] * jnp.exp(log_sums[0])
         terms = [
-            nodes.worth(log_mass),
+            nodes.worth(log_mass, pull),
             -weights[:, None] * paid[0],
             -weights[:, None] * paid[1],
             weights[:, None] * mass,
@@ -254,13 +269,12 @@ def solve(
             residual=residual.ravel(),
             matrix=step,
             marginal_error=jnp.max(missed) + lost,
-            rounding=jnp.max(jax.vmap(entropic.rounding)(plan, cost, x[0], eps)),
+            rounding=jnp.max(jax.vmap(entropic.rounding)(plan, reduced, x[0], eps)),
             warm_start=normalizer,
             merit=Merit(jnp.sum(terms), jnp.sum(jnp.abs(terms))),
         )
 
-    both = present[0][:, :, None] & present[1][:, None]
-    scales = jnp.max(jnp.where(both, jnp.abs(cost), 0), axis=(1, 2)) / epsilon
+    scales = jnp.max(jnp.where(both, jnp.abs(reduced), 0), axis=(1, 2)) / epsilon
     scale = jnp.max(scales)
     shift_weights = jnp.exp(given[0]) if problems.balanced else jnp.zeros_like(given[0])
 
@@ -270,21 +284,23 @@ def solve(
         return (x + jnp.stack([-shift, shift])).ravel()
 
     # At an epsilon above v / lambda masses answer to a step in F by orders of magnitude.
-    hottest = jnp.minimum(scale, 1 / jnp.maximum(jnp.max(rates * epsilon), jnp.finfo(cost.dtype).tiny))
+    hottest = jnp.minimum(scale, 1 / jnp.maximum(jnp.max(rates * epsilon[:, None]), jnp.finfo(scale.dtype).tiny))
     # A part of the mass that goes astray costs what an edge weighs times its costs.
     heaviest = jnp.max(links.weights * unit * epsilon * scales) / jnp.max(response.weights)
     goal = Goal(
-        jnp.ones((), cost.dtype),
-        marginal_error=jnp.maximum(tol / (16 * jnp.maximum(1, heaviest)), 2 * jnp.finfo(cost.dtype).eps),
+        jnp.ones((), scale.dtype),
+        marginal_error=jnp.maximum(tol / (16 * jnp.maximum(1, heaviest)), 2 * jnp.finfo(scale.dtype).eps),
         hottest=jnp.maximum(1, hottest),
         max_iterations=max_iterations,
     )
     unknowns = Unknowns(present.ravel(), centred, scale)
-    start = (start * grown[..., None]).ravel()
-    end = anneal(equations, start, jnp.ones((len(log_masses), 1), cost.dtype), unknowns, goal)
+    end = anneal(
+        equations, jnp.zeros(start.size, start.dtype), jnp.ones((len(log_masses), 1), start.dtype), unknowns, goal
+    )
     x = end.x.reshape(2, -1, k)
     new, _, _ = nodes.answer(pulls(x), end.warm_start, _LAST_NORMALIZER_STEPS)
-    found = _potentials(problems, new[ends], present, unit, x - epsilon[:, None] * _difference(new[ends], anchors))
+    change = unit[:, None] * (x - epsilon[:, None] * _difference(new[ends], given))
+    found = _potentials(problems, new[ends], present, near, change)
     return jax.vmap(entropic.certified, (0, 0, 0, None, None))(*found, tol, end), new
 
 
@@ -320,17 +336,32 @@ def _newton_step(answers: _Answers, ends: Array, base: Array, masses: Array, u: 
     return jnp.where(miss(whole) <= miss(first), whole, first)
 
 
+def _near(problems: TransportProblem, both: Bool[Array, "E K K"], init: tuple[Words, Words]) -> tuple[Words, Words]:
+    """Potentials to start from; those that are of another problem are farther away than zero."""
+    scale = jnp.max(jnp.where(both, jnp.abs(problems.cost), 0), axis=(1, 2))[:, None]
+    far = [jnp.abs(high) > FAR * scale for high, _ in init]
+    f, g = (tuple(jnp.where(far, 0, word) for word in side) for far, side in zip(far, init, strict=True))
+    return f, g
+
+
 def _potentials(
-    problems: TransportProblem, log_masses: Array, present: Array, unit: Array, near: Array
-) -> tuple[TransportProblem, Array, Array]:
+    problems: TransportProblem, log_masses: Array, present: Array, near: tuple[Words, Words], change: Array
+) -> tuple[TransportProblem, Words, Words]:
     """The problems between the new masses, with f centred by them, and g once more from f: rounded no more than they need be."""
     solved = problems.with_log_masses(log_masses[0], log_masses[1])
-    f, g = unit[:, None] * jnp.where(present, near, 0)
+    f, g = (
+        expansions.moved(side, jnp.where(here, by, 0)) for side, here, by in zip(near, present, change, strict=True)
+    )
     if problems.balanced:
-        shift = jnp.sum(jnp.exp(log_masses[0]) * f, axis=-1, keepdims=True)
-        f, g = jnp.where(present[0], f - shift, 0), g + shift
+        shift = jnp.sum(jnp.exp(log_masses[0]) * jnp.where(present[0], value(f), 0), axis=-1, keepdims=True)
+        f, g = expansions.moved(f, -shift), expansions.moved(g, shift)
+    f = _where(present[0], f)
     g = jax.vmap(lambda problem, f, g: problem.transpose().c_transform(f, g))(solved, f, g)
-    return solved, f, jnp.where(present[1], g, 0)
+    return solved, f, _where(present[1], g)
+
+
+def _where(present: Array, words: Words) -> Words:
+    return jnp.where(present, words[0], 0), jnp.where(present, words[1], 0)
 
 
 def _inverse_rhos(problems: TransportProblem) -> Float[Array, "2 E"]:

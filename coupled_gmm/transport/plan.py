@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from coupled_gmm.core import checks, matrices
+from coupled_gmm.core.expansions import Words
 from coupled_gmm.core.programs import program
 from coupled_gmm.core.status import Outcome, Status, first_status
 from coupled_gmm.core.tree import Stackable, counted, mapped, number, pytree, saved
@@ -57,6 +58,8 @@ class Plan(Stackable, Outcome):
     n_iterations: Int[Array, "*b"]
     vertex: Float[Array, "*b K0 K1"] | None = None  # an exact plan's matrix
     gap: Float[Array, "*b"] | None = None  # and its duality gap, from potentials more precise than `potentials`
+    # Of an entropic plan's potentials, what rounding has left of them; files of before have none.
+    rests: tuple[Float[Array, "*b K0"], Float[Array, "*b K1"]] | None = None
 
     _remedies = MappingProxyType(
         {
@@ -92,12 +95,12 @@ class Plan(Stackable, Outcome):
 
     def _cost_on_host(self) -> Any:
         """<P, C> by NumPy, which compiles nothing; None where it is not known."""
-        read = self.cost, self.vertex, self.potentials, self.pair
+        read = self.cost, self.vertex, self._words, self.pair
         if not checks.known(read):
             return None
-        cost, vertex, (f, g), pair = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), read)
+        cost, vertex, words, pair = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), read)
         if vertex is None:
-            a, b = pair.gmm0.weights, pair.gmm1.weights
+            (f, g), (a, b) = map(sum, words), (pair.gmm0.weights, pair.gmm1.weights)
             exponents = (f[..., :, None] + g[..., None, :] - cost) / pair.epsilon[..., None, None]
             with np.errstate(all="ignore"):
                 vertex = a[..., :, None] * b[..., None, :] * np.exp(exponents)
@@ -121,6 +124,7 @@ class Plan(Stackable, Outcome):
             pair=self.pair.reverse(),
             cost=matrices.transpose(self.cost),
             potentials=self.potentials[::-1],
+            rests=None if self.rests is None else self.rests[::-1],
             vertex=vertex,
         )
 
@@ -132,7 +136,7 @@ class Plan(Stackable, Outcome):
         if self.vertex is not None:
             # With what it depends on: a vertex alone carries no derivative that could be refused.
             return checks.value_only((self.vertex, self.cost, *self._masses), _NO_DERIVATIVE)[0]
-        return self._problem.plan(*self.potentials)
+        return self._problem.plan(*self._words)
 
     @property
     @mapped
@@ -141,7 +145,7 @@ class Plan(Stackable, Outcome):
         """The plan divided by its total mass, however little that is."""
         if self.vertex is not None:
             return self.matrix / jnp.sum(self.matrix)
-        return jax.nn.softmax(self._problem.log_plan(*self.potentials), axis=(0, 1))
+        return jax.nn.softmax(self._problem.log_plan(*self._words), axis=(0, 1))
 
     @mapped
     @program()
@@ -154,8 +158,8 @@ class Plan(Stackable, Outcome):
             matrix = self.matrix
             rows, columns = matrix.sum(1, keepdims=True), matrix.sum(0)
             return matrix / jnp.where(rows > 0, rows, 1), matrix / jnp.where(columns > 0, columns, 1)
-        (f, g), pair = self.potentials, self.pair
-        log_kernel = (f[:, None] + g - self.cost) / pair.epsilon
+        pair = self.pair
+        log_kernel = self._problem.exponent(*self._words) / pair.epsilon
         forward = jax.nn.softmax(log_kernel + pair.gmm1.log_weights, axis=1)
         return forward, jax.nn.softmax(log_kernel + pair.gmm0.log_weights[:, None], axis=0)
 
@@ -237,7 +241,7 @@ class Plan(Stackable, Outcome):
         r"""L1 distance of the raw plan's marginals from a and b, or from :math:`a e^{-f/\rho_0}` and :math:`b e^{-g/\rho_1}`."""
         if self.vertex is not None:
             return _distance(self.vertex, *self._masses)
-        return self._problem.marginal_error(*self.potentials)
+        return self._problem.marginal_error(*self._words)
 
     @property
     @mapped
@@ -293,6 +297,13 @@ class Plan(Stackable, Outcome):
         return self.pair.gmm0.posterior_mean(x, self.mass_change())
 
     @property
+    def _words(self) -> tuple[Words, Words]:
+        """The potentials, not rounded."""
+        f, g = self.potentials
+        rests = (f - f, g - g) if self.rests is None else self.rests
+        return (f, rests[0]), (g, rests[1])
+
+    @property
     def _problem(self) -> TransportProblem:
         return transport_problem(self.pair, self.cost)
 
@@ -305,7 +316,7 @@ class Plan(Stackable, Outcome):
         (a, b), (f, g) = self._masses, self.potentials
         if self.vertex is not None:
             return f @ a + g @ b
-        return duals.dual_value(self._problem, f, g)
+        return duals.dual_value(self._problem, *self._words)
 
     def _parts(self, matrix: Array) -> CostParts:
         (a, b), pair = self._masses, self.pair
@@ -321,9 +332,9 @@ class Plan(Stackable, Outcome):
 def from_potentials(pair: GaussianMixturePair, cost: Array, solution: Potentials) -> Plan:
     """The plan of potentials that a solver returned, with its status."""
     status = _status(jnp.isfinite(solution.marginal_error), solution.converged, solution.stalled)
-    f, g = jax.lax.stop_gradient((solution.f, solution.g))
-    potentials = duals.implicit(transport_problem(pair, cost), f, g)
-    return Plan(pair, cost, potentials, status, solution.n_iterations)
+    words = jax.lax.stop_gradient(solution.words)
+    (f, f_rest), (g, g_rest) = duals.implicit(transport_problem(pair, cost), *words)
+    return Plan(pair, cost, (f, g), status, solution.n_iterations, rests=(f_rest, g_rest))
 
 
 def from_vertex(pair: GaussianMixturePair, cost: Array, vertex: Vertex, tol: Array) -> Plan:

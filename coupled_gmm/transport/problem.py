@@ -3,6 +3,9 @@ r"""The transport problem between two discrete measures, and what potentials say
 .. math:: \min_{P \ge 0} \langle P, C \rangle + \epsilon KL(P | a b^T) + \rho_0 KL(P 1 | a) + \rho_1 KL(P^T 1 | b)
 
 A price :math:`\rho` that is infinite holds its marginal. The solution is :math:`P = a b^T \exp((f + g - C) / \epsilon)`.
+
+Potentials are of the size of the costs, and at a small epsilon a plan's exponents are thousands of times smaller: they cancel. So
+potentials may be sums of two floats, and no more is lost of an exponent than its own rounding.
 """
 
 import dataclasses
@@ -14,13 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from coupled_gmm.core import checks
+from coupled_gmm.core import checks, expansions
 from coupled_gmm.core.errors import ArgumentError
+from coupled_gmm.core.expansions import Words, two_sum
 from coupled_gmm.core.programs import program
 from coupled_gmm.core.tree import pytree, static
 from coupled_gmm.gaussians.mixture import log_weights
 
 BALANCED = float("1")  # an object of its own, to tell a tau that was given
+Potential = Float[Array, " K"] | Words
 
 
 @pytree
@@ -97,18 +102,18 @@ class TransportProblem:
             return zero, zero
         return 1 / self.rho0, 1 / self.rho1
 
-    def exponent(self, f: Float[Array, " K0"], g: Float[Array, " K1"]) -> Float[Array, "K0 K1"]:
-        """f + g - C, the smallest of the three added last: where mass moves the other two nearly cancel, and are exact."""
-        f, cost = f[:, None], self.cost
-        size_f, size_g, size = jnp.abs(f), jnp.abs(g), jnp.abs(cost)
-        one_last = jnp.where(size_f < size_g, (g - cost) + f, (f - cost) + g)
-        return jnp.where(size < jnp.minimum(size_f, size_g), (f + g) - cost, one_last)
+    def exponent(self, f: Potential, g: Potential) -> Float[Array, "K0 K1"]:
+        """f + g - C, of which only the result is rounded."""
+        (f, f_rest), (g, g_rest) = expansions.words(f), expansions.words(g)
+        total, rest = two_sum(f[:, None], g)
+        total, more = two_sum(total, -self.cost)
+        return total + (rest + more + (f_rest[:, None] + g_rest))
 
-    def log_plan(self, f: Array, g: Array) -> Float[Array, "K0 K1"]:
+    def log_plan(self, f: Potential, g: Potential) -> Float[Array, "K0 K1"]:
         """The logarithm of `plan`, from those of the masses."""
         return self.log_a[:, None] + self.log_b + self.exponent(f, g) / self.epsilon
 
-    def plan(self, f: Array, g: Array) -> Float[Array, "K0 K1"]:
+    def plan(self, f: Potential, g: Potential) -> Float[Array, "K0 K1"]:
         r""":math:`a b^T \exp((f + g - C) / \epsilon)`, differentiable in a mass of zero too, where the logarithm is not.
 
         At such a mass potentials may be so large that the exponential must be kept finite, so that it vanishes in the product.
@@ -116,39 +121,47 @@ class TransportProblem:
         kernel = jnp.exp(jnp.minimum(self.exponent(f, g) / self.epsilon, largest_exponent(self.cost)))
         return self.a[:, None] * self.b * kernel
 
-    def c_transform(self, g: Float[Array, " K1"], near: Array | None = None) -> Float[Array, " K0"]:
+    def c_transform(self, g: Potential, near: Potential | None = None) -> Words:
         """The f that is optimal for a given g, at its own side's price: a half-step of Sinkhorn's iteration.
 
         Rounded least about one that is `near`. The g that is optimal for f is that of the transposed problem.
         """
-        near = jnp.zeros(len(self.cost), self.cost.dtype) if near is None else near
+        near = expansions.words(jnp.zeros(len(self.cost), self.cost.dtype) if near is None else near)
         total = jax.nn.logsumexp(self.log_b + self.exponent(near, g) / self.epsilon, axis=1)
-        return (near - self.epsilon * total) / (1 + self.epsilon * self.inverse_rhos[0])
+        paid = self.epsilon * self.inverse_rhos[0]
+        return expansions.moved(near, -(self.epsilon * total + paid * value(near)) / (1 + paid))
 
-    def marginal_error(self, f: Array, g: Array) -> Float[Array, ""]:
+    def marginal_error(self, f: Potential, g: Potential) -> Float[Array, ""]:
         """L1 distance of the plan's marginals from a and b, or from a e^(-f / rho0) and b e^(-g / rho1) when unbalanced."""
         part, log_mass = self.relative_marginal_error(f, g)
         return part * jnp.exp(log_mass)
 
-    def relative_marginal_error(self, f: Array, g: Array) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    def relative_marginal_error(self, f: Potential, g: Potential) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """The marginal error as a part of the mass that moves (of 1, if balanced), and the logarithm of that mass."""
         inverse_rho0, inverse_rho1 = self.inverse_rhos
         log_plan = self.log_plan(f, g)
         log_mass = jnp.zeros((), self.cost.dtype) if self.balanced else jax.nn.logsumexp(log_plan)
         plan = jnp.exp(log_plan - log_mass)
         # A mass of zero stays zero whatever its potential is, which may be too large for the exponential.
-        rows = jnp.exp(self.log_a - f * inverse_rho0 - log_mass)
-        columns = jnp.exp(self.log_b - g * inverse_rho1 - log_mass)
+        rows = jnp.exp(self.log_a - value(f) * inverse_rho0 - log_mass)
+        columns = jnp.exp(self.log_b - value(g) * inverse_rho1 - log_mass)
         part = jnp.sum(jnp.abs(plan.sum(1) - rows)) + jnp.sum(jnp.abs(plan.sum(0) - columns))
         return jnp.where(jnp.isnan(part), jnp.inf, part), log_mass  # no bound that it is compared with is met
 
-    def dual_objective(self, f: Array, g: Array) -> Float[Array, ""]:
+    def dual_objective(self, f: Potential, g: Potential) -> Float[Array, ""]:
         r""":math:`\langle \phi(f), a \rangle + \langle \phi(g), b \rangle + \epsilon (|a||b| - |P|)`, by the formula:
         :math:`\phi(f) = \rho (1 - e^{-f / \rho})` at its side's price, or f where that is infinite."""
         mass = jnp.sum(self.plan(f, g))
+        f, g = value(f), value(g)
         if not self.balanced:
             f, g = worth(f, self.rho0), worth(g, self.rho1)
         return f @ self.a + g @ self.b + self.epsilon * (jnp.sum(self.a) * jnp.sum(self.b) - mass)
+
+
+def value(potential: Potential) -> Float[Array, " K"]:
+    """A potential rounded to one float."""
+    high, rest = expansions.words(potential)
+    return high + rest
 
 
 def largest_exponent(x: Array) -> Array:

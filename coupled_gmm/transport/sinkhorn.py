@@ -9,7 +9,7 @@ from jaxtyping import Array
 from coupled_gmm.transport import entropic
 from coupled_gmm.transport.annealing import Annealed
 from coupled_gmm.transport.entropic import Potentials
-from coupled_gmm.transport.problem import TransportProblem
+from coupled_gmm.transport.problem import TransportProblem, value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Sinkhorn:
         offsets = epsilon * log_a, epsilon * log_b  # -inf where there is no mass: OTT's kernel then has no part of it
         blocks = max(10, max_iterations // 10 * 10)  # whole blocks of OTT's ten inner iterations
         solver = sinkhorn.Sinkhorn(threshold=tol, max_iterations=blocks)  # pyright: ignore[reportArgumentType]
-        output = solver(linear, init=(init[0] + offsets[0], init[1] + offsets[1]))
+        output = solver(linear, init=(value(init[0]) + offsets[0], value(init[1]) + offsets[1]))
         f = problem.c_transform(jnp.where(jnp.isinf(log_b), 0, output.g - offsets[1]))
         g = problem.transpose().c_transform(f)
-        end = Annealed(f, jnp.asarray(output.n_iters), at_floor=jnp.asarray(False), warm_start=())
+        end = Annealed(f[0], jnp.asarray(output.n_iters), at_floor=jnp.asarray(False), warm_start=())
         return entropic.certified(problem, f, g, tol, end)

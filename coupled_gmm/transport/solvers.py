@@ -17,12 +17,12 @@ from coupled_gmm.transport import entropic, exact, limits
 from coupled_gmm.transport.entropic import Potentials
 from coupled_gmm.transport.pair import GaussianMixturePair, transport_problem
 from coupled_gmm.transport.plan import Plan, from_potentials, from_vertex
-from coupled_gmm.transport.problem import TransportProblem, tau_of_rho
+from coupled_gmm.transport.problem import Potential, TransportProblem, tau_of_rho
 from coupled_gmm.transport.sinkhorn import Sinkhorn
 
 ENTROPIC_METHODS = ("entropic", "sinkhorn")
 METHODS = (*ENTROPIC_METHODS, "exact")
-Init = tuple[Float[Array, " K0"], Float[Array, " K1"]]
+Init = tuple[Potential, Potential]
 
 
 class PlanSolver(Protocol):
