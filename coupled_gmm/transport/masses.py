@@ -78,9 +78,10 @@ class _Nodes:
         """
         targets = self.targets
         has = targets > 0
-        lowest = jnp.min(jnp.where(has, pull, jnp.inf), axis=-1, keepdims=True)
-        excess = jnp.where(has, pull - lowest, 0)
-        least = jnp.max(jnp.where(has & (excess == 0), targets, 0), axis=-1, keepdims=True)
+        excess = jnp.where(has, pull - self._lowest(pull), 0)
+        # Of those that have no more excess than one, the masses would sum to more than 1 at any less.
+        upto = jnp.sum(jnp.where(excess[..., None, :] <= excess[..., None], targets[..., None, :], 0), axis=-1)
+        least = jnp.max(jnp.where(has, upto - excess, 0), axis=-1, keepdims=True)
 
         def newton(_, normalizer):
             share = jnp.where(has, targets / (normalizer + excess), 0)
@@ -100,11 +101,18 @@ class _Nodes:
             normalizer,
         )
 
-    def worth(self, log_mass: Array, pull: Array) -> Float[Array, "V K"]:
-        r"""The terms of :math:`v (n \log a - a \Phi)`, which free masses have."""
+    def _lowest(self, pull: Array) -> Float[Array, "V 1"]:
+        return jnp.min(jnp.where(self.targets > 0, pull, jnp.inf), axis=-1, keepdims=True)
+
+    def worth(self, log_mass: Array, pull: Array, normalizer: Array) -> Float[Array, " n"]:
+        r"""The terms of :math:`v (n \log a - a \Phi)`, which free masses have, but for a constant.
+
+        As a Lagrangian in the normalizer, least where the masses sum to 1: one that is not quite there seems worth no less.
+        """
         has = self.free & (self.targets > 0)
-        value = self.targets * jnp.where(has, log_mass, 0) - jnp.exp(log_mass) * pull
-        return jnp.where(has, self.weights[:, None] * value, 0)
+        one = jnp.where(has, self.targets * jnp.where(has, log_mass, 0), 0)
+        common = jnp.where(self.free, normalizer - self._lowest(pull), 0)
+        return (self.weights[:, None] * jnp.concatenate([one, common], axis=1)).ravel()
 
 
 class _Answers(NamedTuple):
@@ -250,7 +258,7 @@ def solve(
         paid = jnp.where(present & ~free[..., None], jnp.exp(log_mass[ends]) * kept * worth(x, rho), 0)
         mass = eps[:, None] * jnp.exp(log_sums[0])
         terms = [
-            nodes.worth(log_mass, pull),
+            nodes.worth(log_mass, pull, normalizer),
             -weights[:, None] * paid[0],
             -weights[:, None] * paid[1],
             weights[:, None] * mass,
