@@ -32,7 +32,7 @@ from coupled_gmm.gaussians.mixture import GaussianMixture
 from coupled_gmm.transport import entropic, limits, solvers
 
 _FALL = 1e-4  # an ascent that falls by this part of 1 + |J| has met more than rounding
-_SETTLED = 1e-3  # of 1 + |J|: what a step gains that goes nowhere else
+_AS_MANY = 10  # steps, at least, that a fit would go on if it could
 _ROUNDINGS = 64  # rounding units of 1 + |J| by which J may seem to fall
 _RUNNING = -1
 
@@ -199,28 +199,16 @@ def m_step(task: Task, state: FitState, sums: statistics.Sums) -> tuple[FitState
     step = climb if task.by_minorants else ascend
     moved = step(objective, state.potentials, task.optimiser, task.sight.frame.unit, budget)
     place, gain = _arrived(state.place, found, moved, graph)
-    rounding = _rounding(state.place, place)
-    fell = (state.step > 0) & (task.options.optimizer is None) & (gain < -rounding)
+    fell = (state.step > 0) & (task.options.optimizer is None) & (gain < -_rounding(state.place, place))
     collapsed = fell & _has_collapsed(gain, place, graph)
     status = _status_of_step(state, place.value, gain, fell, collapsed, moved, controls)
     place = chosen(fell, state.place, place)  # J never falls: a step on which it did is taken back
-    parameters = moved.parameters
     if task.by_minorants:
-        # Where it would end, or has but one step to go and has settled, it may find that one Gaussian is better.
-        settled = (state.step > 0) & (gain <= _SETTLED * (1 + jnp.abs(place.value)))
-        ends = jnp.where(
-            status == _RUNNING, settled & (state.step == controls.em_steps - 1), state.step < controls.em_steps
-        )
-        one, gains = merged(found, task.floors, graph, place.penalized, place.terms.transport)
-        leaps = ends & (gains > rounding)
-        parameters = jax.tree.map(
-            lambda one, many: jnp.where(jnp.expand_dims(leaps, range(1, many.ndim)), one, many), one, parameters
-        )
-        status = jnp.where(jnp.any(leaps), _RUNNING, status)
-        moved = moved._replace(left=jnp.where(jnp.any(leaps), jnp.inf, moved.left))
+        leaps, moved = _or_merged(task, state, found, place, moved, status, gain)
+        status = jnp.where(leaps, _RUNNING, status)
     after = FitState(
         step=state.step + (status == _RUNNING),
-        base=statistics.Base.of(parameters),
+        base=statistics.Base.of(moved.parameters),
         potentials=moved.potentials,
         place=place,
         marginal_error=jnp.fmax(state.marginal_error, moved.marginal_error),
@@ -229,6 +217,22 @@ def m_step(task: Task, state: FitState, sums: statistics.Sums) -> tuple[FitState
         status=status,
     )
     return after, _row(task, place, moved.marginal_error)
+
+
+def _or_merged(
+    task: Task, state: FitState, found: statistics.Statistics, place: _Place, moved: MStep, status: Array, gain: Array
+) -> tuple[Bool[Array, ""], MStep]:
+    """Whether one Gaussian is better where a fit would end; or where it has one step left, and at its pace would take as many
+    again; and the step that goes there."""
+    last, left = state.step == task.controls.em_steps - 1, state.step < task.controls.em_steps
+    one, gains = merged(found, task.floors, task.graph, place.penalized, place.terms.transport)
+    ends = jnp.where(status == _RUNNING, last & (gains > gain * jnp.maximum(state.step, _AS_MANY)), left)
+    leaps = ends & (gains > _rounding(place, place))
+    parameters = jax.tree.map(
+        lambda one, many: jnp.where(jnp.expand_dims(leaps, range(1, many.ndim)), one, many), one, moved.parameters
+    )
+    some = jnp.any(leaps)
+    return some, moved._replace(parameters=parameters, left=jnp.where(some, jnp.inf, moved.left))
 
 
 def finish(task: Task, state: FitState, history: History) -> Solution:

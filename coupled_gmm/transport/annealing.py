@@ -116,7 +116,7 @@ def anneal(equations: Equations, init: Float[Array, " n"], warm_start: Any, unkn
         x, epsilon, last = state.x, state.epsilon, state.last
         system = equations(x, epsilon, state.warm_start)
         residual_norm = unknowns.norm(system.residual)
-        rounding = residual_rounding(unknowns.scale, epsilon)
+        rounding = residual_rounding(jnp.maximum(unknowns.scale, unknowns.norm(x)), epsilon)
         accepted = state.retried | accepts(last, residual_norm, system.merit, rounding)
         radius = next_radius(state.radius, accepted, unknowns.norm(x - last.x), epsilon)
         radius = jnp.where(state.retried, state.radius, radius)

@@ -37,7 +37,7 @@ from coupled_gmm.core.tree import pytree
 from coupled_gmm.transport import entropic
 from coupled_gmm.transport.annealing import FAR, Goal, Merit, NewtonSystem, Unknowns, anneal
 from coupled_gmm.transport.entropic import Potentials
-from coupled_gmm.transport.problem import TransportProblem, largest_exponent, value, worth
+from coupled_gmm.transport.problem import Potential, TransportProblem, largest_exponent, value, worth
 
 # Of Newton's method for the normalizer, from the last one: the merit must be that of masses that sum to 1.
 _NORMALIZER_STEPS, _LAST_NORMALIZER_STEPS = 4, 8
@@ -198,7 +198,7 @@ def solve(
     problems: TransportProblem,
     links: Links,
     log_masses: Float[Array, "V K"],
-    init: tuple[Words, Words],
+    init: tuple[Potential, Potential],
     tol: Float[Array, ""],
     max_iterations: int,
     response: Response,
@@ -344,11 +344,13 @@ def _newton_step(answers: _Answers, ends: Array, base: Array, masses: Array, u: 
     return jnp.where(miss(whole) <= miss(first), whole, first)
 
 
-def _near(problems: TransportProblem, both: Bool[Array, "E K K"], init: tuple[Words, Words]) -> tuple[Words, Words]:
+def _near(
+    problems: TransportProblem, both: Bool[Array, "E K K"], init: tuple[Potential, Potential]
+) -> tuple[Words, Words]:
     """Potentials to start from; those that are of another problem are farther away than zero."""
     scale = jnp.max(jnp.where(both, jnp.abs(problems.cost), 0), axis=(1, 2))[:, None]
-    far = [jnp.abs(high) > FAR * scale for high, _ in init]
-    f, g = (tuple(jnp.where(far, 0, word) for word in side) for far, side in zip(far, init, strict=True))
+    sides = [expansions.words(side) for side in init]
+    f, g = (tuple(jnp.where(jnp.abs(side[0]) <= FAR * scale, word, 0) for word in side) for side in sides)
     return f, g
 
 

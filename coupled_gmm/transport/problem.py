@@ -25,7 +25,7 @@ from coupled_gmm.core.tree import pytree, static
 from coupled_gmm.gaussians.mixture import log_weights
 
 BALANCED = float("1")  # an object of its own, to tell a tau that was given
-Potential = Float[Array, " K"] | Words
+Potential = Float[Array, "..."] | Words  # of a side; of one float or of two
 
 
 @pytree
@@ -158,7 +158,7 @@ class TransportProblem:
         return f @ self.a + g @ self.b + self.epsilon * (jnp.sum(self.a) * jnp.sum(self.b) - mass)
 
 
-def value(potential: Potential) -> Float[Array, " K"]:
+def value(potential: Potential) -> Float[Array, "..."]:
     """A potential rounded to one float."""
     high, rest = expansions.words(potential)
     return high + rest

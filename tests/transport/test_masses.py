@@ -31,7 +31,9 @@ def solve_pair(problem, init, tol, limit, targets, rates, free=(True, True)):
     found, _ = masses.solve(stacked, links, log_masses, init, tol, limit, response)
     found = jax.tree.map(lambda leaf: leaf[0], found)
     k0, k1 = sizes
-    return dataclasses.replace(found, f=found.f[:k0], g=found.g[:k1], log_a=found.log_a[:k0], log_b=found.log_b[:k1])
+    rests = found.rests[0][:k0], found.rests[1][:k1]
+    sides = {"f": found.f[:k0], "g": found.g[:k1], "log_a": found.log_a[:k0], "log_b": found.log_b[:k1]}
+    return dataclasses.replace(found, **sides, rests=rests)
 
 
 solve = jax.jit(solve_pair, static_argnums=3)
