@@ -32,7 +32,7 @@ from coupled_gmm.gaussians.mixture import GaussianMixture
 from coupled_gmm.transport import entropic, limits, solvers
 
 _FALL = 1e-4  # an ascent that falls by this part of 1 + |J| has met more than rounding
-_AS_MANY = 10  # steps, at least, that a fit would go on if it could
+_A_FEW = 3  # steps that a fit would go on if it could
 _ROUNDINGS = 64  # rounding units of 1 + |J| by which J may seem to fall
 _RUNNING = -1
 
@@ -222,11 +222,11 @@ def m_step(task: Task, state: FitState, sums: statistics.Sums) -> tuple[FitState
 def _or_merged(
     task: Task, state: FitState, found: statistics.Statistics, place: _Place, moved: MStep, status: Array, gain: Array
 ) -> tuple[Bool[Array, ""], MStep]:
-    """Whether one Gaussian is better where a fit would end; or where it has one step left, and at its pace would take as many
-    again; and the step that goes there."""
+    """Whether one Gaussian is better where a fit would end; or where it has one step left, and more than a few would be
+    needed at its pace; and the step that goes there."""
     last, left = state.step == task.controls.em_steps - 1, state.step < task.controls.em_steps
     one, gains = merged(found, task.floors, task.graph, place.penalized, place.terms.transport)
-    ends = jnp.where(status == _RUNNING, last & (gains > gain * jnp.maximum(state.step, _AS_MANY)), left)
+    ends = jnp.where(status == _RUNNING, (state.step > 0) & last & (gains > _A_FEW * gain), left)
     leaps = ends & (gains > _rounding(place, place))
     parameters = jax.tree.map(
         lambda one, many: jnp.where(jnp.expand_dims(leaps, range(1, many.ndim)), one, many), one, moved.parameters

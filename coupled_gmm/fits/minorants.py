@@ -39,9 +39,10 @@ class _Planned(NamedTuple):
 
 
 class _Look(NamedTuple):
-    """Plans on their way: whose turn is next, the last ones, and the pairs whose costs are wanted exactly."""
+    """Plans on their way: whose turn is next, how far off the last of it were, and the pairs whose costs are wanted exactly."""
 
     turn: Int[Array, ""]
+    error: Float[Array, ""]
     wanted: Bool[Array, "E K K"]
     planned: _Planned
 
@@ -142,21 +143,24 @@ def _planned(parameters: Parameters, graph: MixtureGraph, near: Potentials, resp
         return _log_plans(graph, costs, potentials) > least - margin
 
     def look(now: _Look) -> _Look:
-        turn, wanted, (before, after, log_masses, couplings) = now
+        turn, error, wanted, (before, after, log_masses, couplings) = now
         couplings = couplings.with_those(wanted, parameters, graph)
         log_masses = jnp.where(turn == 0, log_weights, log_masses)
         asked = Response(response.targets, response.weights, response.free & (turn == 1))
         problems, init = _problems(graph, couplings.costs, *log_masses[links.ends]), after.words
         found, log_masses = masses.solve(problems, links, log_masses, init, tol, limits.MAX_ITERATIONS_IN_FITS, asked)
         wanted = couplings.known | moves_mass(couplings.costs, found)
-        settled = jnp.all(wanted == couplings.known)
+        exact, missed = jnp.all(wanted == couplings.known), jnp.max(found.marginal_error, initial=0)
+        # From where they are, plans at a small epsilon come nearer: potentials' rounding is that of their change.
+        nearer = (turn != 1) & jnp.any(found.stalled) & (missed < 0.5 * error)
         before = chosen(turn == 0, found, before)
-        return _Look(jnp.where(settled, turn + 1, 0), wanted, _Planned(before, found, log_masses, couplings))
+        turn, error = jnp.where(exact, jnp.where(nearer, turn, turn + 1), 0), jnp.where(exact & nearer, missed, jnp.inf)
+        return _Look(turn, error, wanted, _Planned(before, found, log_masses, couplings))
 
     couplings = Couplings.none(parameters, graph)
     few = parameters.means.shape[-1] <= 2  # features: a cost costs nothing
     wanted = jnp.ones_like(couplings.known) if few else moves_mass(couplings.costs, near, margin=10)
-    start = _Look(jnp.zeros((), jnp.int32), wanted, _Planned(near, near, log_weights, couplings))
+    start = _Look(jnp.zeros((), jnp.int32), tol + jnp.inf, wanted, _Planned(near, near, log_weights, couplings))
     turns = 2 if graph.balanced else 3  # balanced, plans come out with the masses
     return jax.lax.while_loop(lambda now: now.turn < turns, look, start).planned
 

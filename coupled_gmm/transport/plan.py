@@ -95,7 +95,7 @@ class Plan(Stackable, Outcome):
 
     def _cost_on_host(self) -> Any:
         """<P, C> by NumPy, which compiles nothing; None where it is not known."""
-        read = self.cost, self.vertex, self._words, self.pair
+        read = self.cost, self.vertex, self._whole, self.pair
         if not checks.known(read):
             return None
         cost, vertex, words, pair = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), read)
@@ -136,7 +136,7 @@ class Plan(Stackable, Outcome):
         if self.vertex is not None:
             # With what it depends on: a vertex alone carries no derivative that could be refused.
             return checks.value_only((self.vertex, self.cost, *self._masses), _NO_DERIVATIVE)[0]
-        return self._problem.plan(*self._words)
+        return self._problem.plan(*self._whole)
 
     @property
     @mapped
@@ -145,7 +145,7 @@ class Plan(Stackable, Outcome):
         """The plan divided by its total mass, however little that is."""
         if self.vertex is not None:
             return self.matrix / jnp.sum(self.matrix)
-        return jax.nn.softmax(self._problem.log_plan(*self._words), axis=(0, 1))
+        return jax.nn.softmax(self._problem.log_plan(*self._whole), axis=(0, 1))
 
     @mapped
     @program()
@@ -159,7 +159,7 @@ class Plan(Stackable, Outcome):
             rows, columns = matrix.sum(1, keepdims=True), matrix.sum(0)
             return matrix / jnp.where(rows > 0, rows, 1), matrix / jnp.where(columns > 0, columns, 1)
         pair = self.pair
-        log_kernel = self._problem.exponent(*self._words) / pair.epsilon
+        log_kernel = self._problem.exponent(*self._whole) / pair.epsilon
         forward = jax.nn.softmax(log_kernel + pair.gmm1.log_weights, axis=1)
         return forward, jax.nn.softmax(log_kernel + pair.gmm0.log_weights[:, None], axis=0)
 
@@ -241,7 +241,7 @@ class Plan(Stackable, Outcome):
         r"""L1 distance of the raw plan's marginals from a and b, or from :math:`a e^{-f/\rho_0}` and :math:`b e^{-g/\rho_1}`."""
         if self.vertex is not None:
             return _distance(self.vertex, *self._masses)
-        return self._problem.marginal_error(*self._words)
+        return self._problem.marginal_error(*self._whole)
 
     @property
     @mapped
@@ -297,7 +297,7 @@ class Plan(Stackable, Outcome):
         return self.pair.gmm0.posterior_mean(x, self.mass_change())
 
     @property
-    def _words(self) -> tuple[Words, Words]:
+    def _whole(self) -> tuple[Words, Words]:
         """The potentials, not rounded."""
         f, g = self.potentials
         rests = (f - f, g - g) if self.rests is None else self.rests
@@ -316,7 +316,7 @@ class Plan(Stackable, Outcome):
         (a, b), (f, g) = self._masses, self.potentials
         if self.vertex is not None:
             return f @ a + g @ b
-        return duals.dual_value(self._problem, *self._words)
+        return duals.dual_value(self._problem, *self._whole)
 
     def _parts(self, matrix: Array) -> CostParts:
         (a, b), pair = self._masses, self.pair
