@@ -13,9 +13,10 @@ from coupled_gmm.barycenters.flow import FlowFit, flow
 from coupled_gmm.barycenters.reduction import reduce_gmm
 from coupled_gmm.core.status import FitError, Status
 from coupled_gmm.data.saving import load, save
-from coupled_gmm.fits.coupled import GraphFit, PairFit, fit_graph, fit_pair, penalized_log_likelihood
+from coupled_gmm.fits.coupled import GraphFit, fit_graph
 from coupled_gmm.fits.gmm import MixtureFit, fit_gmm, init_gmm
 from coupled_gmm.fits.graph import MixtureGraph
+from coupled_gmm.fits.pairs import PairFit, fit_pair, fit_path, penalized_log_likelihood
 from coupled_gmm.gaussians.bures import bures_cost_matrix
 from coupled_gmm.gaussians.mixture import GaussianMixture
 from coupled_gmm.interop.convert import from_ott, from_sklearn, to_ott, to_pot, to_sklearn
@@ -48,6 +49,7 @@ __all__ = [
     "fit_gmm",
     "fit_graph",
     "fit_pair",
+    "fit_path",
     "flow",
     "from_ott",
     "from_sklearn",

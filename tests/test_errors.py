@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import coupled_gmm as cg
-from coupled_gmm.fits import coupled, gmm
+from coupled_gmm.fits import coupled, gmm, pairs
 from coupled_gmm.transport import maps, solvers
 
 NAN, INF = np.nan, np.inf
@@ -20,9 +20,10 @@ MEANS, WEIGHTS = np.array([[0.0, 0.0], [1.0, 1.0]]), np.array([0.25, 0.75])
 X = np.random.RandomState(0).randn(20, 2)
 ONES = np.ones(20)
 PROGRAMS = [
-    (coupled, "_fit_pair"),
+    (pairs, "_fit_pair"),
+    (pairs, "_fit_pairs"),
+    (pairs, "_value"),
     (coupled, "_fit_graph"),
-    (coupled, "_value"),
     (gmm, "_fit"),
     (gmm, "_init"),
     (solvers, "_solve_plan"),
@@ -638,6 +639,7 @@ def test_every_program_is_watched():
     calls |= {"_fit": fit_gmm, "_init": init, "_solve_plan": solve, "_mw2_squared": distance}
     calls |= {"_solve_exactly": lambda: solve(method="exact"), "_map_barycentric": map_points}
     calls |= {"_map_random": lambda: map_points(method="random", key=good().key)}
+    calls |= {"_fit_pairs": lambda: fit_pair(n_init=2, key=good().key)}
     calls |= {"_interpolate": lambda: interpolate(0.5), "_plan_density": density}
 
     def enter(*args, **kwargs):

@@ -174,6 +174,14 @@ class View(NamedTuple):
     pooled: Float[AnyArray, " d"]
     far: bool
 
+    def together(self) -> "View":
+        """All clouds as one, in which each counts as much as the others."""
+        given = [(x, w) for x, w in zip(self.clouds, self.weights, strict=True) if x is not None]
+        xp = np if checks.at_hand(*(x for x, _ in given), *(w for _, w in given)) else jnp
+        shares = [xp.full(len(x), 1 / len(x)) if w is None else xp.asarray(w) / xp.sum(xp.asarray(w)) for x, w in given]
+        cloud, weights = xp.concatenate([xp.asarray(x) for x, _ in given]), xp.concatenate(shares)
+        return self._replace(clouds=[cloud], weights=[weights], variances=self.pooled[None])
+
     def in_chunks(self, numbers: int, chunk_size: int | None = None) -> Sight:
         """What a program takes, for so many numbers that it holds of each point."""
         sizes = [len(x) for x in self.clouds if x is not None]

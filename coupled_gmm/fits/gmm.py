@@ -58,7 +58,7 @@ def init_gmm(
     ridge = checks.scalar("ridge", ridge, at_least=0)
     view = view_of([_cloud(x, point_weights)], [], ridge)
     _check_distinct(view, n_components)
-    return take(_draws(key, view, ridge, n_components, n_init, 1), 0)
+    return take(draws(key, view, ridge, n_components, n_init, 1), 0)
 
 
 def _cloud(x: Any, point_weights: Any) -> GivenCloud:
@@ -82,7 +82,7 @@ def _check_distinct(view: View, n_components: int) -> None:
     )
 
 
-def _draws(key: Array, view: View, ridge: Array, n_components: int, n_init: int, n: int) -> GaussianMixture:
+def draws(key: Array, view: View, ridge: Array, n_components: int, n_init: int, n: int) -> GaussianMixture:
     """The n best of n_init starts, stacked."""
     sight = _representatives(jax.random.fold_in(key, 0), view).in_chunks(n_components * len(view.pooled))
     return _init(key, sight, ridge, n_components, n_init, n)
@@ -202,7 +202,7 @@ def fit_gmm(
         n_components = checks.integer("init", int(init), 1)
         view = view_of([_cloud(x, point_weights)], [], ridge)
         _check_distinct(view, n_components)
-        inits = _draws(key, view, ridge, n_components, n_init, n_init)
+        inits = draws(key, view, ridge, n_components, n_init, n_init)
     else:
         inits = _given(init, key, n_init, ridge)
         view = view_of([_cloud(x, point_weights)], [inits], ridge)

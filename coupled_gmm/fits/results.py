@@ -102,6 +102,7 @@ class PairFit(Stackable, Outcome):
     n_steps: Int[Array, "*b"]
     history: History
     log_likelihoods: Float[Array, "*b 2"] | None = None  # of each cloud, mean per point, without ridge
+    transport_weights: Float[Array, "*b"] | None = None  # of the fits of a path
 
     @property
     def batch_shape(self) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from scipy.stats import multivariate_normal
 
 import coupled_gmm as cg
 from coupled_gmm.core.tree import take
-from coupled_gmm.fits import coupled as fit_module
+from coupled_gmm.fits import pairs as fit_module
 
 
 @pytest.fixture(scope="module")

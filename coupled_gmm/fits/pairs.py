@@ -1,0 +1,316 @@
+r"""Fits of a pair of mixtures to two clouds: one, the best of several starts, and a path of transport weights.
+
+A fit is a run, not a value: it can't be differentiated; `penalized_log_likelihood`, its objective, can.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from coupled_gmm.core import checks
+from coupled_gmm.core.errors import ArgumentError
+from coupled_gmm.core.programs import program
+from coupled_gmm.core.tree import take
+from coupled_gmm.fits import contest, em, frame
+from coupled_gmm.fits.coupled import graph_fit
+from coupled_gmm.fits.frame import Sight, View
+from coupled_gmm.fits.gmm import draws
+from coupled_gmm.fits.graph import MixtureGraph
+from coupled_gmm.fits.request import Controls, FitOptions, FitRequest, GivenCloud, view_of
+from coupled_gmm.fits.results import PairFit, trimmed
+from coupled_gmm.gaussians.mixture import GaussianMixture, stack
+from coupled_gmm.transport import solvers
+from coupled_gmm.transport.pair import GaussianMixturePair
+
+
+@program("options")
+def _fit_pair(
+    pair: GaussianMixturePair,
+    transport_weight: Array,
+    frozen: Array,
+    sight: Sight,
+    controls: Controls,
+    options: FitOptions,
+) -> PairFit:
+    problem = MixtureGraph.from_pair(pair, transport_weight, frozen)
+    return _pair_fit(problem, em.run(problem, sight, controls, options))
+
+
+def _pair_fit(problem: MixtureGraph, end: em.Solution) -> PairFit:
+    fit = graph_fit(problem, end, jnp.zeros(1, jnp.int32))
+    whole = trimmed(take(fit.plans, 0), *fit.gmms)
+    end = fit.penalized_log_likelihood, fit.status, fit.n_steps, fit.history, fit.log_likelihoods
+    return PairFit(whole.pair, whole, *end)
+
+
+@program("options")
+def _fit_pairs(
+    pairs: GaussianMixturePair,
+    transport_weights: Array,
+    frozen: Array,
+    sight: Sight,
+    controls: Controls,
+    options: FitOptions,
+) -> PairFit:
+    """The best for each of some weights, stacked, of runs from each of some pairs, stacked, and along the weights."""
+
+    def graph(pair: GaussianMixturePair, weight: Array) -> MixtureGraph:
+        return MixtureGraph.from_pair(pair, weight, frozen)
+
+    starts = jax.vmap(lambda pair: graph(pair, transport_weights[0]).nodes)(pairs)
+    problem = graph(take(pairs, 0), transport_weights[0])
+    schedule = contest.Schedule.along(len(transport_weights), len(pairs.epsilon))
+    weights = transport_weights[:, None].astype(problem.edge_weights.dtype)
+    ends = contest.best_ends(problem, starts, weights, schedule, sight, controls, options)
+    return jax.vmap(lambda end: _pair_fit(problem, end))(ends)
+
+
+def penalized_log_likelihood(
+    pair: GaussianMixturePair,
+    x0: Any,
+    x1: Any,
+    *,
+    transport_weight: Any,
+    point_weights0: Any = None,
+    point_weights1: Any = None,
+    ridge: Any = 1e-6,
+    chunk_size: int | None = None,
+) -> Float[Array, ""]:
+    r"""The objective of `fit_pair` at a pair, differentiable once in both mixtures.
+
+    .. math:: J = \overline{\log p_0} + \overline{\log p_1} - \lambda T(p_0, p_1)
+
+    Arguments and errors as in `fit_pair`.
+    """
+    checks.instance("pair", pair, GaussianMixturePair)
+    transport_weight = checks.scalar("transport_weight", transport_weight, at_least=0, batched=True)
+    ridge = checks.scalar("ridge", ridge, at_least=0, batched=True)
+    if chunk_size is not None:
+        checks.integer("chunk_size", chunk_size, 1)
+    pair.gmm0.check_densities("pair.gmm0")
+    pair.gmm1.check_densities("pair.gmm1")
+    view = view_of(_two_clouds(x0, x1, point_weights0, point_weights1), [pair.gmm0, pair.gmm1], ridge)
+    return _value(pair, transport_weight, view.in_chunks(_numbers(pair), chunk_size), ridge)
+
+
+def _two_clouds(x0: Any, x1: Any, weights0: Any, weights1: Any) -> list[GivenCloud]:
+    return [GivenCloud("x0", x0, "point_weights0", weights0), GivenCloud("x1", x1, "point_weights1", weights1)]
+
+
+def _numbers(pair: GaussianMixturePair) -> int:
+    """That a program holds of each point."""
+    return max(pair.gmm0.n_components, pair.gmm1.n_components) * pair.n_features
+
+
+@program()
+def _value(pair: GaussianMixturePair, transport_weight: Array, sight: Sight, ridge: Array) -> Float[Array, ""]:
+    problem = MixtureGraph.from_pair(pair, transport_weight, np.zeros(2, bool))
+    return em.value(problem, sight, ridge)
+
+
+def fit_pair(
+    x0: Any,
+    x1: Any,
+    pair: GaussianMixturePair,
+    *,
+    transport_weight: Any,
+    point_weights0: Any = None,
+    point_weights1: Any = None,
+    em_steps: int = 30,
+    m_steps: int = 20,
+    optimizer: Any = None,
+    learning_rate: Any = None,
+    tol: Any = 0.0,
+    freeze: Sequence[str] = (),
+    n_init: int = 1,
+    key: PRNGKeyArray | None = None,
+    ridge: Any = 1e-6,
+    method: str = "entropic",
+    chunk_size: int | None = None,
+    progress: Any = False,
+) -> PairFit:
+    r"""Fit two mixtures to two clouds while a penalty on the transport cost between them keeps them close.
+
+    .. math:: J = \overline{\log p_0} + \overline{\log p_1} - \lambda T(p_0, p_1)
+
+    with the means over points, and T the regularised cost of `solve_plan` (MW2 squared, or its unbalanced version, plus the
+    entropic term), by EM whose M-step raises the whole objective. With the default optimiser J never falls.
+
+    Args:
+      x0, x1: clouds (n0, d) and (n1, d).
+      pair: where to start, with epsilon and rho.
+      transport_weight: lambda, at least 0, per squared data unit.
+      point_weights0, point_weights1: (n0,), (n1,), at least 0, not all 0; None weighs points equally.
+      em_steps: EM steps, at most.
+      m_steps: evaluations of the M-step's objective, or of what bounds it from below, and its gradient in each, at most.
+      optimizer: None solves for masses and plans, and moves means and factors by L-BFGS in natural coordinates; an optax
+        factory (``optax.adam``) takes `learning_rate` as a leaf; a built optax transformation is used as it is. Both run in
+        log-Cholesky coordinates, as OTT's fit does, and do every step.
+      learning_rate: above 0, with a factory only.
+      tol: at least 0; the fit has converged when an EM step raises J by no more. With 0 all steps are done.
+      freeze: any of "gmm0", "gmm1", left as they are.
+      n_init: starts, of which the fit of highest J is kept: the pair, and beside it mixtures of its sizes that are drawn for the
+        points of both clouds together, as `init_gmm` does.
+      key: decides what is drawn; goes with an `n_init` above 1.
+      ridge: at least 0, floor of the covariances relative to each feature's variance in its cloud: the component
+        log-densities are lowered by :math:`tr(\Delta S^{-1}) / 2`, so the exact M-step at weight 0 is the second moment plus
+        Delta, and J stays an objective that never falls. 0 turns it off.
+      method: of the plans, as in `solve_plan`.
+      chunk_size: points that are held in memory K d times over, at once; None suits the machine.
+      progress: True draws a bar; a callable gets each row as a dict; either costs one host callback a step. After what a
+        callable raises it gets no more rows, and the fit raises that at its end.
+
+    Returns:
+      A `PairFit` with the fitted pair, its plan, J, the status and the history.
+
+    Raises:
+      TypeError, ValueError: an argument of the wrong kind, shape or range, before anything is compiled.
+
+    >>> start = cg.GaussianMixture.from_moments([[0.0], [7.0]], [[[1.0]], [[1.0]]], [0.5, 0.5])
+    >>> clouds = [[0.0], [1.0], [7.0], [8.0]], [[1.0], [2.0], [8.0], [9.0]]
+    >>> fit = cg.fit_pair(*clouds, cg.GaussianMixturePair(start, start), transport_weight=0.01, em_steps=5)
+    >>> print(fit.status_name, fit.pair.gmm1.means.round(1).tolist())
+    steps done [[1.5], [8.5]]
+    """
+    request = FitRequest.checked(
+        ridge=ridge,
+        tol=tol,
+        em_steps=em_steps,
+        m_steps=m_steps,
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+        method=method,
+        chunk_size=chunk_size,
+        progress=progress,
+    )
+    transport_weight = checks.scalar("transport_weight", transport_weight, at_least=0, batched=True)
+    clouds = _two_clouds(x0, x1, point_weights0, point_weights1)
+    asked = _PairRequest.checked(request, clouds, pair, freeze, method, n_init, key)
+    if n_init == 1:
+        return asked.fit(_fit_pair, pair, transport_weight)
+    if jnp.ndim(transport_weight) or progress:
+        raise ArgumentError(
+            "n_init", "fits of several starts take one transport_weight, and have no progress", "see fit_path"
+        )
+    return asked.fit(_fit_pairs, asked.starts(), transport_weight[None])[0]
+
+
+def fit_path(
+    x0: Any,
+    x1: Any,
+    pair: GaussianMixturePair,
+    *,
+    transport_weights: Any,
+    point_weights0: Any = None,
+    point_weights1: Any = None,
+    em_steps: int = 30,
+    m_steps: int = 20,
+    optimizer: Any = None,
+    learning_rate: Any = None,
+    tol: Any = 0.0,
+    freeze: Sequence[str] = (),
+    n_init: int = 1,
+    key: PRNGKeyArray | None = None,
+    ridge: Any = 1e-6,
+    method: str = "entropic",
+    chunk_size: int | None = None,
+) -> PairFit:
+    """`fit_pair` for each of several transport weights, in one program: the best of what the pair and the neighbours lead to.
+
+    For each weight in its order the fit starts from the pair, and from where the weight before it ended; then back along the list,
+    from where the weight after it ended. Of each weight's fits the one of highest J is kept: none is worse than `fit_pair`, or than
+    a neighbour's mixtures. So give weights in order, and a `tol` above 0, with which a start that is near costs few steps.
+
+    Args:
+      transport_weights: lambda (W,), at least 0, per squared data unit.
+      x0, x1, pair, point_weights0, point_weights1, em_steps, m_steps, optimizer, learning_rate, tol, freeze, n_init, key, ridge,
+        method, chunk_size: as in `fit_pair`.
+
+    Returns:
+      A `PairFit` of W fits, stacked: `fits[i]` is one. `fits.transport_weights` are their weights.
+
+    Raises:
+      TypeError, ValueError: an argument of the wrong kind, shape or range, before anything is compiled.
+
+    >>> start = cg.GaussianMixture.from_moments([[0.0], [7.0]], [[[1.0]], [[1.0]]], [0.5, 0.5])
+    >>> clouds = [[0.0], [1.0], [7.0], [8.0]], [[1.0], [2.0], [8.0], [9.0]]
+    >>> fits = cg.fit_path(*clouds, cg.GaussianMixturePair(start, start), transport_weights=[0.01, 1.0], em_steps=5)
+    >>> print(len(fits), [fit.pair.gmm1.means.round(1).tolist() for fit in fits])
+    2 [[[1.5], [8.5]], [[1.2], [8.2]]]
+    """
+    request = FitRequest.checked(
+        ridge=ridge,
+        tol=tol,
+        em_steps=em_steps,
+        m_steps=m_steps,
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+        method=method,
+        chunk_size=chunk_size,
+    )
+    weights = checks.scalar("transport_weights", transport_weights, at_least=0, batched=True)
+    if jnp.ndim(weights) != 1 or not len(weights):
+        raise ArgumentError("transport_weights", f"expected a list of numbers, got shape {weights.shape}", "pass (W,)")
+    clouds = _two_clouds(x0, x1, point_weights0, point_weights1)
+    asked = _PairRequest.checked(request, clouds, pair, freeze, method, n_init, key)
+    return dataclasses.replace(asked.fit(_fit_pairs, asked.starts(), weights), transport_weights=weights)
+
+
+class _PairRequest(NamedTuple):
+    """What is asked of fits of a pair, checked, and the clouds as they are to be seen."""
+
+    request: FitRequest
+    pair: GaussianMixturePair
+    view: View
+    frozen: np.ndarray
+    solver: solvers.PlanSolver
+    n_init: int
+    key: Array | None
+
+    @classmethod
+    def checked(
+        cls,
+        request: FitRequest,
+        clouds: list[GivenCloud],
+        pair: Any,
+        freeze: Any,
+        method: str,
+        n_init: Any,
+        key: Any,
+    ) -> "_PairRequest":
+        checks.instance("pair", pair, GaussianMixturePair)
+        names = ("gmm0", "gmm1")
+        if not isinstance(freeze, (tuple, list, set, frozenset)) or any(name not in names for name in freeze):
+            raise ArgumentError("freeze", f"expected a collection of 'gmm0' and 'gmm1', got {checks.brief(freeze)}")
+        ridge = request.controls.ridge
+        for name, gmm in zip(names, (pair.gmm0, pair.gmm1), strict=True):
+            if name in freeze or not frame.raises(ridge):
+                gmm.check_densities(f"pair.{name}")
+        n_init = checks.integer("n_init", n_init, 1, checks.MOST_STARTS)
+        if (key is None) != (n_init == 1):
+            raise ArgumentError("key", "goes with an n_init above 1, whose starts it decides", "pass both, or neither")
+        solver, frozen = solvers.solver_for(method, pair), np.array([name in freeze for name in names])
+        view = view_of(clouds, [pair.gmm0, pair.gmm1], ridge)
+        return cls(request, pair, view, frozen, solver, n_init, None if key is None else checks.key("key", key))
+
+    def fit(self, program: Any, pairs: GaussianMixturePair, weights: Array) -> PairFit:
+        problem = pairs, weights, self.frozen
+        return self.request.fit(program, *problem, view=self.view, numbers=_numbers(self.pair), solver=self.solver)
+
+    def starts(self) -> GaussianMixturePair:
+        """The pair, and pairs that are drawn, stacked; what is frozen is in all of them."""
+        drawn, ridge = self.n_init - 1, self.request.controls.ridge
+
+        def side(gmm: GaussianMixture, frozen: bool) -> GaussianMixture:
+            if frozen or not drawn:
+                return stack([gmm] * self.n_init)
+            found = draws(self.key, self.view.together(), ridge, gmm.n_components, drawn, drawn)
+            return stack([gmm, *(take(found, i) for i in range(drawn))])
+
+        sides = (side(gmm, still) for gmm, still in zip((self.pair.gmm0, self.pair.gmm1), self.frozen, strict=True))
+        return jax.tree.map(lambda leaf: jnp.repeat(leaf[None], self.n_init, 0), self.pair).replace(*sides)

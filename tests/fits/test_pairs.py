@@ -1,0 +1,124 @@
+"""Several runs of a pair's fit: paths of weights, and starts beside the one that is given."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import DATA, points, random_mixture
+
+import coupled_gmm as cg
+from coupled_gmm.fits.contest import Schedule
+
+OPTIONS = {"em_steps": 60, "tol": 1e-4}
+
+
+@pytest.fixture(scope="module")
+def problem():
+    """Two clouds of four clusters, of which the start sees three."""
+    clouds = [points(random_mixture(seed, 4, 2, condition=10), 300, seed) for seed in (0, 1)]
+    start = cg.init_gmm(jax.random.PRNGKey(0), np.concatenate(clouds), 3)
+    return *clouds, cg.GaussianMixturePair(start, start)
+
+
+WEIGHTS = [0.001, 0.1, 1.0, 3.0]
+
+
+@pytest.fixture(scope="module")
+def path(problem):
+    return cg.fit_path(*problem, transport_weights=WEIGHTS, **OPTIONS)
+
+
+def test_no_weight_is_worse_than_alone_or_than_its_neighbours(problem, path):
+    x0, x1, _ = problem
+    assert len(path) == 4 and path.batch_shape == (4,)
+    np.testing.assert_allclose(path.transport_weights, WEIGHTS)
+    for i, weight in enumerate(WEIGHTS):
+        value = float(path[i].penalized_log_likelihood)
+        alone = cg.fit_pair(*problem, transport_weight=weight, **OPTIONS).penalized_log_likelihood
+        near = [
+            cg.penalized_log_likelihood(path[j].pair, x0, x1, transport_weight=weight)
+            for j in (i - 1, i + 1)
+            if 0 <= j < len(path)
+        ]
+        assert value >= max(alone, *near) - 2e-6 * (1 + abs(value)), (weight, value, alone, near)
+
+
+def test_each_is_a_fit_of_its_weight(problem, path):
+    x0, x1, _ = problem
+    for weight, fit in zip(WEIGHTS, path):
+        value = cg.penalized_log_likelihood(fit.pair, x0, x1, transport_weight=weight)
+        np.testing.assert_allclose(fit.penalized_log_likelihood, value, rtol=1e-5)
+        assert fit.converged and fit.plan.converged
+        rows = np.asarray(fit.history.penalized_log_likelihood)
+        assert np.isfinite(rows[: int(fit.n_steps)]).all() and np.isnan(rows[int(fit.n_steps) + 1 :]).all()
+
+
+def test_one_weight_is_one_fit(problem):
+    (one,) = cg.fit_path(*problem, transport_weights=[0.1], **OPTIONS)
+    alone = cg.fit_pair(*problem, transport_weight=0.1, **OPTIONS)
+    np.testing.assert_allclose(one.pair.gmm0.means, alone.pair.gmm0.means, atol=1e-4)
+    assert int(one.n_steps) == int(alone.n_steps)
+
+
+def test_a_path_goes_forth_and_back():
+    """Of two starts: each weight from both, and from the one before it; then from the one after it."""
+    schedule = Schedule.along(3, 2)
+    assert list(zip(*(side.tolist() for side in schedule))) == [
+        (0, 0), (0, 1), (1, 0), (1, 1), (1, -1), (2, 0), (2, 1), (2, -2), (1, -3), (0, -2),
+    ]  # fmt: skip
+
+
+def test_a_path_is_saved_and_found_again(path, tmp_path):
+    cg.save(tmp_path / "path.npz", path)
+    found = cg.load(tmp_path / "path.npz")
+    assert all(np.array_equal(*leaves, equal_nan=True) for leaves in zip(*map(jax.tree.leaves, (path, found))))
+
+
+def test_more_starts_are_no_worse_and_find_what_one_does_not():
+    """Galaxies' velocities, and the same moved: from three components in one place nothing parts them."""
+    x0 = np.genfromtxt(DATA / "galaxies.csv", delimiter=",", skip_header=1).reshape(-1, 1) / 1000
+    poor = cg.GaussianMixture.from_moments([[20.0]] * 3, [[[20.0]]] * 3, [0.2, 0.3, 0.5])
+    problem = x0, x0 + 1, cg.GaussianMixturePair(poor, poor, epsilon=0.1)
+    one = cg.fit_pair(*problem, transport_weight=0.01, **OPTIONS)
+    best = cg.fit_pair(*problem, transport_weight=0.01, n_init=4, key=jax.random.PRNGKey(0), **OPTIONS)
+    assert best.penalized_log_likelihood > one.penalized_log_likelihood + 0.1
+    assert best.transport_weights is None and best.batch_shape == ()
+
+
+def test_what_is_frozen_is_in_every_start(problem):
+    x0, x1, pair = problem
+    fit = cg.fit_pair(
+        x0, x1, pair, transport_weight=0.1, freeze=["gmm0"], n_init=3, key=jax.random.PRNGKey(0), **OPTIONS
+    )
+    assert jnp.array_equal(fit.pair.gmm0.means, pair.gmm0.means)
+
+
+def test_sides_of_two_sizes(problem):
+    x0, x1, pair = problem
+    pair = cg.GaussianMixturePair(pair.gmm0, cg.init_gmm(jax.random.PRNGKey(1), x1, 2))
+    fits = cg.fit_path(x0, x1, pair, transport_weights=[0.1, 1.0], n_init=2, key=jax.random.PRNGKey(0), **OPTIONS)
+    assert [gmm.means.shape for gmm in (fits.pair.gmm0, fits.pair.gmm1)] == [(2, 3, 2), (2, 2, 2)]
+    assert fits.plan.cost.shape == (2, 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"transport_weights": []}, "transport_weights"),
+        ({"transport_weights": 0.1}, "transport_weights"),
+        ({"transport_weights": [0.1, -1]}, "transport_weights"),
+        ({"transport_weights": [0.1], "n_init": 2}, "key"),
+        ({"transport_weights": [0.1], "key": jax.random.PRNGKey(0)}, "key"),
+        ({"transport_weights": [0.1], "n_init": 0, "key": jax.random.PRNGKey(0)}, "n_init"),
+    ],
+)
+def test_refusals(problem, arguments, message):
+    with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+        cg.fit_path(*problem, **arguments)
+
+
+def test_starts_of_a_single_fit_take_one_weight_and_show_no_rows(problem):
+    drawn = {"n_init": 2, "key": jax.random.PRNGKey(0)}
+    for wrong in ({"transport_weight": [0.1, 1.0]}, {"transport_weight": 0.1, "progress": True}):
+        with pytest.raises(ValueError, match="n_init"):
+            cg.fit_pair(*problem, **wrong, **drawn)
