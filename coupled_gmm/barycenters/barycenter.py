@@ -293,9 +293,8 @@ def _best_weights(
     problem: BarycenterProblem, cost: Float[Array, "B n K"], allowed: Bool[Array, " n"]
 ) -> Float[Array, " n"]:
     """The weights of the free mixture at which the objective is least, its components as they are."""
-    if len(cost) == 1:  # each component of the one mixture goes to the nearest
-        nearest = jnp.argmin(jnp.where(allowed[:, None], cost[0], jnp.inf), axis=0)
-        return jax.ops.segment_sum(problem.weights[0], nearest, len(allowed))
+    if len(cost) == 1:
+        return problem.nearest_weights(cost, allowed)
     arguments = cost, problem.weights, problem.coefficients, allowed.astype(cost.dtype)
     (weights,) = on_host(_linear_programme, [allowed.shape], *arguments)
     return weights

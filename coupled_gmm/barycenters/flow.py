@@ -5,8 +5,10 @@ of the way to where the plans send it,
 
 .. math:: m \leftarrow (1 - s) m + s \bar m, \qquad L \leftarrow (1 - s) L + s \sum_j \alpha_j L_j U_j^T :
 
-at the present plans that lowers the loss, and covariances stay positive definite by themselves. Weights then take a
-multiplicative step down their potentials, :math:`w \propto w e^{-\eta \phi}`, halved until the loss falls.
+at the present plans that lowers the loss, and covariances stay positive definite by themselves. Weights then go a part of their
+way to the best ones, at which each component of a target goes to the nearest: the loss is convex in them, and falls. Where
+that is no step (of several targets, or of entropic plans), they take a multiplicative one down their potentials,
+:math:`w \propto w e^{-\eta \phi}`, halved until the loss falls.
 
 With an optax optimiser the parameters are means, covariances (projected back to positive definite) and logits of weights,
 as in POT's example of a flow.
@@ -213,7 +215,11 @@ def _bures_descent(
         """Plans where the last step has led and, but for the source's, weights that lower the objective; then the next step."""
         free, plans, eta = carry
         halvings = jnp.where(first, 0, _HALVINGS)
-        weights, plans, eta = _reweighted(problem, problem.costs(free), free.weights, plans, eta, halvings)
+        cost = problem.costs(free)
+        # The loss is linear in how far they have to go, and quadratic in how far components have.
+        rest = (1 - part) ** 2
+        best = rest * free.weights + (1 - rest) * problem.nearest_weights(cost, free.weights > 0)
+        weights, plans, eta = _reweighted(problem, cost, free.weights, best, plans, eta, halvings)
         free = free._replace(weights=weights)
         seen = free.mixture(), plans.objective, plans.solved
         return (_step(problem, free, plans, part), plans, eta), seen
@@ -242,13 +248,15 @@ def _reweighted(
     problem: BarycenterProblem,
     cost: Float[Array, "B n K"],
     weights: Float[Array, " n"],
+    best: Float[Array, " n"],
     last: PlansToFixed,
     eta: Array,
     halvings: Array,
 ) -> tuple[Float[Array, " n"], PlansToFixed, Array]:
     """Weights that lower the objective, with their plans, or the ones that were; and the step to try next.
 
-    A solver is most of a program, so there is one: the first round of the loop solves for the weights as they were.
+    A solver is most of a program, so there is one: the first round of the loop solves for the weights as they were, the second
+    for those on the way to the best ones, further ones for steps down the potentials.
     """
 
     def rejected(carry: tuple) -> Bool[Array, ""]:
@@ -257,16 +265,16 @@ def _reweighted(
 
     def attempt(carry: tuple) -> tuple:
         slope, plans, _, eta, count = carry
-        first = count == 0
+        first, second = count == 0, count == 1
         tried = weights * jnp.exp(-eta * slope)
-        tried = jnp.where(first, weights, tried / jnp.sum(tried))
+        tried = jnp.where(first, weights, jnp.where(second, best, tried / jnp.sum(tried)))
         found = problem.solve(cost, tried, plans.warm_start)
         plans = chosen(first, found, plans)
         slope = problem.coefficients @ plans.potentials
         slope = jnp.where(weights > 0, slope - weights @ jnp.where(weights > 0, slope, 0), 0)
         steepest = jnp.max(jnp.abs(slope))
         slope = slope / jnp.where(steepest > 0, steepest, 1)
-        return slope, plans, (tried, found), jnp.where(first, eta, 0.5 * eta), count + 1
+        return slope, plans, (tried, found), jnp.where(first | second, eta, 0.5 * eta), count + 1
 
     before = last._replace(objective=jnp.full_like(last.objective, jnp.inf))
     start = jnp.zeros_like(weights), before, (weights, before), eta, jnp.zeros((), jnp.int32)

@@ -83,6 +83,13 @@ class BarycenterProblem:
         flat = self.means.reshape(b * k, d), self.factors.reshape(b * k, d, d)
         return jnp.swapaxes(bures.pairwise_cost(free.means, free.factors, *flat).reshape(-1, b, k), 0, 1)
 
+    def nearest_weights(self, cost: Float[Array, "B n K"], allowed: Bool[Array, " n"]) -> Float[Array, " n"]:
+        """The masses of the components to which each of the free mixture's is the nearest, averaged: of one fixed mixture, the
+        weights at which the exact objective is least."""
+        nearest = jnp.argmin(jnp.where(allowed[:, None], cost, jnp.inf), axis=1)
+        masses = self.coefficients[:, None] * self.weights
+        return jax.ops.segment_sum(masses.ravel(), nearest.ravel(), len(allowed))
+
     def cold_start(self, n: int) -> Any:
         """What the first solve starts from: nothing."""
         b, k = self.weights.shape

@@ -383,3 +383,20 @@ def test_bad_arguments(monkeypatch, changes, error, match):
     monkeypatch.setattr(sys.modules["coupled_gmm.barycenters.flow"], "_flow", entered)
     with pytest.raises(error, match=match):
         bad(**changes)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_weights_do_not_stick(seed):
+    """To a target of fewer components: no higher than the barycenter whose weights are learnt from the same start ends."""
+    n, k = [(3, 2), (5, 3), (6, 4), (4, 2)][seed % 4]
+    rng = np.random.RandomState(seed)
+
+    def mixture(k, shift):
+        moments = 2 * rng.randn(k, 2) + shift, random_covariances(rng, k, 2, 10.0), rng.dirichlet(np.full(k, 2.0))
+        return cg.GaussianMixture.from_moments(*map(np.float32, moments))
+
+    source, target = mixture(n, 0), mixture(k, 2 * rng.randn(2))
+    found, learnt = cg.flow(source, target), cg.barycenter([target], source, learn_weights=True)
+    seen = losses(found)
+    assert np.all(np.diff(seen) <= 1e-6 * seen[0])
+    assert found.loss <= 1.01 * learnt.objective + 1e-5 * seen[0]

@@ -186,6 +186,7 @@ class Examples:
             "fit_gmm": lambda: cg.fit_gmm(x, gmm0, max_steps=2),
             "fit_graph": lambda: cg.fit_graph([x, None], graph, **steps),
             "fit_pair": lambda: [cg.fit_pair(x, x, pair, transport_weight=0.1, **steps) for pair in pairs],
+            "fit_path": lambda: cg.fit_path(x, x, pairs[0], transport_weights=[0.1, 1.0], **steps),
             "flow": lambda: [cg.flow(gmm0, gmm1, steps=2, optimizer=o) for o in (None, optax.adam)],
             "init_gmm": lambda: cg.init_gmm(key, x, 3),
             "interpolate": lambda: [cg.interpolate(plan, 0.5) for plan in plans],
