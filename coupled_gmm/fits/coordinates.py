@@ -22,6 +22,7 @@ from coupled_gmm.fits.graph import MixtureGraph
 from coupled_gmm.fits.statistics import Parameters, Statistics
 
 _MOST_GROWTH = 3.0  # of the logarithm of a component's extent in one M-step
+_GROWTH_WITHOUT_POINTS = 0.7  # of one that transport alone shapes, by couplings that turn as it does
 _FARTHEST = 4.0  # a component moves in one M-step, as a part of the distance to its points, which is 1 at least
 
 
@@ -73,7 +74,7 @@ def log_cholesky_coordinates(
     def promise(gradient: Array) -> Float[Array, ""]:
         in_means, in_triangle, in_logits = unravel(gradient)
         in_factors = jnp.tril(in_triangle, -1) + eye * in_triangle / jnp.where(eye > 0, safe, 1)
-        scale = _natural_scale(base, statistics, graph)
+        scale, _ = _natural_scale(base, statistics, graph)
         means = jnp.einsum("vkij,vki->vkj", factors, in_means)
         factored = jnp.tril(matrices.transpose(factors) @ in_factors)
         squares = jnp.sum(means**2, axis=-1) + jnp.sum(factored**2, axis=(-2, -1)) + in_logits**2
@@ -82,8 +83,11 @@ def log_cholesky_coordinates(
     return Coordinates(start, parameters, promise)
 
 
-def _natural_scale(base: Parameters, statistics: Statistics, graph: MixtureGraph) -> Float[Array, "V K"]:
-    """One over the square root of the objective's curvature in what moves a component, seen as a standard Gaussian.
+def _natural_scale(
+    base: Parameters, statistics: Statistics, graph: MixtureGraph
+) -> tuple[Float[Array, "V K"], Bool[Array, "V K"]]:
+    """One over the square root of the objective's curvature in what moves a component, seen as a standard Gaussian; and whether
+    points have a part in that.
 
     0 for a component of which neither points nor transport have anything to say: it keeps its shape and place.
     """
@@ -93,7 +97,8 @@ def _natural_scale(base: Parameters, statistics: Statistics, graph: MixtureGraph
     variance = jnp.mean(jnp.sum(base.factors**2, axis=-1), axis=-1)
     curvature = likelihood + 2 * pull[:, None] * jnp.exp(base.log_weights) * variance
     most = jnp.maximum(1, graph.node_weights)[:, None]
-    return jnp.where(curvature > jnp.finfo(curvature.dtype).eps * most, jax.lax.rsqrt(curvature + 1e-6 * most), 0)
+    some = curvature > jnp.finfo(curvature.dtype).eps * most
+    return jnp.where(some, jax.lax.rsqrt(curvature + 1e-6 * most), 0), likelihood > 1e-2 * curvature
 
 
 def natural_coordinates(
@@ -103,7 +108,8 @@ def natural_coordinates(
     del unit  # they have none
     present = jnp.isfinite(base.log_weights)
     eye = jnp.eye(base.means.shape[-1], dtype=base.means.dtype)
-    scale = _natural_scale(base, statistics, graph)
+    scale, by_points = _natural_scale(base, statistics, graph)
+    most = jnp.where(by_points, _MOST_GROWTH, _GROWTH_WITHOUT_POINTS)[..., None, None]
     # Points that lie wider than the component they belong to make the likelihood curve more in its shape.
     second = jnp.diagonal(statistics.scatter, axis1=-2, axis2=-1) + statistics.shift**2
     shape_scale = scale * jax.lax.rsqrt(jnp.maximum(1, jnp.mean(second, axis=-1)))
@@ -116,7 +122,7 @@ def natural_coordinates(
         shift = _bounded(shift * scale[..., None], farthest)
         means = base.means + jnp.einsum("vkij,vkj->vki", base.factors, shift)
         triangle = triangle * shape_scale[..., None, None]
-        growth = _MOST_GROWTH * jnp.tanh(triangle * eye * 2**-0.5 / _MOST_GROWTH)
+        growth = most * jnp.tanh(triangle * eye * 2**-0.5 / most)
         stretch = jnp.tril(triangle, -1) + eye * jnp.exp(growth)
         logits = jnp.where(present, log_weights, 0) + logits * scale
         moved = Parameters(means, base.factors @ stretch, _log_softmax(logits, present))

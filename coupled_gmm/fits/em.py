@@ -111,7 +111,6 @@ class FitState(NamedTuple):
     base: statistics.Base  # of the next E-step
     potentials: entropic.Potentials  # from which its plans start
     place: _Place  # of the last E-step
-    marginal_error: Float[Array, ""]  # the largest of any plan so far
     left: Float[Array, ""]  # what the last M-step promised and left undone
     moved: Bool[Array, ""]  # whether it moved at all
     status: Int[Array, ""]
@@ -177,7 +176,6 @@ def start(task: Task) -> FitState:
         base=statistics.Base.of(parameters),
         potentials=terms.potentials,
         place=_Place(parameters, terms, zeros, zeros, zeros, value=zero - jnp.inf, rise=zero),
-        marginal_error=zero,
         left=zero + jnp.inf,
         moved=jnp.asarray(True),
         status=jnp.asarray(_RUNNING),
@@ -211,7 +209,6 @@ def m_step(task: Task, state: FitState, sums: statistics.Sums) -> tuple[FitState
         base=statistics.Base.of(moved.parameters),
         potentials=moved.potentials,
         place=place,
-        marginal_error=jnp.fmax(state.marginal_error, moved.marginal_error),
         left=moved.left,
         moved=moved.moved,
         status=status,
@@ -300,7 +297,8 @@ def _status_of_step(
     asked, still, steps_done = tol > 0, (state.step > 0) & (gain <= tol), state.step >= controls.em_steps
     met = asked & still & ~fell & (state.left <= tol) & (moved.ahead <= tol)
     stalled = asked & still & ~met & ~state.moved
-    missed = jnp.fmax(state.marginal_error, moved.marginal_error) > limits.MAX_MARGINAL_ERROR
+    kept = jnp.where(fell, state.place.terms.marginal_error, 0)
+    missed = jnp.fmax(kept, moved.marginal_error) > limits.MAX_MARGINAL_ERROR
     ends = [
         (~jnp.isfinite(value), Status.NOT_FINITE),
         # While the fit runs, the next plans may be good ones again.
@@ -345,7 +343,7 @@ def _columns(row: History) -> dict[str, Array]:
 
 def no_rows(task: Task, state: FitState) -> History:
     """The history before the first step: NaN, in as many rows as the program has room for."""
-    row = _row(task, state.place, state.marginal_error)
+    row = _row(task, state.place, state.left)
     return jax.tree.map(lambda leaf: jnp.full((task.options.rows, *leaf.shape), jnp.nan, leaf.dtype), row)
 
 

@@ -66,16 +66,19 @@ def climb(
 ) -> MStep:
     """At most `budget` evaluations of a minorant and its gradient, from the base of the statistics; the first is there."""
     graph, base, statistics = objective.graph, objective.statistics.base, objective.statistics
-    planned = _planned(base, graph, potentials, _response(graph, statistics))
+    response = _response(graph, statistics)
+    planned = _planned(base, graph, potentials, response)
     costs = planned.couplings.costs
     transport, later = (_dual_values(graph, costs, found) for found in (planned.before, planned.after))
     asked = statistics.masses
-    change = jnp.where(asked > 0, planned.log_weights - jnp.where(asked > 0, base.log_weights, 0), 0)
+    some = (asked > 0) & (response.targets > 0) & ~graph.frozen[:, None]
+    change = jnp.where(some, planned.log_weights - jnp.where(some, base.log_weights, 0), 0)
     change = jnp.sum(asked * change, axis=-1)
     gain = graph.node_weights @ change - graph.edge_weights @ (later - transport)
     error, later_error = (jnp.max(found.marginal_error, initial=0) for found in (planned.before, planned.after))
-    # A plan that has not converged seems to cost less than it does.
-    doubt = jnp.where(planned.after.converged, 0, planned.after.marginal_error * jnp.max(costs, axis=(1, 2), initial=0))
+    # A plan that misses its marginals seems to cost less than it does.
+    missed = planned.after.marginal_error
+    doubt = jnp.where(missed > 8 * jnp.finfo(missed.dtype).eps, missed * jnp.max(costs, axis=(1, 2), initial=0), 0)
     good = (later_error <= limits.MAX_MARGINAL_ERROR) & (gain > graph.edge_weights @ doubt)
     adopted = good & (budget > 1)
     log_weights = chosen(adopted, planned.log_weights, base.log_weights)

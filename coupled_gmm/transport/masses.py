@@ -253,6 +253,8 @@ def solve(
         missed = jnp.sum(jnp.abs(part(log_sums) - part(wanted)), axis=(0, 2))
         lost = jnp.max(jnp.abs(jnp.sum(jnp.exp(log_mass), axis=-1) - 1))
         plan = jnp.exp(log_plan - jnp.reshape(log_total, (-1, 1, 1)))
+        # What rounding of the pulls is worth in masses.
+        swayed = jnp.finfo(x.dtype).eps * jnp.exp(log_mass) * slope * summed(jnp.abs(kept * worth(x, rho)))
         moved = kept * jnp.exp(jnp.minimum(-x * price[..., None], largest_exponent(x)))  # the slope of worth
         answers = _Answers.of(slope, log_mass, rates * eps[:, None] * moved)
         paid = jnp.where(present & ~free[..., None], jnp.exp(log_mass[ends]) * kept * worth(x, rho), 0)
@@ -277,7 +279,7 @@ def solve(
             residual=residual.ravel(),
             matrix=step,
             marginal_error=jnp.max(missed) + lost,
-            rounding=jnp.max(jax.vmap(entropic.rounding)(plan, reduced, x[0], eps)),
+            rounding=jnp.max(jax.vmap(entropic.rounding)(plan, reduced, x[0], eps)) + jnp.max(jnp.sum(swayed, axis=-1)),
             warm_start=normalizer,
             merit=Merit(jnp.sum(terms), jnp.sum(jnp.abs(terms))),
         )

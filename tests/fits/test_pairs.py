@@ -40,7 +40,7 @@ def test_no_weight_is_worse_than_alone_or_than_its_neighbours(problem, path):
             for j in (i - 1, i + 1)
             if 0 <= j < len(path)
         ]
-        assert value >= max(alone, *near) - 2e-6 * (1 + abs(value)), (weight, value, alone, near)
+        assert value >= max(alone, *near) - 2 * OPTIONS["tol"], (weight, value, alone, near)
 
 
 def test_each_is_a_fit_of_its_weight(problem, path):
