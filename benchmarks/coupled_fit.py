@@ -165,7 +165,7 @@ def pair_of_clouds(n: int, k: int, d: int) -> list[np.ndarray]:
 def growth(results: dict, steps: int = 30) -> None:
     """A coupled fit against plain EM on both clouds, the same number of steps, where components and features are many."""
     table = Table("N, K, d", "pair, s", "two plain EMs, s", "ratio", f"J after {steps}", title="Growth")
-    for n, k, d in ((10_000, 3, 2), (10_000, 10, 10), (20_000, 20, 20), (20_000, 50, 32)):
+    for n, k, d in ((10_000, 3, 2), (10_000, 10, 10), (20_000, 20, 20), (20_000, 50, 32), (20_000, 30, 50)):
         clouds = [jnp.asarray(x) for x in pair_of_clouds(n, k, d)]
         start = cg.init_gmm(jax.random.key(0), jnp.concatenate(clouds), k)
         pair = cg.GaussianMixturePair(start, start)

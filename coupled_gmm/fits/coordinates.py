@@ -49,9 +49,14 @@ def restore_frozen(frozen: Bool[Array, " V"], moved: Parameters, kept: Parameter
 
 
 def log_cholesky_coordinates(
-    base: Parameters, statistics: Statistics, graph: MixtureGraph, unit: Float[AnyArray, ""]
+    base: Parameters,
+    statistics: Statistics,
+    graph: MixtureGraph,
+    unit: Float[AnyArray, ""],
+    floors: Float[Array, "V d"],
 ) -> Coordinates:
     """OTT's coordinates, in data units; frozen nodes, absent components and each last logit do not move."""
+    del floors  # every step is taken
     present = jnp.isfinite(base.log_weights)
     n_components = present.shape[-1]
     last = n_components - 1 - jnp.argmax(present[:, ::-1], axis=-1)
@@ -102,14 +107,26 @@ def _natural_scale(
 
 
 def natural_coordinates(
-    base: Parameters, statistics: Statistics, graph: MixtureGraph, unit: Float[AnyArray, ""]
+    base: Parameters,
+    statistics: Statistics,
+    graph: MixtureGraph,
+    unit: Float[AnyArray, ""],
+    floors: Float[Array, "V d"],
 ) -> Coordinates:
-    """Coordinates in which the objective curves about equally in every direction, and the base is zero."""
+    """Coordinates in which the objective curves about equally in every direction, and the base is zero.
+
+    What keeps a component from less than the `floors` of variances is the likelihood: one without points is kept by these here.
+    """
     del unit  # they have none
     present = jnp.isfinite(base.log_weights)
     eye = jnp.eye(base.means.shape[-1], dtype=base.means.dtype)
     scale, by_points = _natural_scale(base, statistics, graph)
     most = jnp.where(by_points, _MOST_GROWTH, _GROWTH_WITHOUT_POINTS)[..., None, None]
+    pivots = jnp.diagonal(base.factors, axis1=-2, axis2=-1)
+    room = jnp.where(
+        (pivots > 0) & (floors > 0)[:, None], jnp.sqrt(floors)[:, None] / jnp.where(pivots > 0, pivots, 1), 0
+    )
+    least = jnp.where(by_points[..., None], 0, jnp.minimum(room, 1))[..., None] * eye
     # Points that lie wider than the component they belong to make the likelihood curve more in its shape.
     second = jnp.diagonal(statistics.scatter, axis1=-2, axis2=-1) + statistics.shift**2
     shape_scale = scale * jax.lax.rsqrt(jnp.maximum(1, jnp.mean(second, axis=-1)))
@@ -123,7 +140,7 @@ def natural_coordinates(
         means = base.means + jnp.einsum("vkij,vkj->vki", base.factors, shift)
         triangle = triangle * shape_scale[..., None, None]
         growth = most * jnp.tanh(triangle * eye * 2**-0.5 / most)
-        stretch = jnp.tril(triangle, -1) + eye * jnp.exp(growth)
+        stretch = jnp.tril(triangle, -1) + jnp.maximum(eye * jnp.exp(growth), least)
         logits = jnp.where(present, log_weights, 0) + logits * scale
         moved = Parameters(means, base.factors @ stretch, _log_softmax(logits, present))
         return restore_frozen(graph.frozen, moved, base)

@@ -280,9 +280,10 @@ def _rounding(before: _Place, place: _Place) -> Array:
 
 
 def _has_collapsed(gain: Array, place: _Place, graph: MixtureGraph) -> Bool[Array, ""]:
-    """Whether a fall is more than what rounding may have done: of J, and of masses that pay for their transport."""
-    costs = graph.edge_weights @ jnp.max(place.terms.costs, axis=(1, 2), initial=0)
-    return gain < -_FALL * (1 + jnp.abs(place.value)) - 2 * jnp.finfo(gain.dtype).eps * costs
+    """Whether a fall is more than what rounding may have done: of J, and of masses that go astray and pay for it."""
+    astray = jnp.maximum(place.terms.potentials.marginal_error, 2 * jnp.finfo(gain.dtype).eps)
+    costs = graph.edge_weights @ (astray * jnp.max(place.terms.costs, axis=(1, 2), initial=0))
+    return gain < -_FALL * (1 + jnp.abs(place.value)) - costs
 
 
 def _status_of_step(

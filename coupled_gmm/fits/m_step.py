@@ -58,7 +58,7 @@ def ascend(
     graph, base = objective.graph, objective.statistics.base
     if not graph.n_edges:
         return _closed_form(objective, potentials)
-    coordinates = optimiser.coordinates(base, objective.statistics, graph, unit)
+    coordinates = optimiser.coordinates(base, objective.statistics, graph, unit, objective.floors)
 
     def loss(x: Array, now: _Ascent) -> tuple[Array, Terms]:
         found = objective.terms(coordinates.parameters(x, base.log_weights), now.potentials)

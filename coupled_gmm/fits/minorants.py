@@ -84,7 +84,7 @@ def climb(
     log_weights = chosen(adopted, planned.log_weights, base.log_weights)
     used = chosen(adopted, planned.after, planned.before)
 
-    coordinates = optimiser.coordinates(base, statistics, graph, unit)
+    coordinates = optimiser.coordinates(base, statistics, graph, unit, objective.floors)
     weights = graph.edge_weights[:, None, None] * jnp.exp(_log_plans(graph, costs, used))
     weights = jnp.where(planned.couplings.known, weights, 0)
     end = _search(objective, coordinates, optimiser, log_weights, planned.couplings, weights, budget)

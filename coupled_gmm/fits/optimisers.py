@@ -35,7 +35,7 @@ class Optimiser(NamedTuple):
     """Three functions of an optimiser of the M-step; values and gradients are to be minimised."""
 
     monotone: bool
-    coordinates: Callable[[Parameters, Statistics, MixtureGraph, Array], Coordinates]
+    coordinates: Callable[[Parameters, Statistics, MixtureGraph, Array, Array], Coordinates]
     init: Callable[[Array], Search]
     update: Callable[[Search, Array, Array], Search]
 

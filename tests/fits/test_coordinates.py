@@ -1,5 +1,7 @@
 """Coordinates of the M-step: where they begin, what they can't leave, and that a first step is EM's own, by NumPy."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,7 +55,7 @@ def problem(edge_weight=0.0, frozen=(), absent=False):
 @BOTH
 def test_they_begin_at_the_base(x64, coordinates):
     base, statistics, graph, _ = problem(absent=True)
-    found = coordinates(base, statistics, graph, jnp.asarray(UNIT))
+    found = coordinates(base, statistics, graph, jnp.asarray(UNIT), jnp.zeros_like(base.means[:, 0]))
     start = found.parameters(found.start, base.log_weights)
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-12), start, base)
 
@@ -62,7 +64,7 @@ def test_they_begin_at_the_base(x64, coordinates):
 def test_wherever_they_lead_there_are_mixtures(x64, coordinates):
     """Lower triangular factors with a positive diagonal, weights that sum to 1; what is frozen or absent stays."""
     base, statistics, graph, _ = problem(frozen=[0], absent=True)
-    found = coordinates(base, statistics, graph, jnp.asarray(UNIT))
+    found = coordinates(base, statistics, graph, jnp.asarray(UNIT), jnp.zeros_like(base.means[:, 0]))
     x = found.start + np.random.RandomState(0).randn(len(found.start))
     moved = found.parameters(x, base.log_weights)
     jax.tree.map(lambda one, other: np.testing.assert_array_equal(one[0], other[0]), moved, base)
@@ -78,7 +80,7 @@ def test_a_first_step_is_ems_own(x64):
     """Without transport, one of length 1 up the gradient of Q in natural coordinates: means and weights by NumPy's EM."""
     base, statistics, graph, clouds = problem()
     objective = Objective(statistics, jnp.zeros((2, 2)), graph, ENTROPIC)
-    natural = natural_coordinates(base, statistics, graph, jnp.asarray(UNIT))
+    natural = natural_coordinates(base, statistics, graph, jnp.asarray(UNIT), jnp.zeros_like(base.means[:, 0]))
 
     def q(x):
         return jnp.sum(objective.q(natural.parameters(x, base.log_weights)))
@@ -98,7 +100,7 @@ def test_no_step_leads_out_of_sight(x64):
     """However long: a mean ends within 4 of its component's deviations (or 4 times as far as its points), and
     no diagonal entry of its factor grows by more than e^3."""
     base, statistics, graph, _ = problem(0.1)
-    natural = natural_coordinates(base, statistics, graph, jnp.asarray(UNIT))
+    natural = natural_coordinates(base, statistics, graph, jnp.asarray(UNIT), jnp.zeros_like(base.means[:, 0]))
     for size in (1e2, 1e6, 1e20):
         moved = natural.parameters(size * np.random.RandomState(1).randn(len(natural.start)), base.log_weights)
         away = np.einsum("vkij,vkj->vki", statistics.whitening, moved.means - base.means)
@@ -111,7 +113,7 @@ def test_no_step_leads_out_of_sight(x64):
 def test_what_a_gradient_promises_in_log_cholesky_coordinates(x64):
     """The squared length of the gradient by means, in coordinates whitened and divided by the root of the curvature."""
     base, statistics, graph, _ = problem(0.1)
-    found = log_cholesky_coordinates(base, statistics, graph, jnp.asarray(UNIT))
+    found = log_cholesky_coordinates(base, statistics, graph, jnp.asarray(UNIT), jnp.zeros_like(base.means[:, 0]))
     gradient = np.zeros(len(found.start))
     gradient[: base.means.size] = np.random.RandomState(2).randn(base.means.size)
     weights = np.exp(np.asarray(base.log_weights))
@@ -122,3 +124,17 @@ def test_what_a_gradient_promises_in_log_cholesky_coordinates(x64):
     )
     expected = np.sum(np.sum(whitened**2, axis=-1) / curvature)
     np.testing.assert_allclose(found.promise(jnp.asarray(gradient)), expected, rtol=1e-9)
+
+
+def test_a_component_without_points_keeps_the_floor(x64):
+    """Whatever transport asks for; one with points has the likelihood for that, and shrinks as far as a step goes."""
+    base, statistics, graph, _ = problem(0.1)
+    masses = statistics.masses.at[1, 2].set(0)
+    statistics = dataclasses.replace(statistics, masses=masses)
+    floors = jnp.full((2, 2), 0.5 * jnp.min(jnp.diagonal(base.factors, axis1=-2, axis2=-1)) ** 2)
+    natural = natural_coordinates(base, statistics, graph, jnp.asarray(UNIT), floors)
+    moved = natural.parameters(jnp.full_like(natural.start, -1e9), base.log_weights)
+    before, after = (np.diagonal(np.asarray(p.factors), axis1=-2, axis2=-1) for p in (base, moved))
+    kept = np.maximum(before[1, 2] * np.exp(-0.7), np.sqrt(floors[1]))
+    np.testing.assert_allclose(after[1, 2], kept)
+    np.testing.assert_allclose(after[0], np.exp(-3) * before[0], rtol=1e-6)

@@ -189,3 +189,32 @@ class TestMerged:
     def test_none_where_a_node_is_held_or_alone(self, x64):
         _, gains = self.found(self.graph([0.5, 0.25, 0.0], frozen=(3,)))
         assert np.all(np.asarray(gains) == -np.inf)
+
+
+def random_graph(seed):
+    """Two clouds or three in a chain, of any unit, some of them rounded; any weight, prices and start."""
+    k0, k1, d, n = [(2, 3, 2, 2), (4, 4, 3, 2), (3, 5, 1, 2), (4, 3, 2, 3), (6, 6, 5, 2)][seed % 5]
+    rng, sizes = np.random.RandomState(seed), [k0, k1, k0][:n]
+    scale, centres = 10.0 ** rng.randint(-3, 4), rng.choice([1, 4, 30]) * rng.randn(max(sizes), d)
+    masses = [rng.dirichlet(np.full(len(centres), rng.choice([0.5, 5]))) for _ in sizes]
+    clouds = [centres[rng.choice(len(centres), 250, p=p)] + rng.uniform(0.1, 1) * rng.randn(250, d) for p in masses]
+    clouds = [np.float32(scale * (np.round(x) if rng.rand() < 0.1 else x)) for x in clouds]
+    variance = np.mean([cloud.var(0).mean() for cloud in clouds])
+    starts = [cg.init_gmm(jax.random.PRNGKey(seed), np.concatenate(clouds), k) for k in sizes]
+    prices = {"edge_weights": 10.0 ** rng.uniform(-5, 6) / variance}
+    prices |= {"epsilon": variance * 10.0 ** rng.uniform(-4, 0)} if rng.rand() < 0.4 else {}
+    prices |= {"rho": variance * 10.0 ** rng.uniform(-2, 2)} if rng.rand() < 0.4 else {}
+    frozen = (1,) if n == 3 and rng.rand() < 0.3 else ()
+    return clouds, cg.MixtureGraph.from_mixtures(starts, [(i, i + 1) for i in range(n - 1)], frozen=frozen, **prices)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_random_graphs_of_any_weight():
+    ended = {}
+    for seed in range(300):
+        clouds, graph = random_graph(seed)
+        fit = cg.fit_graph(clouds, graph, em_steps=60, tol=1e-5 * (seed % 2))
+        ended.setdefault(fit.status_name, []).append(seed)
+        assert np.isfinite(fit.penalized_log_likelihood), seed
+    assert not {"not finite", "collapsed", "plan not converged"} & set(ended), ended
