@@ -123,7 +123,7 @@ class BarycenterProblem:
     def _solve_entropic(self, cost: Array, weights: Array, warm_start: Any, limit: int) -> PlansToFixed:
         tol = jnp.asarray(limits.barycenter_tolerance(cost.dtype), cost.dtype)
 
-        def one(cost: Array, fixed: Array, init: Any) -> tuple[Array, ...]:
+        def one(cost: Array, fixed: Array, init: Any) -> tuple[Any, ...]:
             problem = TransportProblem.of_masses(cost, weights, fixed, epsilon=self.epsilon, balanced=True)
             found = solvers.ENTROPIC(problem, init, tol, limit)
             value = duals.dual_value(problem, *found.words)

@@ -44,8 +44,8 @@ def _fit_pair(
 def _pair_fit(problem: MixtureGraph, end: em.Solution) -> PairFit:
     fit = graph_fit(problem, end, jnp.zeros(1, jnp.int32))
     whole = trimmed(take(fit.plans, 0), *fit.gmms)
-    end = fit.penalized_log_likelihood, fit.status, fit.n_steps, fit.history, fit.log_likelihoods
-    return PairFit(whole.pair, whole, *end)
+    went = fit.penalized_log_likelihood, fit.status, fit.n_steps, fit.history, fit.log_likelihoods
+    return PairFit(whole.pair, whole, *went)
 
 
 @program("options")
@@ -304,12 +304,12 @@ class _PairRequest(NamedTuple):
 
     def starts(self) -> GaussianMixturePair:
         """The pair, and pairs that are drawn, stacked; what is frozen is in all of them."""
-        drawn, ridge = self.n_init - 1, self.request.controls.ridge
+        key, drawn, ridge = self.key, self.n_init - 1, self.request.controls.ridge
 
         def side(gmm: GaussianMixture, frozen: bool) -> GaussianMixture:
-            if frozen or not drawn:
+            if frozen or key is None:
                 return stack([gmm] * self.n_init)
-            found = draws(self.key, self.view.together(), ridge, gmm.n_components, drawn, drawn)
+            found = draws(key, self.view.together(), ridge, gmm.n_components, drawn, drawn)
             return stack([gmm, *(take(found, i) for i in range(drawn))])
 
         sides = (side(gmm, still) for gmm, still in zip((self.pair.gmm0, self.pair.gmm1), self.frozen, strict=True))

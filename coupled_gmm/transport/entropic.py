@@ -165,11 +165,11 @@ def certified(problem: TransportProblem, f: Potential, g: Potential, tol: Array,
     """Potentials with the marginal error that they have as they are returned, after rounding."""
     part, log_mass = problem.relative_marginal_error(f, g)
     converged = part <= tol
-    (f, f_rest), (g, g_rest) = expansions.words(f), expansions.words(g)
+    first, other = expansions.words(f), expansions.words(g)
     return Potentials(
-        f=f,
-        g=g,
-        rests=(f_rest, g_rest),
+        f=first[0],
+        g=other[0],
+        rests=(first[1], other[1]),
         log_a=problem.log_a,
         log_b=problem.log_b,
         marginal_error=part * jnp.exp(log_mass),

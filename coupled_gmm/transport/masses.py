@@ -19,29 +19,25 @@ problem concave, and its value a lower bound that is exact at the start: balance
 :math:`\epsilon (KL(a | a_0) + KL(b | b_0))`, never negative; else what a mass pays for being missed is
 :math:`\rho + \epsilon`, since :math:`p \log a \ge p \log p_0 + p - p_0 - p \log (p / a)`. So the true objective rises.
 
-Newton's step is one of all edges at once. An edge's own equations, with what its nodes answer to it, are a pair's: solved
-directly. What nodes pass on from one edge to the next is left to a Krylov iteration that these precondition: its cost is linear
-in the number of edges, and a pair needs none.
+Newton's step is one of all edges at once: `edges`.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.sparse.linalg import bicgstab
 from jaxtyping import Array, Bool, Float, Int
 
 from coupled_gmm.core import expansions, matrices
 from coupled_gmm.core.expansions import Words
 from coupled_gmm.core.tree import pytree
-from coupled_gmm.transport import entropic
-from coupled_gmm.transport.annealing import FAR, Goal, Merit, NewtonSystem, Unknowns, anneal
+from coupled_gmm.transport import edges, entropic
+from coupled_gmm.transport.annealing import FAR, Goal, Merit, NewtonSystem, Solve, Unknowns, anneal
 from coupled_gmm.transport.entropic import Potentials
 from coupled_gmm.transport.problem import Potential, TransportProblem, largest_exponent, value, worth
 
 # Of Newton's method for the normalizer, from the last one: the merit must be that of masses that sum to 1.
 _NORMALIZER_STEPS, _LAST_NORMALIZER_STEPS = 4, 8
-_KRYLOV_STEPS, _KRYLOV_TOLERANCE = 40, 1e-3  # between edges, of a Newton step
 
 
 @pytree
@@ -115,83 +111,164 @@ class _Nodes:
         return (self.weights[:, None] * jnp.concatenate([one, common], axis=1)).ravel()
 
 
-class _Answers(NamedTuple):
-    """How log-masses fall as potentials rise, in units of epsilon: by slope (I - 1 pi^T) of the sum of rate delta.
+class _Joint(NamedTuple):
+    """The problem of all edges as seen from potentials that are near, whose change is what is unknown.
 
-    As differences, slope_k pi_l (rate_k delta_k - rate_l delta_l): a component whose slope is many orders above the others' is
-    nearly all of pi.
+    Costs are less those potentials, and so rounded as finely as the change is; the unit of an edge is a power of two near its
+    epsilon, so that none is rounded by it.
     """
 
-    slope: Float[Array, "V K"]
-    pi: Float[Array, "V K"]
-    rate: Float[Array, "2 E K"]
+    nodes: _Nodes
+    ends: Int[Array, "2 E"]
+    present: Bool[Array, "2 E K"]
+    free: Bool[Array, "2 E"]
+    unit: Float[Array, " E"]
+    epsilon: Float[Array, " E"]
+    price: Float[Array, "2 E"]  # 1 / rho, with rho + epsilon for rho where masses are free
+    problems: TransportProblem  # between the present masses, at the costs that are left
+    near: tuple[Words, Words]
+    start: Float[Array, "2 E K"]  # the same, against the present marginals
+    weights: Float[Array, " E"]
+    rates: Float[Array, "2 E 1"]
+    kept: Float[Array, "2 E K"]  # what the start leaves of masses
+    pulled: Float[Array, "V K"]  # by the start
+
+    @classmethod
+    def of(
+        cls,
+        problems: TransportProblem,
+        links: Links,
+        log_masses: Array,
+        init: tuple[Potential, Potential],
+        response: Response,
+    ) -> "_Joint":
+        ends, nodes = links.ends, _Nodes(response, log_masses)
+        given, present, free = nodes.given[ends], nodes.present[ends], response.free[ends]
+        unit = jnp.exp2(jnp.round(jnp.log2(problems.epsilon)))
+        epsilon, price = problems.epsilon / unit, _inverse_rhos(problems) * unit
+        near = _near(problems, present, init)
+        cost = -jax.vmap(TransportProblem.exponent)(problems, *near) / unit[:, None, None]
+        start = jnp.stack([value(side) for side in near]) / unit[:, None]
+        grown = 1 + jnp.where(free, epsilon * price, 0)
+        start, price = start * grown[..., None], price / grown
+        # Where no node is free, edges have nothing to do with each other, and each counts.
+        weights = jnp.where(jnp.any(response.free), links.weights * unit, 1)
+        rates = jnp.where(free, links.weights * unit / response.weights[ends], 0)[..., None]
+        joint = cls(
+            nodes=nodes,
+            ends=ends,
+            present=present,
+            free=free,
+            unit=unit,
+            epsilon=epsilon,
+            price=price,
+            problems=TransportProblem.of_log_masses(
+                cost, given[0], given[1], epsilon=epsilon, balanced=problems.balanced
+            ),
+            near=near,
+            start=start,
+            weights=weights,
+            rates=rates,
+            kept=jnp.exp(jnp.minimum(-start * price[..., None], largest_exponent(start))),
+            pulled=jnp.zeros_like(log_masses),
+        )
+        pulled = joint.summed(worth(start, joint.rho))
+        # A shift of all of a node's is free: masses sum to 1.
+        pulled = pulled - jnp.min(jnp.where(nodes.present, pulled, jnp.inf), axis=-1, keepdims=True)
+        return joint._replace(pulled=jnp.where(nodes.present, pulled, 0))
 
     @property
-    def differences(self) -> Float[Array, "V K K"]:
-        """slope pi^T, without its diagonal."""
-        k = self.slope.shape[-1]
-        return jnp.where(jnp.eye(k, dtype=bool), 0, self.slope[..., None] * self.pi[:, None])
+    def rho(self) -> Float[Array, "2 E 1"]:
+        price = self.price[..., None]
+        return jnp.where(price > 0, 1 / jnp.where(price > 0, price, 1), jnp.inf)
 
-    @classmethod
-    def of(cls, slope: Array, log_mass: Array, rate: Array) -> "_Answers":
-        """They go on summing to 1."""
-        pi = jnp.exp(log_mass) * slope
-        total = jnp.sum(pi, axis=-1, keepdims=True)
-        return cls(slope, pi / jnp.where(total > 0, total, 1), rate)
+    def summed(self, worths: Float[Array, "2 E K"]) -> Float[Array, "V K"]:
+        """Over a node's edges, by what they weigh for it."""
+        return jnp.zeros_like(self.nodes.given).at[self.ends].add(self.rates * worths)
 
-    def of_nodes(self, ends: Array, delta: Float[Array, "2 E K"]) -> Float[Array, "V K"]:
-        pulls = jnp.zeros_like(self.slope).at[ends].add(self.rate * delta)
-        return jnp.sum(self.differences * (pulls[..., None] - pulls[:, None]), axis=-1)
+    def pulls(self, x: Float[Array, "2 E K"]) -> Float[Array, "V K"]:
+        """phi of the whole potential is that of the start, and that of the change times what the start has left of masses."""
+        return self.pulled + self.summed(self.kept * worth(x, self.rho))
 
+    def equations(self, x: Array, heat: Array, normalizer: Array) -> NewtonSystem:
+        """At changes of all potentials, laid out flat."""
+        x, eps = x.reshape(self.start.shape), self.epsilon * heat
+        pull = self.pulls(x)
+        log_mass, slope, normalizer = self.nodes.answer(pull, normalizer, _NORMALIZER_STEPS)
+        wanted = log_mass[self.ends] - (self.start + x) * self.price[..., None]
+        log_plan = jax.vmap(TransportProblem.log_plan)(self.problems.at(eps), x[0], x[1])
+        log_sums = jnp.stack([jax.nn.logsumexp(log_plan, axis=2), jax.nn.logsumexp(log_plan, axis=1)])
+        log_total = 0 if self.problems.balanced else jax.nn.logsumexp(log_plan, axis=(1, 2))[:, None]
+        part = lambda log_mass: jnp.exp(log_mass - log_total)  # noqa: E731
+        missed = jnp.sum(jnp.abs(part(log_sums) - part(wanted)), axis=(0, 2))
+        lost = jnp.max(jnp.abs(jnp.sum(jnp.exp(log_mass), axis=-1) - 1))
+        plan = jnp.exp(log_plan - jnp.reshape(log_total, (-1, 1, 1)))
+        # What rounding of the pulls is worth in masses.
+        swayed = (
+            jnp.finfo(x.dtype).eps * jnp.exp(log_mass) * slope * self.summed(jnp.abs(self.kept * worth(x, self.rho)))
+        )
+        residual = jnp.where(self.present, wanted - log_sums, 0)
+        moved = self.kept * jnp.exp(jnp.minimum(-x * self.price[..., None], largest_exponent(x)))  # the slope of worth
+        answers = edges.Answers.of(slope, log_mass, self.rates * eps[:, None] * moved)
+        return NewtonSystem(
+            residual=residual.ravel(),
+            matrix=self._step(answers, log_plan, log_sums, residual, eps),
+            marginal_error=jnp.max(missed) + lost,
+            rounding=jnp.max(jax.vmap(entropic.rounding)(plan, self.problems.cost, x[0], eps))
+            + jnp.max(jnp.sum(swayed, axis=-1)),
+            warm_start=normalizer,
+            merit=self._merit(x, log_mass, pull, normalizer, eps[:, None] * jnp.exp(log_sums[0])),
+        )
 
-class _Edges(NamedTuple):
-    """Every edge's own part of Newton's equations: [B0 U; V B1]."""
+    def _step(self, answers: edges.Answers, log_plan: Array, log_sums: Array, residual: Array, eps: Array) -> Solve:
+        centres = jnp.where(self.present, log_sums, 0)
+        u, v = jnp.exp(log_plan - centres[0][..., None]), jnp.exp(log_plan - centres[1][:, None])
 
-    own: Float[Array, "E K K"]  # B0
-    diagonal: Float[Array, "E K"]
-    slope: Float[Array, "E K"]
-    share: Float[Array, "E K"]  # B1 = diag(diagonal) - slope share^T
-    room: Float[Array, " E"]  # 1 - share^T slope / diagonal, not cancelled
-    u: Float[Array, "E K K"]
-    v: Float[Array, "E K K"]
+        def step(mu: Array, careful: Array) -> Array:
+            rows, masses = (jnp.where(careful, scale, 1) for scale in edges.row_scales(residual))
+            base = jnp.maximum(1, rows) * (1 + mu) + masses * (eps * self.price)[..., None]
+            across = u * rows[0][..., None], matrices.transpose(v) * rows[1][..., None]
+            delta = edges.newton_step(answers, self.ends, base, masses, *across, residual)
+            return (self.epsilon[:, None] * delta).ravel()
 
-    @classmethod
-    def of(cls, answers: _Answers, ends: Array, base: Array, masses: Array, u: Array, v: Array) -> "_Edges":
-        identity = jnp.eye(u.shape[-1], dtype=u.dtype)
-        differences = masses[0][..., None] * answers.differences[ends[0]]
-        sums = base[0] + answers.rate[0] * jnp.sum(differences, axis=-1)
-        own = sums[..., None] * identity - differences * answers.rate[0][:, None]
-        slope, pi = masses[1] * answers.slope[ends[1]], answers.pi[ends[1]]
-        diagonal = base[1] + slope * answers.rate[1]
-        room = jnp.sum(pi * base[1] / diagonal, axis=-1)
-        free = jnp.sum(pi, axis=-1) > 0
-        return cls(own, diagonal, slope, pi * answers.rate[1], jnp.where(free, room, 1), u, v)
+        return step
 
-    def other_side(self, y: Float[Array, "E K n"]) -> Float[Array, "E K n"]:
-        """B1^-1 y."""
-        scaled = y / self.diagonal[..., None]
-        common = jnp.sum(self.share[..., None] * scaled, axis=1, keepdims=True) / self.room[:, None, None]
-        return scaled + (self.slope / self.diagonal)[..., None] * common
+    def _merit(self, x: Array, log_mass: Array, pull: Array, normalizer: Array, mass: Float[Array, "E K"]) -> Merit:
+        held = self.present & ~self.free[..., None]
+        paid = jnp.where(held, jnp.exp(log_mass[self.ends]) * self.kept * worth(x, self.rho), 0)
+        of_edges = (self.weights[:, None] * term for term in (-paid[0], -paid[1], mass))
+        terms = jnp.concatenate([self.nodes.worth(log_mass, pull, normalizer), *(term.ravel() for term in of_edges)])
+        return Merit(jnp.sum(terms), jnp.sum(jnp.abs(terms)))
 
-    def schur(self) -> Float[Array, "E K K"]:
-        """B0 - U B1^-1 V: dominant, as the whole is."""
-        return self.own - self.u @ self.other_side(self.v)
+    @property
+    def scales(self) -> Float[Array, " E"]:
+        """Of the costs, in units of epsilon."""
+        both = self.present[0][:, :, None] & self.present[1][:, None]
+        return jnp.max(jnp.where(both, jnp.abs(self.problems.cost), 0), axis=(1, 2)) / self.epsilon
 
-    def solve(self, inverse: Array, right: Float[Array, "2 E K"]) -> Float[Array, "2 E K"]:
-        return self.back(_times(inverse, self.reduced(right)), right)
+    def unknowns(self) -> Unknowns:
+        given = self.nodes.given[self.ends[0]]
+        weights = jnp.exp(given) if self.problems.balanced else jnp.zeros_like(given)
 
-    def reduced(self, right: Float[Array, "2 E K"]) -> Float[Array, "E K"]:
-        return right[0] - _times(self.u, self.other_side(right[1][..., None])[..., 0])
+        def centred(x: Array) -> Array:
+            x = x.reshape(self.start.shape)
+            shift = jnp.sum(jnp.where(weights > 0, weights * x[0], 0), axis=-1, keepdims=True)
+            return (x + jnp.stack([-shift, shift])).ravel()
 
-    def back(self, x: Float[Array, "E K"], right: Float[Array, "2 E K"]) -> Float[Array, "2 E K"]:
-        return jnp.stack([x, self.other_side((right[1] - _times(self.v, x))[..., None])[..., 0]])
+        return Unknowns(self.present.ravel(), centred, jnp.max(self.scales))
 
-    def across(self, x: Float[Array, "2 E K"]) -> Float[Array, "2 E K"]:
-        return jnp.stack([_times(self.u, x[1]), _times(self.v, x[0])])
-
-
-def _times(matrices: Float[Array, "E K K"], vectors: Float[Array, "E K"]) -> Float[Array, "E K"]:
-    return jnp.einsum("ekl,el->ek", matrices, vectors)
+    def goal(self, links: Links, response: Response, tol: Array, max_iterations: int) -> Goal:
+        info = jnp.finfo(self.start.dtype)
+        # At an epsilon above v / lambda masses answer to a step in F by orders of magnitude.
+        stiffest = jnp.maximum(jnp.max(self.rates * self.epsilon[:, None]), info.tiny)
+        # A part of the mass that goes astray costs what an edge weighs times its costs.
+        heaviest = jnp.max(links.weights * self.unit * self.epsilon * self.scales) / jnp.max(response.weights)
+        return Goal(
+            jnp.ones((), self.start.dtype),
+            marginal_error=jnp.maximum(tol / (16 * jnp.maximum(1, heaviest)), 2 * info.eps),
+            hottest=jnp.maximum(1, jnp.minimum(jnp.max(self.scales), 1 / stiffest)),
+            max_iterations=max_iterations,
+        )
 
 
 def solve(
@@ -208,152 +285,25 @@ def solve(
     `init`: the potentials of the plans between the present masses, or of ones nearby where no node is free. Where unbalanced,
     those that are returned are optimal for masses that were free only once they no longer move.
     """
-    ends, k = links.ends, log_masses.shape[-1]
-    nodes = _Nodes(response, log_masses)
-    given, present, free = nodes.given[ends], nodes.present[ends], response.free[ends]
-    unit = jnp.exp2(jnp.round(jnp.log2(problems.epsilon)))  # in which potentials are unknowns: no rounding by it
-    epsilon = problems.epsilon / unit
-    price = _inverse_rhos(problems) * unit  # 1 / rho
-    price = price / (1 + jnp.where(free, epsilon * price, 0))
-    rho = jnp.where(price > 0, 1 / jnp.where(price > 0, price, 1), jnp.inf)[..., None]
-    both = present[0][:, :, None] & present[1][:, None]
-    # What is unknown is how potentials change, and costs are less those that there are: rounded as finely as the change is.
-    near = _near(problems, both, init)
-    reduced = -jax.vmap(TransportProblem.exponent)(problems, *near) / unit[:, None, None]
-    anchored = TransportProblem.of_log_masses(reduced, given[0], given[1], epsilon=epsilon, balanced=problems.balanced)
-    start = jnp.stack([value(side) for side in near]) / unit[:, None]
-    start = jnp.where(free[..., None], start * (1 + epsilon * _inverse_rhos(problems) * unit)[..., None], start)
-    # Where no node is free, edges have nothing to do with each other, and each counts.
-    weights = jnp.where(jnp.any(response.free), links.weights * unit, 1)
-    rates = jnp.where(free, links.weights * unit / response.weights[ends], 0)[..., None]
-    kept = jnp.exp(jnp.minimum(-start * price[..., None], largest_exponent(start)))
-
-    def summed(worths: Float[Array, "2 E K"]) -> Float[Array, "V K"]:
-        return jnp.zeros_like(log_masses).at[ends].add(rates * worths)
-
-    # A shift of all of a node's is free: masses sum to 1.
-    pulled = summed(worth(start, rho))
-    pulled = pulled - jnp.min(jnp.where(nodes.present, pulled, jnp.inf), axis=-1, keepdims=True)
-
-    def pulls(x: Array) -> Float[Array, "V K"]:
-        """phi of the whole potential is that of the start, and that of the change times what the start has left of masses."""
-        return jnp.where(nodes.present, pulled, 0) + summed(kept * worth(x, rho))
-
-    def equations(x: Array, heat: Array, normalizer: Array) -> NewtonSystem:
-        x, eps = x.reshape(2, -1, k), epsilon * heat
-        pull = pulls(x)
-        log_mass, slope, normalizer = nodes.answer(pull, normalizer, _NORMALIZER_STEPS)
-        wanted = log_mass[ends] - (start + x) * price[..., None]
-        log_plan = jax.vmap(TransportProblem.log_plan)(anchored.at(eps), x[0], x[1])
-        log_sums = jnp.stack([jax.nn.logsumexp(log_plan, axis=2), jax.nn.logsumexp(log_plan, axis=1)])
-        centres = jnp.where(present, log_sums, 0)
-        u, v = jnp.exp(log_plan - centres[0][..., None]), jnp.exp(log_plan - centres[1][:, None])
-        log_total = 0 if problems.balanced else jax.nn.logsumexp(log_plan, axis=(1, 2))[:, None]
-        part = lambda log_mass: jnp.exp(log_mass - log_total)  # noqa: E731
-        missed = jnp.sum(jnp.abs(part(log_sums) - part(wanted)), axis=(0, 2))
-        lost = jnp.max(jnp.abs(jnp.sum(jnp.exp(log_mass), axis=-1) - 1))
-        plan = jnp.exp(log_plan - jnp.reshape(log_total, (-1, 1, 1)))
-        # What rounding of the pulls is worth in masses.
-        swayed = jnp.finfo(x.dtype).eps * jnp.exp(log_mass) * slope * summed(jnp.abs(kept * worth(x, rho)))
-        moved = kept * jnp.exp(jnp.minimum(-x * price[..., None], largest_exponent(x)))  # the slope of worth
-        answers = _Answers.of(slope, log_mass, rates * eps[:, None] * moved)
-        paid = jnp.where(present & ~free[..., None], jnp.exp(log_mass[ends]) * kept * worth(x, rho), 0)
-        mass = eps[:, None] * jnp.exp(log_sums[0])
-        terms = [
-            nodes.worth(log_mass, pull, normalizer),
-            -weights[:, None] * paid[0],
-            -weights[:, None] * paid[1],
-            weights[:, None] * mass,
-        ]
-        terms = jnp.concatenate([term.ravel() for term in terms])
-        residual = jnp.where(present, wanted - log_sums, 0)
-
-        def step(mu: Array, careful: Array) -> Array:
-            rows, masses = (jnp.where(careful, scale, 1) for scale in _row_scales(residual))
-            base = jnp.maximum(1, rows) * (1 + mu) + masses * (eps * price)[..., None]
-            across = u * rows[0][..., None], matrices.transpose(v) * rows[1][..., None]
-            delta = _newton_step(answers, ends, base, masses, *across, residual)
-            return (epsilon[:, None] * delta).ravel()
-
-        return NewtonSystem(
-            residual=residual.ravel(),
-            matrix=step,
-            marginal_error=jnp.max(missed) + lost,
-            rounding=jnp.max(jax.vmap(entropic.rounding)(plan, reduced, x[0], eps)) + jnp.max(jnp.sum(swayed, axis=-1)),
-            warm_start=normalizer,
-            merit=Merit(jnp.sum(terms), jnp.sum(jnp.abs(terms))),
-        )
-
-    scales = jnp.max(jnp.where(both, jnp.abs(reduced), 0), axis=(1, 2)) / epsilon
-    scale = jnp.max(scales)
-    shift_weights = jnp.exp(given[0]) if problems.balanced else jnp.zeros_like(given[0])
-
-    def centred(x: Array) -> Array:
-        x = x.reshape(2, -1, k)
-        shift = jnp.sum(jnp.where(shift_weights > 0, shift_weights * x[0], 0), axis=-1, keepdims=True)
-        return (x + jnp.stack([-shift, shift])).ravel()
-
-    # At an epsilon above v / lambda masses answer to a step in F by orders of magnitude.
-    hottest = jnp.minimum(scale, 1 / jnp.maximum(jnp.max(rates * epsilon[:, None]), jnp.finfo(scale.dtype).tiny))
-    # A part of the mass that goes astray costs what an edge weighs times its costs.
-    heaviest = jnp.max(links.weights * unit * epsilon * scales) / jnp.max(response.weights)
-    goal = Goal(
-        jnp.ones((), scale.dtype),
-        marginal_error=jnp.maximum(tol / (16 * jnp.maximum(1, heaviest)), 2 * jnp.finfo(scale.dtype).eps),
-        hottest=jnp.maximum(1, hottest),
-        max_iterations=max_iterations,
-    )
-    unknowns = Unknowns(present.ravel(), centred, scale)
-    end = anneal(
-        equations, jnp.zeros(start.size, start.dtype), jnp.ones((len(log_masses), 1), start.dtype), unknowns, goal
-    )
-    x = end.x.reshape(2, -1, k)
-    new, _, _ = nodes.answer(pulls(x), end.warm_start, _LAST_NORMALIZER_STEPS)
-    change = unit[:, None] * (x - epsilon[:, None] * _difference(new[ends], given))
-    found = _potentials(problems, new[ends], present, near, change)
+    joint = _Joint.of(problems, links, log_masses, init, response)
+    nothing, ones = jnp.zeros(joint.start.size, joint.start.dtype), jnp.ones((len(log_masses), 1), joint.start.dtype)
+    end = anneal(joint.equations, nothing, ones, joint.unknowns(), joint.goal(links, response, tol, max_iterations))
+    x = end.x.reshape(joint.start.shape)
+    new, _, _ = joint.nodes.answer(joint.pulls(x), end.warm_start, _LAST_NORMALIZER_STEPS)
+    moved = new[links.ends]
+    change = joint.unit[:, None] * (x - joint.epsilon[:, None] * _difference(moved, joint.nodes.given[links.ends]))
+    found = _potentials(problems, moved, joint.present, joint.near, change)
     return jax.vmap(entropic.certified, (0, 0, 0, None, None))(*found, tol, end), new
 
 
-def _row_scales(residual: Float[Array, "2 E K"]) -> tuple[Float[Array, "2 E K"], Float[Array, "2 E K"]]:
-    r"""Of the plan's and of the masses' part of Newton's rows, that make their solution one that the merit falls along.
-
-    Far from the solution the log-marginals' matrix is not symmetric in any metric. With R a row's residual, the logarithm of
-    wanted over actual mass, and the logarithmic mean of these as the row's metric, residuals are minus the merit's gradient; the
-    plan's part times R / (e^R - 1) and the masses' times R / (1 - e^-R) are symmetric.
-    """
-    size = jnp.abs(residual)
-    small = size < 1e-3
-    falling = jnp.where(small, 1 - size / 2, size / jnp.expm1(jnp.where(small, 1, size)))  # R / (e^R - 1) of |R|
-    rising = falling + size
-    return jnp.where(residual > 0, falling, rising), jnp.where(residual > 0, rising, falling)
-
-
-def _newton_step(answers: _Answers, ends: Array, base: Array, masses: Array, u: Array, v: Array, right: Array) -> Array:
-    edges = _Edges.of(answers, ends, base, masses, u, v)
-    schur = edges.schur()
-    if len(u) == 1:
-        return edges.back(jax.vmap(matrices.solve_dominant)(schur, edges.reduced(right)), right)
-    inverse = matrices.invert_dominant(schur)
-
-    def apply(delta: Array) -> Array:
-        return base * delta + edges.across(delta) + masses * answers.of_nodes(ends, delta)[ends]
-
-    first = edges.solve(inverse, right)
-    whole, _ = bicgstab(
-        apply, right, x0=first, tol=_KRYLOV_TOLERANCE, maxiter=_KRYLOV_STEPS, M=lambda y: edges.solve(inverse, y)
-    )
-    miss = lambda delta: jnp.max(jnp.abs(right - apply(delta)))  # noqa: E731
-    return jnp.where(miss(whole) <= miss(first), whole, first)
-
-
 def _near(
-    problems: TransportProblem, both: Bool[Array, "E K K"], init: tuple[Potential, Potential]
+    problems: TransportProblem, present: Bool[Array, "2 E K"], init: tuple[Potential, Potential]
 ) -> tuple[Words, Words]:
     """Potentials to start from; those that are of another problem are farther away than zero."""
+    both = present[0][:, :, None] & present[1][:, None]
     scale = jnp.max(jnp.where(both, jnp.abs(problems.cost), 0), axis=(1, 2))[:, None]
-    sides = [expansions.words(side) for side in init]
-    f, g = (tuple(jnp.where(jnp.abs(side[0]) <= FAR * scale, word, 0) for word in side) for side in sides)
-    return f, g
+    f, g = (expansions.words(side) for side in init)
+    return _where(jnp.abs(f[0]) <= FAR * scale, f), _where(jnp.abs(g[0]) <= FAR * scale, g)
 
 
 def _potentials(
@@ -372,8 +322,9 @@ def _potentials(
     return solved, f, _where(present[1], g)
 
 
-def _where(present: Array, words: Words) -> Words:
-    return jnp.where(present, words[0], 0), jnp.where(present, words[1], 0)
+def _where(those: Array, words: Words) -> Words:
+    """Zero elsewhere."""
+    return jnp.where(those, words[0], 0), jnp.where(those, words[1], 0)
 
 
 def _inverse_rhos(problems: TransportProblem) -> Float[Array, "2 E"]:

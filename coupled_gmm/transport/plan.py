@@ -100,7 +100,7 @@ class Plan(Stackable, Outcome):
             return None
         cost, vertex, words, pair = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), read)
         if vertex is None:
-            (f, g), (a, b) = map(sum, words), (pair.gmm0.weights, pair.gmm1.weights)
+            (f, g), (a, b) = (np.add(*side) for side in words), (pair.gmm0.weights, pair.gmm1.weights)
             exponents = (f[..., :, None] + g[..., None, :] - cost) / pair.epsilon[..., None, None]
             with np.errstate(all="ignore"):
                 vertex = a[..., :, None] * b[..., None, :] * np.exp(exponents)

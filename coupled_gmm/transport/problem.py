@@ -104,10 +104,10 @@ class TransportProblem:
 
     def exponent(self, f: Potential, g: Potential) -> Float[Array, "K0 K1"]:
         """f + g - C, of which only the result is rounded."""
-        (f, f_rest), (g, g_rest) = expansions.words(f), expansions.words(g)
-        total, rest = two_sum(f[:, None], g)
+        one, other = expansions.words(f), expansions.words(g)
+        total, rest = two_sum(one[0][:, None], other[0])
         total, more = two_sum(total, -self.cost)
-        return total + (rest + more + (f_rest[:, None] + g_rest))
+        return total + (rest + more + (one[1][:, None] + other[1]))
 
     def log_plan(self, f: Potential, g: Potential) -> Float[Array, "K0 K1"]:
         """The logarithm of `plan`, from those of the masses."""
