@@ -76,9 +76,10 @@ def climb(
     change = jnp.sum(asked * change, axis=-1)
     gain = graph.node_weights @ change - graph.edge_weights @ (later - transport)
     error, later_error = (jnp.max(found.marginal_error, initial=0) for found in (planned.before, planned.after))
-    # A plan that misses its marginals seems to cost less than it does.
-    missed = planned.after.marginal_error
-    doubt = jnp.where(missed > 8 * jnp.finfo(missed.dtype).eps, missed * jnp.max(costs, axis=(1, 2), initial=0), 0)
+    # A plan that misses its marginals seems to cost less than it does, which counts where edges weigh much.
+    missed, farthest = planned.after.marginal_error, jnp.max(costs, axis=(1, 2), initial=0)
+    heavy = graph.edge_weights * farthest > jnp.max(graph.node_weights)
+    doubt = jnp.where(heavy & (missed > 8 * jnp.finfo(missed.dtype).eps), missed * farthest, 0)
     good = (later_error <= limits.MAX_MARGINAL_ERROR) & (gain > graph.edge_weights @ doubt)
     adopted = good & (budget > 1)
     log_weights = chosen(adopted, planned.log_weights, base.log_weights)

@@ -132,6 +132,10 @@ class _Joint(NamedTuple):
     rates: Float[Array, "2 E 1"]
     kept: Float[Array, "2 E K"]  # what the start leaves of masses
     pulled: Float[Array, "V K"]  # by the start
+    heaviest: Float[
+        Array, ""
+    ]  # at least 1: a part of the mass that goes astray costs what an edge weighs times its costs
+    enough: Float[Array, ""]  # a marginal error that is not worth the way over a plateau
 
     @classmethod
     def of(
@@ -141,6 +145,7 @@ class _Joint(NamedTuple):
         log_masses: Array,
         init: tuple[Potential, Potential],
         response: Response,
+        tol: Array,
     ) -> "_Joint":
         ends, nodes = links.ends, _Nodes(response, log_masses)
         given, present, free = nodes.given[ends], nodes.present[ends], response.free[ends]
@@ -171,11 +176,16 @@ class _Joint(NamedTuple):
             rates=rates,
             kept=jnp.exp(jnp.minimum(-start * price[..., None], largest_exponent(start))),
             pulled=jnp.zeros_like(log_masses),
+            heaviest=tol,
+            enough=tol,
         )
+        heaviest = jnp.max(links.weights * unit * epsilon * joint.scales, initial=0) / jnp.max(response.weights)
+        heaviest = jnp.maximum(1, heaviest)
         pulled = joint.summed(worth(start, joint.rho))
         # A shift of all of a node's is free: masses sum to 1.
         pulled = pulled - jnp.min(jnp.where(nodes.present, pulled, jnp.inf), axis=-1, keepdims=True)
-        return joint._replace(pulled=jnp.where(nodes.present, pulled, 0))
+        pulled = jnp.where(nodes.present, pulled, 0)
+        return joint._replace(pulled=pulled, heaviest=heaviest, enough=0.9 * tol / heaviest)
 
     @property
     def rho(self) -> Float[Array, "2 E 1"]:
@@ -207,6 +217,11 @@ class _Joint(NamedTuple):
         swayed = (
             jnp.finfo(x.dtype).eps * jnp.exp(log_mass) * slope * self.summed(jnp.abs(self.kept * worth(x, self.rho)))
         )
+        fine = jnp.max(jax.vmap(entropic.rounding)(plan, self.problems.cost, x[0], eps))
+        fine = fine + jnp.max(jnp.sum(swayed, axis=-1))
+        # What potentials of one float would reach, where that will do.
+        sizes = jnp.abs(self.start[0])[..., None] + jnp.abs(self.start[1])[:, None]
+        coarse = jnp.max(jax.vmap(entropic.rounding)(plan, sizes, self.start[0], eps))
         residual = jnp.where(self.present, wanted - log_sums, 0)
         moved = self.kept * jnp.exp(jnp.minimum(-x * self.price[..., None], largest_exponent(x)))  # the slope of worth
         answers = edges.Answers.of(slope, log_mass, self.rates * eps[:, None] * moved)
@@ -214,8 +229,7 @@ class _Joint(NamedTuple):
             residual=residual.ravel(),
             matrix=self._step(answers, log_plan, log_sums, residual, eps),
             marginal_error=jnp.max(missed) + lost,
-            rounding=jnp.max(jax.vmap(entropic.rounding)(plan, self.problems.cost, x[0], eps))
-            + jnp.max(jnp.sum(swayed, axis=-1)),
+            rounding=jnp.maximum(fine, 0.5 * jnp.minimum(coarse / self.heaviest, self.enough)),
             warm_start=normalizer,
             merit=self._merit(x, log_mass, pull, normalizer, eps[:, None] * jnp.exp(log_sums[0])),
         )
@@ -257,15 +271,13 @@ class _Joint(NamedTuple):
 
         return Unknowns(self.present.ravel(), centred, jnp.max(self.scales))
 
-    def goal(self, links: Links, response: Response, tol: Array, max_iterations: int) -> Goal:
+    def goal(self, tol: Array, max_iterations: int) -> Goal:
         info = jnp.finfo(self.start.dtype)
         # At an epsilon above v / lambda masses answer to a step in F by orders of magnitude.
         stiffest = jnp.maximum(jnp.max(self.rates * self.epsilon[:, None]), info.tiny)
-        # A part of the mass that goes astray costs what an edge weighs times its costs.
-        heaviest = jnp.max(links.weights * self.unit * self.epsilon * self.scales) / jnp.max(response.weights)
         return Goal(
             jnp.ones((), self.start.dtype),
-            marginal_error=jnp.maximum(tol / (16 * jnp.maximum(1, heaviest)), 2 * info.eps),
+            marginal_error=jnp.maximum(tol / (16 * self.heaviest), 8 * info.eps),
             hottest=jnp.maximum(1, jnp.minimum(jnp.max(self.scales), 1 / stiffest)),
             max_iterations=max_iterations,
         )
@@ -285,9 +297,9 @@ def solve(
     `init`: the potentials of the plans between the present masses, or of ones nearby where no node is free. Where unbalanced,
     those that are returned are optimal for masses that were free only once they no longer move.
     """
-    joint = _Joint.of(problems, links, log_masses, init, response)
+    joint = _Joint.of(problems, links, log_masses, init, response, tol)
     nothing, ones = jnp.zeros(joint.start.size, joint.start.dtype), jnp.ones((len(log_masses), 1), joint.start.dtype)
-    end = anneal(joint.equations, nothing, ones, joint.unknowns(), joint.goal(links, response, tol, max_iterations))
+    end = anneal(joint.equations, nothing, ones, joint.unknowns(), joint.goal(tol, max_iterations))
     x = end.x.reshape(joint.start.shape)
     new, _, _ = joint.nodes.answer(joint.pulls(x), end.warm_start, _LAST_NORMALIZER_STEPS)
     moved = new[links.ends]
