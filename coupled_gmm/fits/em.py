@@ -344,7 +344,7 @@ def _columns(row: History) -> dict[str, Array]:
 
 def no_rows(task: Task, state: FitState) -> History:
     """The history before the first step: NaN, in as many rows as the program has room for."""
-    row = _row(task, state.place, state.left)
+    row = _row(task, state.place, jnp.zeros_like(state.place.value))
     return jax.tree.map(lambda leaf: jnp.full((task.options.rows, *leaf.shape), jnp.nan, leaf.dtype), row)
 
 

@@ -4,6 +4,7 @@ A fit is a run, not a value: it can't be differentiated; `penalized_log_likeliho
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -304,13 +305,18 @@ class _PairRequest(NamedTuple):
 
     def starts(self) -> GaussianMixturePair:
         """The pair, and pairs that are drawn, stacked; what is frozen is in all of them."""
-        key, drawn, ridge = self.key, self.n_init - 1, self.request.controls.ridge
+        key, n_drawn, ridge = self.key, self.n_init - 1, self.request.controls.ridge
+
+        @functools.cache  # sides of one size start alike
+        def drawn(size: int) -> list[GaussianMixture]:
+            assert key is not None
+            found = draws(key, self.view.together(), ridge, size, n_drawn, n_drawn)
+            return [take(found, i) for i in range(n_drawn)]
 
         def side(gmm: GaussianMixture, frozen: bool) -> GaussianMixture:
             if frozen or key is None:
                 return stack([gmm] * self.n_init)
-            found = draws(key, self.view.together(), ridge, gmm.n_components, drawn, drawn)
-            return stack([gmm, *(take(found, i) for i in range(drawn))])
+            return stack([gmm, *drawn(gmm.n_components)])
 
         sides = (side(gmm, still) for gmm, still in zip((self.pair.gmm0, self.pair.gmm1), self.frozen, strict=True))
         return jax.tree.map(lambda leaf: jnp.repeat(leaf[None], self.n_init, 0), self.pair).replace(*sides)
