@@ -35,15 +35,19 @@ _ROWS = 128  # of the shortest history
 
 @pytree
 class Chunks:
-    """Clouds cut into equal chunks, feature by feature, each with the index of its cloud; `count` are in use.
+    """Clouds cut into equal chunks, feature by feature, one cloud after the other, and where the chunks of each end.
 
-    Points that fill up the last chunk of a cloud have weight zero.
+    Points that fill up the last chunk of a cloud have weight zero; chunks past the last end are not in use.
     """
 
     points: Float[AnyArray, "C d B"]
     weights: Float[AnyArray, "C B"]
-    owners: Int[AnyArray, " C"]
-    count: Int[AnyArray, ""]
+    ends: Int[AnyArray, " V"]
+
+    @property
+    def count(self) -> Int[AnyArray, ""]:
+        """How many are in use."""
+        return self.ends[-1]
 
 
 def length(sizes: Sequence[int], numbers: int, chunk_size: int | None = None, shared: bool = True) -> int:
@@ -121,35 +125,31 @@ def _packed_on_host(clouds: Any, weights: Any, counts: list[int], size: int, dty
     d = next(cloud.shape[1] for cloud in clouds if cloud is not None)
     total = capacity(sum(counts), _MANY if size <= _CPU_LENGTHS[-1] else 1)
     points, shares = zeros((total, d, size), dtype), zeros((total, size), dtype)
-    owners, first = np.zeros(total, np.int32), 0
-    for owner, (cloud, weight, count) in enumerate(zip(clouds, weights, counts, strict=True)):
+    ends = np.cumsum(counts, dtype=np.int32)
+    for cloud, weight, count, last in zip(clouds, weights, counts, ends, strict=True):
         if cloud is not None:
-            n, last, weight = len(cloud), first + count, None if weight is None else np.asarray(weight, np.float64)
+            n, first, weight = len(cloud), last - count, None if weight is None else np.asarray(weight, np.float64)
             fill(points[first:last], np.asarray(cloud), None if frame is None else frame.points_on_host)
             flat = shares[first:last].reshape(-1)
             flat[:n] = 1 / n if weight is None else weight / weight.sum()
-            owners[first:last] = owner
-            first = last
-    return Chunks(*jax.device_put((points, shares, owners, np.asarray(first, np.int32))))
+    return Chunks(*jax.device_put((points, shares, ends)))
 
 
 @program("size", "total", "dtype")
 def _packed(clouds: Any, weights: Any, frame: Any, size: int, total: int, dtype: Any) -> Chunks:
-    points, shares, owners = [], [], []
-    for owner, (cloud, weight) in enumerate(zip(clouds, weights, strict=True)):
+    points, shares, ends = [], [], []
+    for cloud, weight in zip(clouds, weights, strict=True):
         if cloud is not None:
             n = len(cloud)
             weight = jnp.full(n, 1 / n, dtype) if weight is None else weight / jnp.sum(weight)
             points.append(_laid_out(cloud if frame is None else frame.points(cloud), size).astype(dtype))
             shares.append(jnp.pad(weight.astype(dtype), (0, -n % size)).reshape(-1, size))
-            owners += [owner] * len(points[-1])
-    count = len(owners)
-    unused = total - count
+        ends.append(sum(map(len, points)))
+    unused = total - ends[-1]
     return Chunks(
         jnp.pad(jnp.concatenate(points), ((0, unused), (0, 0), (0, 0))),
         jnp.pad(jnp.concatenate(shares), ((0, unused), (0, 0))),
-        jnp.asarray(owners + [0] * unused, jnp.int32),
-        jnp.asarray(count, jnp.int32),
+        jnp.asarray(ends, jnp.int32),
     )
 
 

@@ -371,8 +371,8 @@ def value(problem: MixtureGraph, sight: Sight, ridge: Array) -> Float[Array, ""]
     floors, unit = jax.lax.stop_gradient(sight.floors(ridge)), sight.frame.unit
     graph = _in_frame(problem, unit)
     parameters = sight.frame.parameters(problem.nodes, jnp.zeros_like(floors))
-    found = statistics.e_step(parameters, sight.chunks, floors)
+    penalized = statistics.likelihood(parameters, sight.chunks, floors)
     start = no_terms(graph).potentials
     transport, _, _ = transport_terms(parameters, graph, start, solvers.ENTROPIC)
     volume = jnp.where(sight.has_cloud, problem.nodes.n_features * jnp.log(unit), 0)
-    return problem.node_weights @ (found.penalized - volume) - graph.edge_weights @ transport
+    return problem.node_weights @ (penalized - volume) - graph.edge_weights @ transport

@@ -64,7 +64,7 @@ def _plus_plus(draws: Float[Array, "K tries"], chunks: Chunks, deviations: Float
 
     Of some tries each the one that leaves the least distances (Arthur & Vassilvitskii 2007); the first is taken as it comes.
     """
-    points, weights, _, count = chunks.points, chunks.weights, chunks.owners, chunks.count
+    points, weights, count = chunks.points, chunks.weights, chunks.count
 
     def add(drawn: Drawn, step: tuple) -> tuple[Drawn, None]:
         k, draws = step

@@ -4,7 +4,7 @@ Points enter a fit here and nowhere else. With r the probability of a component 
 component's mass, mean and centred second moment; the expected log-likelihood of any other parameters is a closed form of
 these, so an M-step costs the same for ten points and ten million.
 
-Points lie feature by feature in chunks (d, B), and one scan runs over the chunks of all clouds. Each chunk costs two matrix
+Points lie feature by feature in chunks (d, B), and a loop runs over those of each cloud. Each chunk costs two matrix
 products: whitening by all components at once, :math:`y_k = W_k x - W_k m_k`, and the moments :math:`\sum r y_k x^T`. What is
 kept of them is whitened on both sides, :math:`\sum r y_k y_k^T`: each component is seen from its present self, where it is
 nearly a standard Gaussian. So a direction in which it is a thousand times thinner than in another is as precise as that
@@ -14,14 +14,14 @@ Sums of log-densities are taken about a reference, the last value: what an EM st
 a rounding unit of the value itself.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
-from coupled_gmm.core import matrices
+from coupled_gmm.core import checks, matrices
 from coupled_gmm.core.chunks import Chunks
 from coupled_gmm.core.tree import pytree, take
 from coupled_gmm.gaussians.density import LOG_2PI
@@ -108,6 +108,31 @@ def e_step(
     return centred(additive_sums(base, chunks, floors, reference), base)
 
 
+def likelihood(parameters: Parameters, chunks: Chunks, floors: Float[Array, "V d"]) -> Float[Array, " V"]:
+    """Log-likelihoods with the ridge's term, differentiable once in the parameters.
+
+    By Fisher's identity the derivative is that of the expected log-likelihood under the present probabilities: no points are
+    looked at again for it.
+    """
+    parameters = _once(parameters)
+    held = jax.lax.stop_gradient(parameters)
+    found = e_step(held, chunks, floors)
+    expected = jax.vmap(expected_log_likelihood)(parameters, found, floors)
+    return found.penalized + (expected - jax.lax.stop_gradient(expected))
+
+
+@jax.custom_jvp
+def _once(x: Any) -> Any:
+    """`x` itself, whose derivative can't be differentiated."""
+    return x
+
+
+@_once.defjvp
+def _once_jvp(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
+    message = "the likelihood can be differentiated once only; take differences of its gradient"
+    return checks.value_only(primals[0], message), checks.value_only(tangents[0], message)
+
+
 def additive_sums(
     base: Base,
     chunks: Chunks,
@@ -123,26 +148,26 @@ def additive_sums(
       reference: log-likelihoods are summed above it; None is zero.
     """
     components = _components(base, floors)
-    n_nodes, *_ = components.constants.shape
-    reference = jnp.zeros(n_nodes, floors.dtype) if reference is None else reference
-    zero = components.constants[0, 0]
-    offsets, whitening = components.offsets[0], components.whitening[0]
-    flat, unravel = ravel_pytree(Sums(zero, zero, components.constants[0], offsets, whitening))
+    reference = jnp.zeros(len(floors), floors.dtype) if reference is None else reference
+    one = take(components, 0)
+    zero = one.penalties[0]
+    flat, unravel = ravel_pytree(Sums(zero, zero, one.constants, one.offsets, one.whitening))
+    zeros = jnp.zeros_like(flat)
 
-    def accumulate(totals, lost, index):
-        owner = chunks.owners[index]
-        chunk = chunks.points[index], chunks.weights[index], take(components, owner), reference[owner]
-        sums, _ = ravel_pytree(_chunk_sums(*chunk))
-        # Kahan's sum: thousands of chunks in float32 would lose what the M-step must gain.
-        before, sums = totals[owner], sums - lost[owner]
-        after = before + sums
-        return totals.at[owner].set(after), lost.at[owner].set((after - before) - sums)
+    def of_node(first: Array, node: tuple[Array, _Component, Array]) -> tuple[Array, Array]:
+        last, component, reference = node
 
-    def in_use(carry, index):
-        return jax.lax.cond(index < chunks.count, accumulate, lambda *same: same[:2], *carry, index), None
+        def add(index: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            total, lost = carry
+            sums, _ = ravel_pytree(_chunk_sums(chunks.points[index], chunks.weights[index], component, reference))
+            # Kahan's sum: thousands of chunks in float32 would lose what the M-step must gain.
+            sums = sums - lost
+            after = total + sums
+            return after, (after - total) - sums
 
-    zeros = jnp.zeros((n_nodes, flat.size), flat.dtype)
-    (totals, _), _ = jax.lax.scan(jax.checkpoint(in_use), (zeros, zeros), jnp.arange(len(chunks.owners)))
+        return last, jax.lax.fori_loop(first, last, add, (zeros, zeros))[0]
+
+    _, totals = jax.lax.scan(of_node, jnp.zeros_like(chunks.ends[0]), (chunks.ends, components, reference))
     return jax.vmap(unravel)(totals)
 
 
@@ -161,28 +186,36 @@ def _chunk_sums(points: Array, weights: Array, components: _Component, reference
     k, d, length = *offsets.shape, points.shape[1]
     whitened = (whitening.reshape(k * d, d) @ points).reshape(k, d, length) - offsets[:, :, None]
     log_joint = constants[:, None] - 0.5 * jnp.sum(whitened**2, axis=1)
-    peak = jax.lax.stop_gradient(jnp.max(log_joint, axis=0))
-    joint = jnp.exp(log_joint - peak)
-    total = jnp.sum(joint, axis=0)
+    peak = jnp.max(log_joint, axis=0)
+    joint = jnp.exp(log_joint[::-1] - peak)  # components in reverse: see `_log_totals`
+    log_totals, total = _log_totals(penalties[::-1], log_joint[::-1] - peak, joint, d)
+    log_likelihoods = jnp.sum(weights * (peak - reference + log_totals), axis=1)
     responsibility = joint * (weights / total)
-    weighted = responsibility[:, None] * whitened
-    above = peak - reference
+    weighted = responsibility[:, None] * whitened[::-1]
     return Sums(
-        jnp.sum(weights * (above + jnp.log(total))),
-        jnp.sum(weights * (above + _unpenalized(penalties, log_joint, joint, d))),
-        jnp.sum(responsibility, axis=1),
-        jnp.sum(weighted, axis=2),
-        (weighted.reshape(k * d, length) @ points.T).reshape(k, d, d),
+        log_likelihoods[0],
+        log_likelihoods[1],
+        jnp.sum(responsibility, axis=1)[::-1],
+        jnp.sum(weighted, axis=2)[::-1],
+        (weighted.reshape(k * d, length) @ points.T).reshape(k, d, d)[::-1],
     )
 
 
-def _unpenalized(penalties: Array, log_joint: Array, joint: Array, n_features: int) -> Float[Array, " B"]:
-    """The logarithm, above the peak, of the sum of joint densities with the ridge's term taken back."""
+def _log_totals(
+    penalties: Array, log_joint: Array, joint: Array, n_features: int
+) -> tuple[Float[Array, "2 B"], Float[Array, " B"]]:
+    """Logarithms of the sums of joint densities, as they are and with the ridge's term taken back; and the sums as they are.
+
+    In reverse, back and forth: where a result may lie in its argument's place, XLA's older kernels go number by number.
+    """
     highest = jnp.max(penalties)
     if n_features <= _FEW_FEATURES:
-        return highest + jnp.log(jnp.exp(penalties - highest) @ joint)
+        lifted = jnp.exp(penalties - highest)
+        totals = jnp.stack([lifted, jnp.ones_like(lifted)]) @ joint
+        return jnp.log(totals[::-1]) + jnp.stack([jnp.zeros_like(highest), highest])[:, None], totals[1]
     # A penalty is half the number of features at a floor: beyond, its exponential leaves a float's range.
-    return jax.nn.logsumexp(log_joint + penalties[:, None], axis=0) - jax.lax.stop_gradient(jnp.max(log_joint, axis=0))
+    total = jnp.sum(joint, axis=0)
+    return jnp.stack([jnp.log(total), jax.nn.logsumexp(log_joint + penalties[:, None], axis=0)]), total
 
 
 def centred(sums: Sums, base: Base) -> Statistics:

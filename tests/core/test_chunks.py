@@ -18,7 +18,8 @@ def cloud(n, d=2, seed=0):
 
 def in_a_row(packed, owner):
     """Points and weights of one cloud, from its chunks in use."""
-    mine = np.flatnonzero(np.asarray(packed.owners)[: int(packed.count)] == owner)
+    first, last = (0, *np.asarray(packed.ends))[owner : owner + 2]
+    mine = slice(first, last)
     points = np.asarray(packed.points)[mine].swapaxes(1, 2).reshape(-1, packed.points.shape[1])
     return points, np.asarray(packed.weights)[mine].ravel()
 

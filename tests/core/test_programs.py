@@ -61,3 +61,43 @@ def test_maps_are_counted_where_the_system_says():
         pytest.skip("no /proc here")
     assert programs.n_maps() > 100
     assert programs._limit() is None or programs._limit() > 1000
+
+
+def test_a_program_alone_or_a_part_of_another():
+    """The compiler's options go with a program that is compiled by itself; JAX refuses them anywhere else."""
+    double_it = programs.program("times")(double)
+    x = jnp.arange(3.0)
+    alone = double_it(x, times=2)
+    grad = jax.grad(lambda x: jnp.sum(double_it(x, times=2)))
+    parts = {
+        "jit": jax.jit(lambda x: double_it(x, times=2))(x),
+        "a constant of a jit": jax.jit(lambda y: double_it(x, times=2) + 0 * y)(x),
+        "vmap": jax.vmap(lambda x: double_it(x, times=2))(x),
+        "scan": jax.lax.map(lambda x: double_it(x, times=2), x),
+        "grad": x * grad(x),
+        "jit of grad": x * jax.jit(grad)(x),
+    }
+    for name, found in parts.items():
+        np.testing.assert_array_equal(found, alone, err_msg=name)
+
+
+def test_a_version_of_xla_without_such_an_option(monkeypatch):
+    monkeypatch.setattr(programs, "_QUICK", {"xla_cpu_no_such_option_of_any_version": True})
+    monkeypatch.setattr(programs, "_may_be_quick", True)
+    double_it = programs.program("times")(double)
+    for _ in range(2):
+        np.testing.assert_array_equal(double_it(jnp.ones(7), times=2), 2)
+    assert not programs._may_be_quick, "nothing is tried twice"
+
+
+def test_options_that_a_user_has_set_are_left_alone(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_disable_hlo_passes=dce")
+    assert programs._quick() == {"xla_cpu_use_fusion_emitters": False}
+
+
+def test_an_error_of_the_program_is_its_own():
+    def wrong(x):
+        raise ValueError("of my own")
+
+    with pytest.raises(ValueError, match="of my own"):
+        programs.program()(wrong)(jnp.ones(3))
