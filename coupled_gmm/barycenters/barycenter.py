@@ -186,7 +186,7 @@ class _State(NamedTuple):
     done: Bool[Array, ""]
 
 
-@program("options")
+@program("options", over_matrices=True)
 def _barycenter(
     gmms: list[GaussianMixture],
     starts: GaussianMixture,

@@ -153,7 +153,7 @@ class _Options(NamedTuple):
     method: str
 
 
-@program("options")
+@program("options", over_matrices=True)
 def _flow(
     source: GaussianMixture,
     targets: list[GaussianMixture],

@@ -44,7 +44,7 @@ def _edge_solver(method: str, graph: MixtureGraph) -> solvers.PlanSolver:
         return solvers.solver_for(method, take(edges, 0))
 
 
-@program("options")
+@program("options", over_matrices=True)
 def _fit_graph(problem: MixtureGraph, sight: Sight, controls: Controls, options: FitOptions) -> GraphFit:
     # The program sees edges in node order, so that no result depends on how they are written; its answers are put back.
     ordered, order = problem.in_node_order()

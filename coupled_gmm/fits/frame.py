@@ -150,6 +150,10 @@ class Sight:
     has_cloud: Bool[Array, " V"]
     far: bool = static()
 
+    @property
+    def n_features(self) -> int:
+        return self.pooled.shape[-1]
+
     def floors(self, ridge: Array) -> Float[Array, "V d"]:
         """What ridge adds to the variances of each cloud, in the frame's coordinates.
 

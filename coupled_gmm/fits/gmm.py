@@ -106,7 +106,7 @@ def _representatives(key: Array, view: View) -> View:
     return view._replace(clouds=[x[xp.minimum(index, len(x) - 1)]], weights=[None])
 
 
-@program("n_components", "n_init", "n")
+@program("n_components", "n_init", "n", over_matrices=True)
 def _init(key: Array, sight: Sight, ridge: Array, n_components: int, n_init: int, n: int) -> GaussianMixture:
     floor, pooled = sight.floors(ridge)[0], sight.pooled
     deviations = jnp.where(pooled > 0, jnp.sqrt(pooled), 1)
@@ -238,7 +238,7 @@ def _check_draws(key: Any, n_init: Any) -> tuple[Array, int]:
     return checks.key("key", key), n_init
 
 
-@program("options")
+@program("options", over_matrices=True)
 def _fit(inits: GaussianMixture, sight: Sight, controls: Controls, options: FitOptions) -> MixtureFit:
     def one(init: GaussianMixture) -> MixtureFit:
         problem = MixtureGraph.single(init)

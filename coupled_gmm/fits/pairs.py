@@ -29,7 +29,7 @@ from coupled_gmm.transport import solvers
 from coupled_gmm.transport.pair import GaussianMixturePair
 
 
-@program("options")
+@program("options", over_matrices=True)
 def _fit_pair(
     pair: GaussianMixturePair,
     transport_weight: Array,
@@ -49,7 +49,7 @@ def _pair_fit(problem: MixtureGraph, end: em.Solution) -> PairFit:
     return PairFit(whole.pair, whole, *went)
 
 
-@program("options")
+@program("options", over_matrices=True)
 def _fit_pairs(
     pairs: GaussianMixturePair,
     transport_weights: Array,

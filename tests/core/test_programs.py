@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import coupled_gmm as cg
 from coupled_gmm.core import programs
 
 
@@ -83,16 +84,24 @@ def test_a_program_alone_or_a_part_of_another():
 
 def test_a_version_of_xla_without_such_an_option(monkeypatch):
     monkeypatch.setattr(programs, "_QUICK", {"xla_cpu_no_such_option_of_any_version": True})
-    monkeypatch.setattr(programs, "_may_be_quick", True)
+    monkeypatch.setattr(programs, "_quick_options_are_known", True)
     double_it = programs.program("times")(double)
     for _ in range(2):
         np.testing.assert_array_equal(double_it(jnp.ones(7), times=2), 2)
-    assert not programs._may_be_quick, "nothing is tried twice"
+    assert not programs._quick_options_are_known, "nothing is tried twice"
 
 
 def test_options_that_a_user_has_set_are_left_alone(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_disable_hlo_passes=dce")
-    assert programs._quick() == {"xla_cpu_use_fusion_emitters": False}
+    assert programs._unless_set(programs._QUICK) == {"xla_cpu_use_fusion_emitters": False}
+
+
+def test_loops_over_large_matrices_are_compiled_in_full(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    over_matrices, other = (programs.program(over_matrices=heavy)(jnp.square) for heavy in (True, False))
+    small, large = (cg.GaussianMixture(np.zeros((1, d)), np.eye(d)[None], np.ones(1)) for d in (3, 4))
+    assert over_matrices._may_be_quick([small], {}) and not over_matrices._may_be_quick(([small, large],), {})
+    assert other._may_be_quick([large], {})
 
 
 def test_an_error_of_the_program_is_its_own():
