@@ -136,7 +136,9 @@ def barycenter(
 def reduced(gmm: GaussianMixture, starts: GaussianMixture, max_steps: int, tol: Any) -> BarycenterFit:
     """The barycenter of one mixture, its weights learnt, from stacked starts."""
     tol = checks.scalar("tol", tol, at_least=0)
-    return _descent([gmm], starts, jnp.ones(1, gmm.dtype), None, tol, max_steps, ("exact", "joint", True))
+    return _descent(
+        [gmm], starts, jax.device_put(np.ones(1, gmm.dtype)), None, tol, max_steps, ("exact", "joint", True)
+    )
 
 
 def _descent(

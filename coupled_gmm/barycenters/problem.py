@@ -184,4 +184,7 @@ def check_problem(
         raise ArgumentError("epsilon", "goes with method 'entropic' only", "drop it, or pass method='entropic'")
     if epsilon is not None:
         epsilon = checks.scalar("epsilon", epsilon, above=0).astype(dtype)
+    if checks.known(coefficients):  # on the host: a division alone would be a program
+        shares = np.asarray(coefficients)
+        return gmms, jax.device_put(shares / shares.sum()), epsilon
     return gmms, coefficients / jnp.sum(coefficients), epsilon

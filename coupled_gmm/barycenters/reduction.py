@@ -50,14 +50,14 @@ def reduce_gmm(
             "n_components", f"{n_components} are more than the mixture's {gmm.n_components}", "ask for fewer"
         )
     max_steps, tol = checks.integer("max_steps", max_steps, 1, checks.MOST_STEPS), checks.scalar("tol", tol, at_least=0)
-    keys = jax.random.split(key, checks.integer("n_init", n_init, 1, checks.MOST_STARTS))
+    n_init = checks.integer("n_init", n_init, 1, checks.MOST_STARTS)
     (gmm,), centre = about_one_point(gmm)
-    fit = reduced(gmm, _starts(keys, gmm, n_components), max_steps, tol)
+    fit = reduced(gmm, _starts(key, gmm, n_components, n_init), max_steps, tol)
     return dataclasses.replace(fit, gmm=moved_back(fit.gmm, centre))
 
 
-@program("n_components")
-def _starts(keys: Array, gmm: GaussianMixture, n_components: int) -> GaussianMixture:
+@program("n_components", "n")
+def _starts(key: Array, gmm: GaussianMixture, n_components: int, n: int) -> GaussianMixture:
     """Components chosen one by one, each with a probability of its mass times its squared distance to those chosen before.
 
     `fits.starts` does the same among points, too many for a matrix of their distances.
@@ -79,4 +79,4 @@ def _starts(keys: Array, gmm: GaussianMixture, n_components: int) -> GaussianMix
         weights = jnp.full(n_components, 1 / n_components, gmm.dtype)
         return unchecked(GaussianMixture, means=gmm.means[chosen], covariances=gmm.covariances[chosen], weights=weights)
 
-    return jax.vmap(start)(keys)
+    return jax.vmap(start)(jax.random.split(key, n))

@@ -58,7 +58,7 @@ def init_gmm(
     ridge = checks.scalar("ridge", ridge, at_least=0)
     view = view_of([_cloud(x, point_weights)], [], ridge)
     _check_distinct(view, n_components)
-    return take(draws(key, view, ridge, n_components, n_init, 1), 0)
+    return _init(key, _represented(key, view, n_components), ridge, n_components, n_init, None)
 
 
 def _cloud(x: Any, point_weights: Any) -> GivenCloud:
@@ -84,16 +84,20 @@ def _check_distinct(view: View, n_components: int) -> None:
 
 def draws(key: Array, view: View, ridge: Array, n_components: int, n_init: int, n: int) -> GaussianMixture:
     """The n best of n_init starts, stacked."""
-    sight = _representatives(jax.random.fold_in(key, 0), view).in_chunks(n_components * len(view.pooled))
-    return _init(key, sight, ridge, n_components, n_init, n)
+    return _init(key, _represented(key, view, n_components), ridge, n_components, n_init, n)
+
+
+def _represented(key: Array, view: View, n_components: int) -> Sight:
+    """The points that starts are drawn from, as a program takes them."""
+    return _representatives(key, view).in_chunks(n_components * len(view.pooled))
 
 
 def _representatives(key: Array, view: View) -> View:
-    """The points that starts are drawn from: all, or so many of them, drawn by their weights."""
+    """All points, or so many of them, drawn by their weights."""
     (x,), (w,), n = view.clouds, view.weights, starts.MOST_POINTS
     if len(x) <= n:
         return view
-    draws = jax.random.uniform(key, (n,))
+    draws = jax.random.uniform(jax.random.fold_in(key, 0), (n,))
     xp = np if checks.at_hand(x, w, draws) else jnp
     x, draws = xp.asarray(x), xp.asarray(draws)
     # One in each of as many equal parts of the mass.
@@ -107,11 +111,13 @@ def _representatives(key: Array, view: View) -> View:
 
 
 @program("n_components", "n_init", "n", over_matrices=True)
-def _init(key: Array, sight: Sight, ridge: Array, n_components: int, n_init: int, n: int) -> GaussianMixture:
+def _init(key: Array, sight: Sight, ridge: Array, n_components: int, n_init: int, n: int | None) -> GaussianMixture:
+    """The n best of n_init starts, stacked; None is the best alone."""
     floor, pooled = sight.floors(ridge)[0], sight.pooled
     deviations = jnp.where(pooled > 0, jnp.sqrt(pooled), 1)
     found = starts.draws(key, sight.chunks, deviations, floor, n_components, starts.DRAWS * n_init)
-    return sight.frame.mixture(starts.race(found, sight.chunks, floor, n), sight.far)
+    best = sight.frame.mixture(starts.race(found, sight.chunks, floor, n or 1), sight.far)
+    return best if n else take(best, 0)
 
 
 @saved

@@ -64,7 +64,7 @@ def map_points(
     if method == "random" and key is None:
         raise ArgumentError("key", "method 'random' draws at random", "pass a key such as jax.random.key(0)")
     near, (x,), centre = _about_one_point(plan, x=x)
-    centre = jnp.zeros(x.shape[1], x.dtype) if centre is None else centre
+    centre = np.zeros(x.shape[1], x.dtype) if centre is None else centre
     numbers = near.pair.gmm0.n_components * x.shape[1]
     if method == "barycentric":
         return chunks.over_points(_map_barycentric, x, numbers, near, centre)

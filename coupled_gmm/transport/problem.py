@@ -217,4 +217,7 @@ class Prices(NamedTuple):
         """The prices themselves, by the epsilon of each."""
         if not self.is_tau:
             return self.value
-        return rho_of_tau(self.value, jnp.expand_dims(epsilon, range(jnp.ndim(epsilon), jnp.ndim(self.value))))
+        shape = jnp.shape(epsilon) + (1,) * (jnp.ndim(self.value) - jnp.ndim(epsilon))
+        if self.balanced:
+            return jax.device_put(np.full(np.broadcast_shapes(shape, jnp.shape(self.value)), np.inf, epsilon.dtype))
+        return rho_of_tau(self.value, jnp.reshape(epsilon, shape))
