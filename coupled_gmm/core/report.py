@@ -1,6 +1,6 @@
-"""Rows of a running fit, sent from the compiled loop to whoever listens on the host.
+"""Rows of a running fit, sent to whoever listens: between calls of its program, or from the loop of somebody's own.
 
-The program holds one fixed callback and is told the number of its listener as it is told a tolerance, so a new listener
+That holds one fixed callback and is told the number of its listener as it is told a tolerance, so a new listener
 recompiles nothing, and fits in several threads each reach their own; without a listener there is no callback at all.
 """
 
@@ -71,9 +71,15 @@ def emit(listener: Any, values: dict[str, Any]) -> None:
       values: of the row, with `em_steps`, how many there are at most, and whether it is `running`.
     """
 
-    def deliver(number: Any, running: Any, **row: Any) -> None:
-        listener = _listeners.get(int(number))
-        if running and listener is not None:
-            listener({name: value.item() for name, value in row.items()})
+    def deliver_if(number: Any, running: Any, **row: Any) -> None:
+        if running:
+            deliver(number, row)
 
-    jax.debug.callback(deliver, listener, **values)
+    jax.debug.callback(deliver_if, listener, **values)
+
+
+def deliver(listener: Any, row: Row) -> None:
+    """From the host: one row, of numbers, to the listener of that number, if there is one yet."""
+    listener = _listeners.get(int(listener))
+    if listener is not None:
+        listener({name: np.asarray(value).item() for name, value in row.items()})

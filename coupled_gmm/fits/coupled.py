@@ -16,7 +16,7 @@ from coupled_gmm.core.tree import take, unchecked
 from coupled_gmm.fits import em, frame
 from coupled_gmm.fits.frame import Sight
 from coupled_gmm.fits.graph import MixtureGraph
-from coupled_gmm.fits.request import Controls, FitOptions, FitRequest, GivenCloud, view_of
+from coupled_gmm.fits.request import Controls, FitOptions, FitProgram, FitRequest, GivenCloud, view_of
 from coupled_gmm.fits.results import GraphFit
 from coupled_gmm.transport import plan, solvers
 from coupled_gmm.transport.pair import GaussianMixturePair
@@ -49,6 +49,28 @@ def _fit_graph(problem: MixtureGraph, sight: Sight, controls: Controls, options:
     # The program sees edges in node order, so that no result depends on how they are written; its answers are put back.
     ordered, order = problem.in_node_order()
     return graph_fit(problem, em.run(ordered, sight, controls, options), order)
+
+
+@program("options", over_matrices=True)
+def _begin_graph(problem: MixtureGraph, sight: Sight, controls: Controls, options: FitOptions) -> em.Underway:
+    return em.begin(problem.in_node_order()[0], sight, controls, options)
+
+
+@program("options", over_matrices=True)
+def _go_on_with_graph(
+    problem: MixtureGraph,
+    sight: Sight,
+    controls: Controls,
+    options: FitOptions,
+    underway: em.Underway,
+    until: Array,
+) -> tuple[em.Underway, GraphFit]:
+    ordered, order = problem.in_node_order()
+    underway, end = em.go_on(ordered, sight, controls, options, underway, until)
+    return underway, graph_fit(problem, end, order)
+
+
+_GRAPH = FitProgram(_fit_graph, (_begin_graph, _go_on_with_graph))
 
 
 def graph_fit(problem: MixtureGraph, end: em.Solution, order: Array) -> GraphFit:
@@ -147,4 +169,4 @@ def fit_graph(
     ]
     view = view_of(given, [graph.nodes], ridge)
     numbers = max(graph.sizes) * graph.nodes.n_features
-    return request.fit(_fit_graph, graph, view=view, numbers=numbers, solver=_edge_solver(method, graph))
+    return request.fit(_GRAPH, graph, view=view, numbers=numbers, solver=_edge_solver(method, graph))

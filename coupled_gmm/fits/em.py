@@ -17,10 +17,11 @@ from jaxtyping import Array, Bool, Float, Int
 from coupled_gmm.core import checks, matrices, report
 from coupled_gmm.core.expansions import two_sum
 from coupled_gmm.core.status import Status, first_status
-from coupled_gmm.core.tree import chosen, pytree, saved, unchecked
+from coupled_gmm.core.tree import chosen, unchecked
 from coupled_gmm.fits import frame, optimisers, statistics
 from coupled_gmm.fits.frame import Sight
 from coupled_gmm.fits.graph import MixtureGraph
+from coupled_gmm.fits.history import History
 from coupled_gmm.fits.m_step import MStep, ascend
 from coupled_gmm.fits.merged import merged
 from coupled_gmm.fits.minorants import climb
@@ -35,38 +36,6 @@ _FALL = 1e-4  # an ascent that falls by this part of 1 + |J| has met more than r
 _A_FEW = 3  # steps that a fit would go on if it could
 _ROUNDINGS = 64  # rounding units of 1 + |J| by which J may seem to fall
 _RUNNING = -1
-
-
-@saved
-@pytree
-class History:
-    """A row per EM step, before its M-step; NaN past the last.
-
-    Of a graph, q, log-likelihoods and transport have a column per node and edge. `log_likelihoods` are the densities' own, mean
-    per point; q, objective and `penalized_log_likelihood` contain the ridge's term.
-    """
-
-    q: Float[Array, "*b steps V"]
-    transport_terms: Float[Array, "*b steps E"]
-    objective: Float[Array, "*b steps"]
-    penalized_log_likelihood: Float[Array, "*b steps"]
-    marginal_error: Float[Array, "*b steps"]
-    log_likelihoods: Float[Array, "*b steps V"] | None = None
-
-    @property
-    def q0(self) -> Float[Array, "*steps"]:
-        return self.q[..., 0]
-
-    @property
-    def q1(self) -> Float[Array, "*steps"]:
-        if self.q.shape[-1] == 1:
-            raise AttributeError("history.q1: the graph has one node, and q0 is its column; read history.q0")
-        return self.q[..., 1]
-
-    @property
-    def transport(self) -> Float[Array, "*steps"]:
-        """Regularised transport cost, summed over edges."""
-        return jnp.sum(self.transport_terms, axis=-1)
 
 
 _NO_DERIVATIVE = (
@@ -132,24 +101,56 @@ class Solution(NamedTuple):
     history: History
 
 
+class Underway(NamedTuple):
+    """A fit between two of its steps: what the next needs, and a row of each that was done."""
+
+    state: FitState
+    history: History
+
+
 @matrices.precise
 def run(problem: MixtureGraph, sight: Sight, controls: Controls, options: FitOptions) -> Solution:
     """The program of every fit; trace it inside ``jit``, with `options` static."""
+    begun = begin(problem, sight, controls, options)
+    return go_on(problem, sight, controls, options, begun, controls.em_steps + 1)[1]
+
+
+@matrices.precise
+def begin(problem: MixtureGraph, sight: Sight, controls: Controls, options: FitOptions) -> Underway:
+    """A fit before its first step."""
+    problem, sight = checks.value_only((problem, sight), _NO_DERIVATIVE)
+    task = prepare(problem, sight, controls, options)
+    state = start(task)
+    return Underway(state, no_rows(task, state))
+
+
+@matrices.precise
+def go_on(
+    problem: MixtureGraph,
+    sight: Sight,
+    controls: Controls,
+    options: FitOptions,
+    underway: Underway,
+    until: Int[Array, ""],
+) -> tuple[Underway, Solution]:
+    """A fit after steps up to a number, or where it ended; past the last, `em_steps`, it looks at where it has come to."""
     problem, sight = checks.value_only((problem, sight), _NO_DERIVATIVE)
     task = prepare(problem, sight, controls, options)
 
-    def em_step(carry: tuple[FitState, History]) -> tuple[FitState, History]:
-        before, history = carry
+    def em_step(underway: Underway) -> Underway:
+        before, history = underway
         state, row = m_step(task, before, e_step(task, before))
         history = jax.tree.map(lambda h, r: h.at[before.step].set(jnp.where(state.running, r, jnp.nan)), history, row)
         if options.progress:
             counts = {"running": state.running, "em_steps": controls.em_steps, "step": before.step}
-            report.emit(controls.listener, {**counts, **_columns(row)})
-        return state, history
+            report.emit(controls.listener, {**counts, **row.columns})
+        return Underway(state, history)
 
-    state = start(task)
-    state, history = jax.lax.while_loop(lambda carry: carry[0].running, em_step, (state, no_rows(task, state)))
-    return finish(task, state, history)
+    def unfinished(underway: Underway) -> Bool[Array, ""]:
+        return underway.state.running & (underway.state.step < until)
+
+    underway = jax.lax.while_loop(unfinished, em_step, underway)
+    return underway, finish(task, *underway)
 
 
 def prepare(problem: MixtureGraph, sight: Sight, controls: Controls, options: FitOptions) -> Task:
@@ -335,11 +336,6 @@ def _singular(factors: Float[Array, "V K d d"], weights: Float[Array, "V K"]) ->
     pivots = jnp.diagonal(factors, axis1=-2, axis2=-1) ** 2
     least = 8 * jnp.finfo(pivots.dtype).eps * jnp.sum(factors**2, axis=-1) + jnp.finfo(pivots.dtype).tiny
     return jnp.any(jnp.any(pivots <= least, axis=-1) & (weights > 0), axis=-1)
-
-
-def _columns(row: History) -> dict[str, Array]:
-    names = ["transport", "objective", "penalized_log_likelihood", "marginal_error"]
-    return {f"q{i}": q for i, q in enumerate(row.q)} | {name: getattr(row, name) for name in names}
 
 
 def no_rows(task: Task, state: FitState) -> History:

@@ -22,7 +22,7 @@ from coupled_gmm.fits.coupled import graph_fit
 from coupled_gmm.fits.frame import Sight, View
 from coupled_gmm.fits.gmm import draws
 from coupled_gmm.fits.graph import MixtureGraph
-from coupled_gmm.fits.request import Controls, FitOptions, FitRequest, GivenCloud, view_of
+from coupled_gmm.fits.request import Controls, FitOptions, FitProgram, FitRequest, GivenCloud, view_of
 from coupled_gmm.fits.results import PairFit, trimmed
 from coupled_gmm.gaussians.mixture import GaussianMixture, stack
 from coupled_gmm.transport import solvers
@@ -40,6 +40,37 @@ def _fit_pair(
 ) -> PairFit:
     problem = MixtureGraph.from_pair(pair, transport_weight, frozen)
     return _pair_fit(problem, em.run(problem, sight, controls, options))
+
+
+@program("options", over_matrices=True)
+def _begin_pair(
+    pair: GaussianMixturePair,
+    transport_weight: Array,
+    frozen: Array,
+    sight: Sight,
+    controls: Controls,
+    options: FitOptions,
+) -> em.Underway:
+    return em.begin(MixtureGraph.from_pair(pair, transport_weight, frozen), sight, controls, options)
+
+
+@program("options", over_matrices=True)
+def _go_on_with_pair(
+    pair: GaussianMixturePair,
+    transport_weight: Array,
+    frozen: Array,
+    sight: Sight,
+    controls: Controls,
+    options: FitOptions,
+    underway: em.Underway,
+    until: Array,
+) -> tuple[em.Underway, PairFit]:
+    problem = MixtureGraph.from_pair(pair, transport_weight, frozen)
+    underway, end = em.go_on(problem, sight, controls, options, underway, until)
+    return underway, _pair_fit(problem, end)
+
+
+_PAIR = FitProgram(_fit_pair, (_begin_pair, _go_on_with_pair))
 
 
 def _pair_fit(problem: MixtureGraph, end: em.Solution) -> PairFit:
@@ -69,6 +100,9 @@ def _fit_pairs(
     weights = transport_weights[:, None].astype(problem.edge_weights.dtype)
     ends = contest.best_ends(problem, starts, weights, schedule, sight, controls, options)
     return jax.vmap(lambda end: _pair_fit(problem, end))(ends)
+
+
+_PAIRS = FitProgram(_fit_pairs)
 
 
 def penalized_log_likelihood(
@@ -163,8 +197,9 @@ def fit_pair(
         Delta, and J stays an objective that never falls. 0 turns it off.
       method: of the plans, as in `solve_plan`.
       chunk_size: points that are held in memory K d times over, at once; None suits the machine.
-      progress: True draws a bar; a callable gets each row as a dict; either costs one host callback a step. After what a
-        callable raises it gets no more rows, and the fit raises that at its end.
+      progress: True draws a bar; a callable gets each row as a dict, between calls of the program that a fit without it runs too
+        (inside somebody's ``jit``, by one host callback a step). After what a callable raises it gets no more rows, and the fit
+        raises that at its end.
 
     Returns:
       A `PairFit` with the fitted pair, its plan, J, the status and the history.
@@ -193,12 +228,12 @@ def fit_pair(
     clouds = _two_clouds(x0, x1, point_weights0, point_weights1)
     asked = _PairRequest.checked(request, clouds, pair, freeze, method, n_init, key)
     if n_init == 1:
-        return asked.fit(_fit_pair, pair, transport_weight)
+        return asked.fit(_PAIR, pair, transport_weight)
     if jnp.ndim(transport_weight) or progress:
         raise ArgumentError(
             "n_init", "fits of several starts take one transport_weight, and have no progress", "see fit_path"
         )
-    return asked.fit(_fit_pairs, asked.starts(), transport_weight[None])[0]
+    return asked.fit(_PAIRS, asked.starts(), transport_weight[None])[0]
 
 
 def fit_path(
@@ -259,7 +294,7 @@ def fit_path(
         raise ArgumentError("transport_weights", f"expected a list of numbers, got shape {weights.shape}", "pass (W,)")
     clouds = _two_clouds(x0, x1, point_weights0, point_weights1)
     asked = _PairRequest.checked(request, clouds, pair, freeze, method, n_init, key)
-    return dataclasses.replace(asked.fit(_fit_pairs, asked.starts(), weights), transport_weights=weights)
+    return dataclasses.replace(asked.fit(_PAIRS, asked.starts(), weights), transport_weights=weights)
 
 
 class _PairRequest(NamedTuple):
@@ -299,7 +334,7 @@ class _PairRequest(NamedTuple):
         view = view_of(clouds, [pair.gmm0, pair.gmm1], ridge)
         return cls(request, pair, view, frozen, solver, n_init, None if key is None else checks.key("key", key))
 
-    def fit(self, program: Any, pairs: GaussianMixturePair, weights: Array) -> PairFit:
+    def fit(self, program: FitProgram, pairs: GaussianMixturePair, weights: Array) -> PairFit:
         problem = pairs, weights, self.frozen
         return self.request.fit(program, *problem, view=self.view, numbers=_numbers(self.pair), solver=self.solver)
 

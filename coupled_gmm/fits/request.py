@@ -1,6 +1,8 @@
 """What is asked of a fit, checked once and packed as its program takes it: clouds, what a user sweeps, what recompiles."""
 
 import dataclasses
+import functools
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,10 +12,13 @@ from jaxtyping import Array, Float, Int
 
 from coupled_gmm.core import checks, chunks, foreign, report
 from coupled_gmm.core.errors import ArgumentError
+from coupled_gmm.core.tree import take
 from coupled_gmm.fits import frame
 from coupled_gmm.fits.frame import View
 from coupled_gmm.gaussians.mixture import GaussianMixture
 from coupled_gmm.transport.solvers import ENTROPIC_METHODS, PlanSolver
+
+_BLINK = 0.05  # seconds; of rows that come more often none can be read
 
 
 class GivenCloud(NamedTuple):
@@ -66,6 +71,18 @@ class FitOptions(NamedTuple):
     progress: bool
 
 
+class FitProgram(NamedTuple):
+    """What computes a fit, of (*problem, sight, controls, options): whole, inside somebody else's program; or in stretches.
+
+    These are two programs: one begins, and one goes on, of the same, what is underway, and up to which step. It is called once
+    for a fit without progress, and again and again with it: compiled once for both, and without a host callback, with which
+    JAX would not keep it on disk.
+    """
+
+    whole: Callable[..., Any]
+    stretches: tuple[Callable[..., Any], Callable[..., Any]] | None = None
+
+
 class FitRequest(NamedTuple):
     """How a fit shall go, checked."""
 
@@ -108,19 +125,41 @@ class FitRequest(NamedTuple):
             checks.integer("chunk_size", chunk_size, 1)
         return cls(controls, int(em_steps), optimizer, chunk_size, progress)
 
-    def fit(self, program: Callable[..., Any], *problem: Any, view: View, numbers: int, solver: PlanSolver) -> Any:
+    def fit(self, program: FitProgram, *problem: Any, view: View, numbers: int, solver: PlanSolver) -> Any:
         """What a program makes of a problem and what it sees, with a row of history for each step that was asked for.
 
-        Args:
-          program: (*problem, sight, controls, options) -> a fit.
-          numbers: that it holds of each point.
+        `numbers`: that it holds of each point.
         """
         sight = view.in_chunks(numbers, self.chunk_size)
-        shown = self.progress is not False and self.progress is not None
-        options = FitOptions(chunks.rows(self.em_steps), solver, self.optimizer, shown)
+        options = FitOptions(chunks.rows(self.em_steps), solver, self.optimizer, progress=False)
+        asked = (*problem, sight, self.controls, options)
         with report.listening(self.progress) as listener:
-            fit = program(*problem, sight, self.controls._replace(listener=listener), options)
+            underway = None
+            if program.stretches is not None and checks.known(problem, sight, self.controls):
+                begin, go_on = (functools.partial(part, *asked) for part in program.stretches)
+                underway = begin()
+            if underway is not None and (listener is None or checks.known(underway)):
+                fit = self._in_stretches(go_on, underway, listener)
+            else:
+                controls = self.controls._replace(listener=listener)
+                fit = program.whole(*problem, sight, controls, options._replace(progress=listener is not None))
         return dataclasses.replace(fit, history=chunks.first(fit.history, self.em_steps))
+
+    def _in_stretches(self, go_on: Callable[..., Any], underway: Any, listener: Any) -> Any:
+        """A fit whose rows are shown as they come: step by step, and in longer stretches where steps are quick."""
+        if listener is None:
+            return go_on(underway, np.int32(self.em_steps + 1))[1]
+        done, stride, fit, running = 0, 1, None, True
+        while running:
+            began = time.perf_counter()
+            underway, fit = go_on(underway, np.int32(min(done + stride, self.em_steps + 1)))
+            before, done = done, int(underway.state.step)
+            running = bool(underway.state.running)
+            rows = jax.tree.map(np.asarray, underway.history)
+            for step in range(before, done):
+                report.deliver(listener, {"em_steps": self.em_steps, "step": step, **take(rows, step).columns})
+            stride *= 2 if time.perf_counter() - began < _BLINK else 1
+        return fit
 
 
 def _check_learning_rate(optimizer: Any, learning_rate: Any) -> Array | None:

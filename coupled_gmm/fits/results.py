@@ -12,7 +12,7 @@ from coupled_gmm.core import checks
 from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.status import Outcome, Status
 from coupled_gmm.core.tree import Stackable, counted, listed, number, pytree, saved, single
-from coupled_gmm.fits.em import History
+from coupled_gmm.fits.history import History
 from coupled_gmm.gaussians.mixture import GaussianMixture
 from coupled_gmm.transport.pair import GaussianMixturePair
 from coupled_gmm.transport.plan import Plan
