@@ -14,7 +14,7 @@ import typer
 
 import coupled_gmm as cg
 from coupled_gmm.core import installation, interrupts
-from coupled_gmm.jobs import run, terminal
+from coupled_gmm.jobs import cache, run, terminal
 from coupled_gmm.jobs.job import Job
 from coupled_gmm.jobs.registry import JOBS, load_config
 from coupled_gmm.jobs.sections import ConfigError
@@ -28,6 +28,9 @@ ConfigFile = Annotated[
 ]
 Out = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Run folder, in place of output.directory.", readable=False)
+]
+NoCache = Annotated[
+    bool, typer.Option("--no-cache", help="Compile anew, and keep no compiled program in the user's cache folder.")
 ]
 
 
@@ -45,7 +48,9 @@ def _commands() -> None:
 
 def _add_command(job: Job[Any, Any, Any]) -> None:
     @app.command(job.command, help=job.summary)
-    def command(path: ConfigFile, out: Out = None) -> None:
+    def command(path: ConfigFile, out: Out = None, no_cache: NoCache = False) -> None:
+        if not no_cache:
+            cache.keep_programs()
         _run(job, path, out)
 
 

@@ -8,7 +8,7 @@ import importlib.util
 import sys
 from types import TracebackType
 
-_COMMAND = ("polars", "pydantic", "rich", "tomli_w", "typer")  # of the extra "cli"
+_COMMAND = ("filelock", "platformdirs", "polars", "pydantic", "rich", "tomli_w", "typer")  # of the extra "cli"
 
 
 class MissingExtraError(ModuleNotFoundError):

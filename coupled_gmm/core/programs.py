@@ -11,9 +11,11 @@ Whenever something has been compiled, maps are counted now and then; where half 
 dropped, and compiled anew when they are called again.
 """
 
+import contextlib
 import functools
+import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +57,14 @@ class Program:
         _programs.append(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._may_be_quick(args, kwargs):
-            try:
-                return self._quick(*args, **kwargs)
-            except (ValueError, jax.errors.JaxRuntimeError) as error:
-                if not _is_refused(error):
-                    raise
-        return self._full(*args, **kwargs)
+        with _no_collection():
+            if self._may_be_quick(args, kwargs):
+                try:
+                    return self._quick(*args, **kwargs)
+                except (ValueError, jax.errors.JaxRuntimeError) as error:
+                    if not _is_refused(error):
+                        raise
+            return self._full(*args, **kwargs)
 
     def _may_be_quick(self, args: Any, kwargs: Any) -> bool:
         if not _quick_options_are_known or jax.default_backend() != "cpu" or not checks.known(args, kwargs):
@@ -74,6 +77,19 @@ class Program:
 
     def _cache_size(self) -> int:
         return self._full._cache_size() + self._quick._cache_size()
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Python's garbage is left for later: a program is traced into a million objects that stay, and the collector would look
+    through them again and again, for a sixth of a first call."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _features(args: Any) -> list[int]:

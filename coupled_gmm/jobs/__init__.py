@@ -3,5 +3,5 @@
 What is asked of a job? `job`. Which are there? `registry`: a new one is a file like `fit`, `barycenter` or `flow`, and a line
 there. Which keys has a configuration? Its job's file; what several share is in `config`, and `sections` reads them all. The
 clouds and mixtures that it names? `clouds`, `mixtures`. What does a run leave? `run`, whole or not at all by `folders`. How are
-tables printed? `tables`, on `terminal`.
+tables printed? `tables`, on `terminal`. Where are compiled programs kept from one command to the next? `cache`.
 """

@@ -44,7 +44,7 @@ def run(code: str, *blocked: str) -> subprocess.CompletedProcess:
 
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 MODULES = {"polars": "polars", "POT": "ot", "pydantic": "pydantic", "rich": "rich", "scikit-learn": "sklearn"}
-MODULES |= {"tomli-w": "tomli_w", "typer": "typer"}
+MODULES |= {"tomli-w": "tomli_w", "typer": "typer", "filelock": "filelock", "platformdirs": "platformdirs"}
 
 
 def modules(extra: str) -> tuple[str, ...]:
