@@ -21,9 +21,13 @@ X = np.random.RandomState(0).randn(20, 2)
 ONES = np.ones(20)
 PROGRAMS = [
     (pairs, "_fit_pair"),
+    (pairs, "_begin_pair"),
+    (pairs, "_go_on_with_pair"),
     (pairs, "_fit_pairs"),
     (pairs, "_value"),
     (coupled, "_fit_graph"),
+    (coupled, "_begin_graph"),
+    (coupled, "_go_on_with_graph"),
     (gmm, "_fit"),
     (gmm, "_init"),
     (solvers, "_solve_plan"),
@@ -635,7 +639,10 @@ class Entered(Exception):
 
 def test_every_program_is_watched():
     """The refusals above would prove nothing if the legal arguments did not enter the programs under those names."""
-    calls = {"_fit_pair": fit_pair, "_fit_graph": fit_graph, "_value": objective}
+    calls = {"_fit_pair": lambda: under_jit(lambda pair: fit_pair(pair=pair)), "_value": objective}
+    calls |= {"_fit_graph": lambda: jax.jit(lambda weight: fit_graph(given=graph(edge_weights=weight)).status)(1.0)}
+    calls |= {"_begin_pair": fit_pair, "_begin_graph": fit_graph}
+    calls |= {"_go_on_with_pair": fit_pair, "_go_on_with_graph": fit_graph}
     calls |= {"_fit": fit_gmm, "_init": init, "_solve_plan": solve, "_mw2_squared": distance}
     calls |= {"_solve_exactly": lambda: solve(method="exact"), "_map_barycentric": map_points}
     calls |= {"_map_random": lambda: map_points(method="random", key=good().key)}

@@ -71,6 +71,10 @@ class Program:
             return False
         return not self._over_matrices or all(n <= _FEW_FEATURES for n in _features(args))
 
+    def lower(self, *args: Any, **kwargs: Any) -> Any:
+        """As that of ``jax.jit``: what a call with such arguments would compile."""
+        return (self._quick if self._may_be_quick(args, kwargs) else self._full).lower(*args, **kwargs)
+
     def clear_cache(self) -> None:
         self._full.clear_cache()
         self._quick.clear_cache()

@@ -70,9 +70,6 @@ def _go_on_with_graph(
     return underway, graph_fit(problem, end, order)
 
 
-_GRAPH = FitProgram(_fit_graph, (_begin_graph, _go_on_with_graph))
-
-
 def graph_fit(problem: MixtureGraph, end: em.Solution, order: Array) -> GraphFit:
     """What a program returns of a solution whose edges are in node order."""
     edges = jnp.stack([problem.sources, problem.targets], axis=1)
@@ -169,4 +166,5 @@ def fit_graph(
     ]
     view = view_of(given, [graph.nodes], ridge)
     numbers = max(graph.sizes) * graph.nodes.n_features
-    return request.fit(_GRAPH, graph, view=view, numbers=numbers, solver=_edge_solver(method, graph))
+    program = FitProgram(_fit_graph, (_begin_graph, _go_on_with_graph))
+    return request.fit(program, graph, view=view, numbers=numbers, solver=_edge_solver(method, graph))

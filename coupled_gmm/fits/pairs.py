@@ -70,9 +70,6 @@ def _go_on_with_pair(
     return underway, _pair_fit(problem, end)
 
 
-_PAIR = FitProgram(_fit_pair, (_begin_pair, _go_on_with_pair))
-
-
 def _pair_fit(problem: MixtureGraph, end: em.Solution) -> PairFit:
     fit = graph_fit(problem, end, jnp.zeros(1, jnp.int32))
     whole = trimmed(take(fit.plans, 0), *fit.gmms)
@@ -100,9 +97,6 @@ def _fit_pairs(
     weights = transport_weights[:, None].astype(problem.edge_weights.dtype)
     ends = contest.best_ends(problem, starts, weights, schedule, sight, controls, options)
     return jax.vmap(lambda end: _pair_fit(problem, end))(ends)
-
-
-_PAIRS = FitProgram(_fit_pairs)
 
 
 def penalized_log_likelihood(
@@ -228,12 +222,12 @@ def fit_pair(
     clouds = _two_clouds(x0, x1, point_weights0, point_weights1)
     asked = _PairRequest.checked(request, clouds, pair, freeze, method, n_init, key)
     if n_init == 1:
-        return asked.fit(_PAIR, pair, transport_weight)
+        return asked.fit(FitProgram(_fit_pair, (_begin_pair, _go_on_with_pair)), pair, transport_weight)
     if jnp.ndim(transport_weight) or progress:
         raise ArgumentError(
             "n_init", "fits of several starts take one transport_weight, and have no progress", "see fit_path"
         )
-    return asked.fit(_PAIRS, asked.starts(), transport_weight[None])[0]
+    return asked.fit(FitProgram(_fit_pairs), asked.starts(), transport_weight[None])[0]
 
 
 def fit_path(
@@ -294,7 +288,7 @@ def fit_path(
         raise ArgumentError("transport_weights", f"expected a list of numbers, got shape {weights.shape}", "pass (W,)")
     clouds = _two_clouds(x0, x1, point_weights0, point_weights1)
     asked = _PairRequest.checked(request, clouds, pair, freeze, method, n_init, key)
-    return dataclasses.replace(asked.fit(_PAIRS, asked.starts(), weights), transport_weights=weights)
+    return dataclasses.replace(asked.fit(FitProgram(_fit_pairs), asked.starts(), weights), transport_weights=weights)
 
 
 class _PairRequest(NamedTuple):

@@ -7,6 +7,7 @@ import pytest
 from problems import DATA, points, random_mixture
 
 import coupled_gmm as cg
+from coupled_gmm.fits import pairs, request
 from coupled_gmm.fits.contest import Schedule
 
 OPTIONS = {"em_steps": 60, "tol": 1e-4}
@@ -122,3 +123,39 @@ def test_starts_of_a_single_fit_take_one_weight_and_show_no_rows(problem):
     for wrong in ({"transport_weight": [0.1, 1.0]}, {"transport_weight": 0.1, "progress": True}):
         with pytest.raises(ValueError, match="n_init"):
             cg.fit_pair(*problem, **wrong, **drawn)
+
+
+@pytest.mark.parametrize("blink", [0.0, 1e9])
+def test_rows_cost_no_second_program_and_change_nothing(problem, blink, monkeypatch):
+    """Step by step, and in stretches that double."""
+    monkeypatch.setattr(request, "_BLINK", blink)
+    alone = cg.fit_pair(*problem, transport_weight=0.1, **OPTIONS)
+    before = [program._cache_size() for program in (pairs._fit_pair, pairs._begin_pair, pairs._go_on_with_pair)]
+    rows = []
+    shown = cg.fit_pair(*problem, transport_weight=0.1, progress=rows.append, **OPTIONS)
+    after = [program._cache_size() for program in (pairs._fit_pair, pairs._begin_pair, pairs._go_on_with_pair)]
+    assert before == after and alone.status_name == shown.status_name == "converged"
+    for one, other in zip(jax.tree.leaves(alone), jax.tree.leaves(shown), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert [row["step"] for row in rows] == list(range(int(shown.n_steps))) and rows[0]["em_steps"] == 60
+    for name in ("q0", "q1", "transport", "objective", "penalized_log_likelihood", "marginal_error"):
+        found = [row[name] for row in rows]
+        np.testing.assert_allclose(found, getattr(shown.history, name)[: len(rows)], rtol=1e-6, err_msg=name)
+
+
+def test_rows_come_from_inside_somebody_elses_program(problem):
+    x0, x1, pair = problem
+    rows = []
+
+    def fit(weight):
+        return cg.fit_pair(x0, x1, pair, transport_weight=weight, em_steps=4, progress=rows.append)
+
+    traced = jax.jit(fit)(0.1)
+    jax.effects_barrier()
+    assert not rows, "whose listener is gone when it runs"
+    rows.clear()
+    constant = jax.jit(lambda x: fit(0.1).penalized_log_likelihood + x)(0.0)
+    np.testing.assert_allclose(constant, traced.penalized_log_likelihood, rtol=1e-5)
+    vmapped = jax.vmap(fit)(jnp.asarray([0.1, 0.2]))
+    assert len(rows) == 8
+    np.testing.assert_allclose(vmapped.penalized_log_likelihood[0], traced.penalized_log_likelihood, rtol=1e-5)
