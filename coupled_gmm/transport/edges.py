@@ -5,14 +5,15 @@ What nodes pass on from one edge to the next is left to a Krylov iteration that 
 number of edges, and a pair needs none.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.sparse.linalg import bicgstab
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from coupled_gmm.core import matrices
+from coupled_gmm.core.tree import chosen
 
 _KRYLOV_STEPS, _KRYLOV_TOLERANCE = 40, 1e-3  # between edges, of a Newton step
 
@@ -121,8 +122,52 @@ def newton_step(answers: Answers, ends: Array, base: Array, masses: Array, u: Ar
         return base * delta + edges.across(delta) + masses * answers.of_nodes(ends, delta)[ends]
 
     first = edges.solve(inverse, right)
-    whole, _ = bicgstab(
-        apply, right, x0=first, tol=_KRYLOV_TOLERANCE, maxiter=_KRYLOV_STEPS, M=lambda y: edges.solve(inverse, y)
-    )
+    whole = _bicgstab(apply, right, first, lambda y: edges.solve(inverse, y))
     miss = lambda delta: jnp.max(jnp.abs(right - apply(delta)))  # noqa: E731
     return jnp.where(miss(whole) <= miss(first), whole, first)
+
+
+class _Krylov(NamedTuple):
+    x: Array
+    residual: Array
+    direction: Array
+    image: Array  # of the preconditioned direction
+    rho: Float[Array, ""]
+    alpha: Float[Array, ""]
+    omega: Float[Array, ""]
+    n: Int[Array, ""]
+    broken: Bool[Array, ""]
+
+
+def _bicgstab(apply: Callable, right: Array, start: Array, precondition: Callable) -> Array:
+    """x with apply(x) near `right`, by BiCGSTAB (van der Vorst 1992), preconditioned from the right.
+
+    That of ``jax.scipy`` can't be batched inside a loop: as a linear solve, with derivatives that nobody needs here.
+    """
+    enough = _KRYLOV_TOLERANCE**2 * jnp.vdot(right, right)
+    first = right - apply(start)
+
+    def step(now: _Krylov) -> _Krylov:
+        rho = jnp.vdot(first, now.residual)
+        beta = rho / now.rho * now.alpha / now.omega
+        direction = now.residual + beta * (now.direction - now.omega * now.image)
+        along = precondition(direction)
+        image = apply(along)
+        alpha = rho / jnp.vdot(first, image)
+        half = now.residual - alpha * image
+        across = precondition(half)
+        turned = apply(across)
+        omega = jnp.vdot(turned, half) / jnp.vdot(turned, turned)
+        there = jnp.vdot(half, half) <= enough
+        omega = jnp.where(there, 0, omega)
+        x, residual = now.x + alpha * along + omega * across, half - omega * turned
+        broken = ~jnp.isfinite(jnp.vdot(x, x) + jnp.vdot(residual, residual))
+        found = _Krylov(x, residual, direction, image, rho, alpha, omega, now.n + 1, broken | (omega == 0))
+        return chosen(broken, now._replace(broken=broken), found)
+
+    def unfinished(now: _Krylov) -> Bool[Array, ""]:
+        return (jnp.vdot(now.residual, now.residual) > enough) & (now.n < _KRYLOV_STEPS) & ~now.broken
+
+    one, nothing = jnp.ones((), right.dtype), jnp.zeros_like(right)
+    begin = _Krylov(start, first, nothing, nothing, one, one, one, jnp.zeros((), jnp.int32), jnp.zeros((), bool))
+    return jax.lax.while_loop(unfinished, step, begin).x
