@@ -16,7 +16,7 @@ from coupled_gmm.core.tree import take, unchecked
 from coupled_gmm.fits import em, frame
 from coupled_gmm.fits.frame import Sight
 from coupled_gmm.fits.graph import MixtureGraph
-from coupled_gmm.fits.request import Controls, FitOptions, FitProgram, FitRequest, GivenCloud, view_of
+from coupled_gmm.fits.request import Controls, FitOptions, FitRequest, GivenCloud, Stretches, view_of
 from coupled_gmm.fits.results import GraphFit
 from coupled_gmm.transport import plan, solvers
 from coupled_gmm.transport.pair import GaussianMixturePair
@@ -44,13 +44,7 @@ def _edge_solver(method: str, graph: MixtureGraph) -> solvers.PlanSolver:
         return solvers.solver_for(method, take(edges, 0))
 
 
-@program("options", over_matrices=True)
-def _fit_graph(problem: MixtureGraph, sight: Sight, controls: Controls, options: FitOptions) -> GraphFit:
-    # The program sees edges in node order, so that no result depends on how they are written; its answers are put back.
-    ordered, order = problem.in_node_order()
-    return graph_fit(problem, em.run(ordered, sight, controls, options), order)
-
-
+# The programs see edges in node order, so that no result depends on how they are written; their answers are put back.
 @program("options", over_matrices=True)
 def _begin_graph(problem: MixtureGraph, sight: Sight, controls: Controls, options: FitOptions) -> em.Underway:
     return em.begin(problem.in_node_order()[0], sight, controls, options)
@@ -166,5 +160,5 @@ def fit_graph(
     ]
     view = view_of(given, [graph.nodes], ridge)
     numbers = max(graph.sizes) * graph.nodes.n_features
-    program = FitProgram(_fit_graph, (_begin_graph, _go_on_with_graph))
+    program = Stretches(_begin_graph, _go_on_with_graph)
     return request.fit(program, graph, view=view, numbers=numbers, solver=_edge_solver(method, graph))

@@ -108,7 +108,6 @@ class Underway(NamedTuple):
     history: History
 
 
-@matrices.precise
 def run(problem: MixtureGraph, sight: Sight, controls: Controls, options: FitOptions) -> Solution:
     """The program of every fit; trace it inside ``jit``, with `options` static."""
     begun = begin(problem, sight, controls, options)

@@ -18,7 +18,7 @@ from coupled_gmm.core.tree import counted, number, pytree, saved, take
 from coupled_gmm.fits import em, frame, starts
 from coupled_gmm.fits.frame import Sight, View
 from coupled_gmm.fits.graph import MixtureGraph
-from coupled_gmm.fits.request import Controls, FitOptions, FitProgram, FitRequest, GivenCloud, view_of
+from coupled_gmm.fits.request import Controls, FitOptions, FitRequest, GivenCloud, view_of
 from coupled_gmm.gaussians.mixture import GaussianMixture, stack
 from coupled_gmm.transport import solvers
 
@@ -213,7 +213,7 @@ def fit_gmm(
         inits = _given(init, key, n_init, ridge)
         view = view_of([_cloud(x, point_weights)], [inits], ridge)
     numbers = inits.n_components * inits.n_features
-    return request.fit(FitProgram(_fit), inits, view=view, numbers=numbers, solver=solvers.ENTROPIC)
+    return request.fit(_fit, inits, view=view, numbers=numbers, solver=solvers.ENTROPIC)
 
 
 def _given(init: Any, key: Any, n_init: Any, ridge: Array) -> GaussianMixture:

@@ -22,24 +22,11 @@ from coupled_gmm.fits.coupled import graph_fit
 from coupled_gmm.fits.frame import Sight, View
 from coupled_gmm.fits.gmm import draws
 from coupled_gmm.fits.graph import MixtureGraph
-from coupled_gmm.fits.request import Controls, FitOptions, FitProgram, FitRequest, GivenCloud, view_of
+from coupled_gmm.fits.request import Controls, FitOptions, FitRequest, GivenCloud, Stretches, view_of
 from coupled_gmm.fits.results import PairFit, trimmed
 from coupled_gmm.gaussians.mixture import GaussianMixture, stack
 from coupled_gmm.transport import solvers
 from coupled_gmm.transport.pair import GaussianMixturePair
-
-
-@program("options", over_matrices=True)
-def _fit_pair(
-    pair: GaussianMixturePair,
-    transport_weight: Array,
-    frozen: Array,
-    sight: Sight,
-    controls: Controls,
-    options: FitOptions,
-) -> PairFit:
-    problem = MixtureGraph.from_pair(pair, transport_weight, frozen)
-    return _pair_fit(problem, em.run(problem, sight, controls, options))
 
 
 @program("options", over_matrices=True)
@@ -222,12 +209,12 @@ def fit_pair(
     clouds = _two_clouds(x0, x1, point_weights0, point_weights1)
     asked = _PairRequest.checked(request, clouds, pair, freeze, method, n_init, key)
     if n_init == 1:
-        return asked.fit(FitProgram(_fit_pair, (_begin_pair, _go_on_with_pair)), pair, transport_weight)
+        return asked.fit(Stretches(_begin_pair, _go_on_with_pair), pair, transport_weight)
     if jnp.ndim(transport_weight) or progress:
         raise ArgumentError(
             "n_init", "fits of several starts take one transport_weight, and have no progress", "see fit_path"
         )
-    return asked.fit(FitProgram(_fit_pairs), asked.starts(), transport_weight[None])[0]
+    return asked.fit(_fit_pairs, asked.starts(), transport_weight[None])[0]
 
 
 def fit_path(
@@ -288,7 +275,7 @@ def fit_path(
         raise ArgumentError("transport_weights", f"expected a list of numbers, got shape {weights.shape}", "pass (W,)")
     clouds = _two_clouds(x0, x1, point_weights0, point_weights1)
     asked = _PairRequest.checked(request, clouds, pair, freeze, method, n_init, key)
-    return dataclasses.replace(asked.fit(FitProgram(_fit_pairs), asked.starts(), weights), transport_weights=weights)
+    return dataclasses.replace(asked.fit(_fit_pairs, asked.starts(), weights), transport_weights=weights)
 
 
 class _PairRequest(NamedTuple):
@@ -328,7 +315,7 @@ class _PairRequest(NamedTuple):
         view = view_of(clouds, [pair.gmm0, pair.gmm1], ridge)
         return cls(request, pair, view, frozen, solver, n_init, None if key is None else checks.key("key", key))
 
-    def fit(self, program: FitProgram, pairs: GaussianMixturePair, weights: Array) -> PairFit:
+    def fit(self, program: Any, pairs: GaussianMixturePair, weights: Array) -> PairFit:
         problem = pairs, weights, self.frozen
         return self.request.fit(program, *problem, view=self.view, numbers=_numbers(self.pair), solver=self.solver)
 

@@ -1,7 +1,6 @@
 """What is asked of a fit, checked once and packed as its program takes it: clouds, what a user sweeps, what recompiles."""
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -71,16 +70,15 @@ class FitOptions(NamedTuple):
     progress: bool
 
 
-class FitProgram(NamedTuple):
-    """What computes a fit, of (*problem, sight, controls, options): whole, inside somebody else's program; or in stretches.
+class Stretches(NamedTuple):
+    """Two programs of a fit that may be shown: one begins it, and one goes on, of the same, what is underway, and up to which step.
 
-    These are two programs: one begins, and one goes on, of the same, what is underway, and up to which step. It is called once
-    for a fit without progress, and again and again with it: compiled once for both, and without a host callback, with which
-    JAX would not keep it on disk.
+    It is called once for a fit without progress, and again and again with it: compiled once for both, and without a host callback,
+    with which JAX would not keep it on disk.
     """
 
-    whole: Callable[..., Any]
-    stretches: tuple[Callable[..., Any], Callable[..., Any]] | None = None
+    begin: Callable[..., Any]
+    go_on: Callable[..., Any]
 
 
 class FitRequest(NamedTuple):
@@ -125,34 +123,38 @@ class FitRequest(NamedTuple):
             checks.integer("chunk_size", chunk_size, 1)
         return cls(controls, int(em_steps), optimizer, chunk_size, progress)
 
-    def fit(self, program: FitProgram, *problem: Any, view: View, numbers: int, solver: PlanSolver) -> Any:
+    def fit(
+        self, program: Callable[..., Any] | Stretches, *problem: Any, view: View, numbers: int, solver: PlanSolver
+    ) -> Any:
         """What a program makes of a problem and what it sees, with a row of history for each step that was asked for.
 
-        `numbers`: that it holds of each point.
+        Args:
+          program: (*problem, sight, controls, options) -> a fit; or stretches of one, each of these.
+          numbers: that it holds of each point.
         """
         sight = view.in_chunks(numbers, self.chunk_size)
         options = FitOptions(chunks.rows(self.em_steps), solver, self.optimizer, progress=False)
         asked = (*problem, sight, self.controls, options)
-        with report.listening(self.progress) as listener:
-            underway = None
-            if program.stretches is not None and checks.known(problem, sight, self.controls):
-                begin, go_on = (functools.partial(part, *asked) for part in program.stretches)
-                underway = begin()
-            if underway is not None and (listener is None or checks.known(underway)):
-                fit = self._in_stretches(go_on, underway, listener)
-            else:
-                controls = self.controls._replace(listener=listener)
-                fit = program.whole(*problem, sight, controls, options._replace(progress=listener is not None))
+        if isinstance(program, Stretches):
+            with report.listening(self.progress) as listener:
+                fit = self._in_stretches(program, asked, listener)
+        else:
+            fit = program(*asked)
         return dataclasses.replace(fit, history=chunks.first(fit.history, self.em_steps))
 
-    def _in_stretches(self, go_on: Callable[..., Any], underway: Any, listener: Any) -> Any:
+    def _in_stretches(self, program: Stretches, asked: tuple, listener: Any) -> Any:
         """A fit whose rows are shown as they come: step by step, and in longer stretches where steps are quick."""
+        underway, last = program.begin(*asked), np.int32(self.em_steps + 1)
         if listener is None:
-            return go_on(underway, np.int32(self.em_steps + 1))[1]
+            return program.go_on(*asked, underway, last)[1]
+        if not checks.known(asked, underway):  # inside somebody's program, which has to call the host
+            *rest, controls, options = asked
+            asked = (*rest, controls._replace(listener=listener), options._replace(progress=True))
+            return program.go_on(*asked, underway, last)[1]
         done, stride, fit, running = 0, 1, None, True
         while running:
             began = time.perf_counter()
-            underway, fit = go_on(underway, np.int32(min(done + stride, self.em_steps + 1)))
+            underway, fit = program.go_on(*asked, underway, np.int32(min(done + stride, last)))
             before, done = done, int(underway.state.step)
             running = bool(underway.state.running)
             rows = jax.tree.map(np.asarray, underway.history)

@@ -130,10 +130,10 @@ def test_rows_cost_no_second_program_and_change_nothing(problem, blink, monkeypa
     """Step by step, and in stretches that double."""
     monkeypatch.setattr(request, "_BLINK", blink)
     alone = cg.fit_pair(*problem, transport_weight=0.1, **OPTIONS)
-    before = [program._cache_size() for program in (pairs._fit_pair, pairs._begin_pair, pairs._go_on_with_pair)]
+    before = [program._cache_size() for program in (pairs._begin_pair, pairs._go_on_with_pair)]
     rows = []
     shown = cg.fit_pair(*problem, transport_weight=0.1, progress=rows.append, **OPTIONS)
-    after = [program._cache_size() for program in (pairs._fit_pair, pairs._begin_pair, pairs._go_on_with_pair)]
+    after = [program._cache_size() for program in (pairs._begin_pair, pairs._go_on_with_pair)]
     assert before == after and alone.status_name == shown.status_name == "converged"
     for one, other in zip(jax.tree.leaves(alone), jax.tree.leaves(shown), strict=True):
         np.testing.assert_array_equal(one, other)
