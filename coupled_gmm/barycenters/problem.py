@@ -124,7 +124,7 @@ class BarycenterProblem:
         tol = jnp.asarray(limits.barycenter_tolerance(cost.dtype), cost.dtype)
 
         def one(cost: Array, fixed: Array, init: Any) -> tuple[Any, ...]:
-            problem = TransportProblem.of_masses(cost, weights, fixed, epsilon=self.epsilon, balanced=True)
+            problem = TransportProblem.of_masses(cost, weights, fixed, epsilon=self.epsilon)
             found = solvers.ENTROPIC(problem, init, tol, limit)
             value = duals.dual_value(problem, *found.words)
             return problem.plan(*found.words), found.f, found.words, value, found.marginal_error

@@ -19,7 +19,7 @@ from coupled_gmm.fits.graph import MixtureGraph
 from coupled_gmm.fits.request import Controls, FitOptions, FitRequest, GivenCloud, Stretches, view_of
 from coupled_gmm.fits.results import GraphFit
 from coupled_gmm.transport import plan, solvers
-from coupled_gmm.transport.pair import GaussianMixturePair
+from coupled_gmm.transport.pair import GaussianMixturePair, stated
 
 
 def _edge_solver(method: str, graph: MixtureGraph) -> solvers.PlanSolver:
@@ -161,4 +161,7 @@ def fit_graph(
     view = view_of(given, [graph.nodes], ridge)
     numbers = max(graph.sizes) * graph.nodes.n_features
     program = Stretches(_begin_graph, _go_on_with_graph)
-    return request.fit(program, graph, view=view, numbers=numbers, solver=_edge_solver(method, graph))
+    problem = dataclasses.replace(graph, balanced=False)  # one program, whatever the prices are
+    fit = request.fit(program, problem, view=view, numbers=numbers, solver=_edge_solver(method, graph))
+    plans = dataclasses.replace(fit.plans, pair=stated(fit.plans.pair, graph.balanced))
+    return dataclasses.replace(fit, plans=plans)

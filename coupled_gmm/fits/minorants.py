@@ -122,8 +122,7 @@ def _response(graph: MixtureGraph, statistics: Statistics) -> Response:
 
 
 def _problems(graph: MixtureGraph, costs: Array, log_a: Array, log_b: Array) -> TransportProblem:
-    prices = {"epsilon": graph.epsilon, "rho": graph.rho, "balanced": graph.balanced}
-    return TransportProblem.of_log_masses(costs, log_a, log_b, **prices)
+    return TransportProblem.of_log_masses(costs, log_a, log_b, epsilon=graph.epsilon, rho=graph.rho)
 
 
 def _dual_values(graph: MixtureGraph, costs: Array, potentials: Potentials) -> Float[Array, " E"]:
@@ -165,7 +164,7 @@ def _planned(parameters: Parameters, graph: MixtureGraph, near: Potentials, resp
     few = parameters.means.shape[-1] <= 2  # features: a cost costs nothing
     wanted = jnp.ones_like(couplings.known) if few else moves_mass(couplings.costs, near, margin=10)
     start = _Look(jnp.zeros((), jnp.int32), tol + jnp.inf, wanted, _Planned(near, near, log_weights, couplings))
-    turns = 2 if graph.balanced else 3  # balanced, plans come out with the masses
+    turns = jnp.where(jnp.all(jnp.isinf(graph.rho)), 2, 3)  # balanced, plans come out with the masses
     return jax.lax.while_loop(lambda now: now.turn < turns, look, start).planned
 
 

@@ -83,8 +83,7 @@ def transport_terms(
     def edge(one: Parameters, other: Parameters, epsilon: Array, rho: Array, start: entropic.Potentials):
         cost = bures.pairwise_cost(one.means, one.factors, other.means, other.factors)
         tol = jnp.asarray(limits.fit_tolerance(cost.dtype), cost.dtype)
-        prices = {"epsilon": epsilon, "rho": rho, "balanced": graph.balanced}
-        problem = TransportProblem.of_log_masses(cost, one.log_weights, other.log_weights, **prices)
+        problem = TransportProblem.of_log_masses(cost, one.log_weights, other.log_weights, epsilon=epsilon, rho=rho)
         fixed, init = jax.lax.stop_gradient((problem, start.words))
         solved = solver(fixed, init, tol, limits.MAX_ITERATIONS_IN_FITS)
         value = duals.dual_value(problem, *solved.words)

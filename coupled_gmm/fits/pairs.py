@@ -26,7 +26,7 @@ from coupled_gmm.fits.request import Controls, FitOptions, FitRequest, GivenClou
 from coupled_gmm.fits.results import PairFit, trimmed
 from coupled_gmm.gaussians.mixture import GaussianMixture, stack
 from coupled_gmm.transport import solvers
-from coupled_gmm.transport.pair import GaussianMixturePair
+from coupled_gmm.transport.pair import GaussianMixturePair, stated
 
 
 @program("options", over_matrices=True)
@@ -111,7 +111,7 @@ def penalized_log_likelihood(
     pair.gmm0.check_densities("pair.gmm0")
     pair.gmm1.check_densities("pair.gmm1")
     view = view_of(_two_clouds(x0, x1, point_weights0, point_weights1), [pair.gmm0, pair.gmm1], ridge)
-    return _value(pair, transport_weight, view.in_chunks(_numbers(pair), chunk_size), ridge)
+    return _value(stated(pair, balanced=False), transport_weight, view.in_chunks(_numbers(pair), chunk_size), ridge)
 
 
 def _two_clouds(x0: Any, x1: Any, weights0: Any, weights1: Any) -> list[GivenCloud]:
@@ -316,8 +316,11 @@ class _PairRequest(NamedTuple):
         return cls(request, pair, view, frozen, solver, n_init, None if key is None else checks.key("key", key))
 
     def fit(self, program: Any, pairs: GaussianMixturePair, weights: Array) -> PairFit:
-        problem = pairs, weights, self.frozen
-        return self.request.fit(program, *problem, view=self.view, numbers=_numbers(self.pair), solver=self.solver)
+        problem = stated(pairs, balanced=False), weights, self.frozen  # one program, whatever the prices are
+        fit = self.request.fit(program, *problem, view=self.view, numbers=_numbers(self.pair), solver=self.solver)
+        balanced = self.pair.balanced
+        plan = dataclasses.replace(fit.plan, pair=stated(fit.plan.pair, balanced))
+        return dataclasses.replace(fit, pair=stated(fit.pair, balanced), plan=plan)
 
     def starts(self) -> GaussianMixturePair:
         """The pair, and pairs that are drawn, stacked; what is frozen is in all of them."""

@@ -32,10 +32,15 @@ AT_FLOOR = 4  # iterations within rounding of the solution, of which the best is
 
 
 class Merit(NamedTuple):
-    """A convex function that the solution minimises, and the sum of its terms' sizes, which its rounding is a part of."""
+    """A convex function that the solution minimises, and the sum of its terms' sizes, which its rounding is a part of: infinite
+    where there is no such function, and the residual alone tells good steps from bad."""
 
     value: Float[Array, ""]
     magnitude: Float[Array, ""]
+
+    @property
+    def judges(self) -> Bool[Array, ""]:
+        return ~jnp.isposinf(self.magnitude)
 
 
 # (mu, careful) -> delta, what solves with a matrix; careful, it is one by whose step the merit falls if that is short enough.
@@ -50,7 +55,7 @@ class NewtonSystem(NamedTuple):
     marginal_error: Float[Array, ""]  # L1, as a part of all mass
     rounding: Float[Array, ""]  # of the marginal error: a unit of rounding of the exponents, where the mass is
     warm_start: Any  # what is eliminated from the equations, for the next time
-    merit: Merit | None  # None where the residual alone tells good steps from bad
+    merit: Merit
 
 
 Equations = Callable[[Array, Array, Any], NewtonSystem]  # of unknowns, epsilon and a warm start
@@ -120,12 +125,12 @@ def anneal(equations: Equations, init: Float[Array, " n"], warm_start: Any, unkn
         accepted = state.retried | accepts(last, residual_norm, system.merit, rounding)
         radius = next_radius(state.radius, accepted, unknowns.norm(x - last.x), epsilon)
         radius = jnp.where(state.retried, state.radius, radius)
-        judged = system.merit is not None
-        step = newton_step(system, damping(residual_norm, radius, judged), state.careful)
+        step = newton_step(system, damping(residual_norm, radius, system.merit), state.careful)
         step = unknowns.centred(step)
         length = unknowns.norm(step)
-        if judged:  # the matrix of several plans that share masses is no M-matrix, and bounds no step
-            step = step * jnp.minimum(1, 2 * radius / jnp.where(length > 0, length, 1))
+        # The matrix of several plans that share masses is no M-matrix, and bounds no step.
+        longest = jnp.where(system.merit.judges, 2 * radius, jnp.inf)
+        step = step * jnp.minimum(1, longest / jnp.where(length > 0, length, 1))
 
         floor = jnp.fmin(2 * system.rounding, rounding)
         at_goal = epsilon <= goal.epsilon
@@ -135,9 +140,8 @@ def anneal(equations: Equations, init: Float[Array, " n"], warm_start: Any, unkn
         heats = accepted & is_far(length, residual_norm) & ~state.cooling & (epsilon < goal.hottest)
         cools = accepted & ~at_goal & ((length <= SHORT) | solved)
         stays = heats | cools  # the next epsilon's first step is judged by nothing before it
-        merit = last.merit if system.merit is None else system.merit.value
         retries = ~accepted & ~state.careful & callable(system.matrix)
-        here = Accepted(x, jnp.where(stays, jnp.inf, residual_norm), jnp.where(stays, jnp.inf, merit))
+        here = Accepted(x, jnp.where(stays, jnp.inf, residual_norm), jnp.where(stays, jnp.inf, system.merit.value))
         return _State(
             x=unknowns.centred(
                 jnp.where(
@@ -193,11 +197,9 @@ def residual_rounding(scale: Array, epsilon: Array) -> Float[Array, ""]:
     return 2 * jnp.finfo(scale.dtype).eps * scale / epsilon
 
 
-def accepts(last: Accepted, residual_norm: Array, merit: Merit | None, rounding: Array) -> Bool[Array, ""]:
+def accepts(last: Accepted, residual_norm: Array, merit: Merit, rounding: Array) -> Bool[Array, ""]:
     """Whether the step from `last` has led to something better, or may have but for rounding."""
     doubled = residual_norm > jnp.maximum(2 * last.residual_norm, 2 * rounding)
-    if merit is None:
-        return ~doubled
     rise, noise = merit.value - last.merit, 4 * jnp.finfo(merit.value.dtype).eps * merit.magnitude
     return ~((rise > noise) | (doubled & (rise > -noise)))
 
@@ -208,10 +210,10 @@ def next_radius(radius: Array, accepted: Array, length: Array, epsilon: Array) -
     return radius * jnp.where(accepted, jnp.where(grows, 2, 1), 0.5)
 
 
-def damping(residual_norm: Array, radius: Array, has_merit: bool) -> Float[Array, ""]:
+def damping(residual_norm: Array, radius: Array, merit: Merit) -> Float[Array, ""]:
     r""":math:`\mu = |R|_\infty / r`, which bounds the step by r; at most 1 where no merit judges it."""
     least = 10 * jnp.finfo(residual_norm.dtype).eps  # balanced, the matrix alone is singular
-    return jnp.clip(residual_norm / radius, least, jnp.inf if has_merit else 1)
+    return jnp.clip(residual_norm / radius, least, jnp.where(merit.judges, jnp.inf, 1))
 
 
 def newton_step(system: NewtonSystem, mu: Array, careful: Array | bool = False) -> Float[Array, " n"]:

@@ -130,12 +130,10 @@ def _annealed(problem: TransportProblem, f0: Words, g0: Words, goal: Goal) -> An
         rows = reduced.exponent(f, g) / epsilon + log_b
         log_rows = jax.nn.logsumexp(rows, axis=1)
         u = jnp.exp(rows - log_rows[:, None])
-        log_mass = 0 if problem.balanced else jax.nn.logsumexp(log_a + log_rows)
+        log_mass = jnp.where(problem.balanced, 0, jax.nn.logsumexp(log_a + log_rows))
         flow = jnp.exp(log_a + log_rows - log_mass)
-        merit = None
-        if problem.balanced:
-            terms = jnp.concatenate([jnp.where(present, a * f, 0), problem.b * g])
-            merit = Merit(-jnp.sum(terms), jnp.sum(jnp.abs(terms)))
+        terms = jnp.concatenate([jnp.where(present, a * f, 0), problem.b * g])
+        size = jnp.where(problem.balanced, jnp.sum(jnp.abs(terms)), jnp.inf)
         paid = f * inverse_rho0 + paid0
         return NewtonSystem(
             residual=-paid - log_rows,
@@ -143,11 +141,11 @@ def _annealed(problem: TransportProblem, f0: Words, g0: Words, goal: Goal) -> An
             marginal_error=jnp.sum(jnp.abs(jnp.exp(log_a - paid - log_mass) - flow)),
             rounding=rounding(u * flow[:, None], cost, f, epsilon),
             warm_start=g,
-            merit=merit,
+            merit=Merit(jnp.where(problem.balanced, -jnp.sum(terms), 0), size),
         )
 
     scale = jnp.max(jnp.where(present[:, None] & (log_b > -jnp.inf), jnp.abs(cost), 0))
-    shift_weights = a if problem.balanced else 0 * a
+    shift_weights = jnp.where(problem.balanced, a, 0)
 
     def centred(f: Array) -> Array:
         return f - jnp.sum(jnp.where(shift_weights > 0, shift_weights * f, 0))

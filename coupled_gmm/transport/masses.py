@@ -150,7 +150,7 @@ class _Joint(NamedTuple):
         ends, nodes = links.ends, _Nodes(response, log_masses)
         given, present, free = nodes.given[ends], nodes.present[ends], response.free[ends]
         unit = jnp.exp2(jnp.round(jnp.log2(problems.epsilon)))
-        epsilon, price = problems.epsilon / unit, _inverse_rhos(problems) * unit
+        epsilon, price = problems.epsilon / unit, jnp.stack(problems.inverse_rhos) * unit
         near = _near(problems, present, init)
         cost = -jax.vmap(TransportProblem.exponent)(problems, *near) / unit[:, None, None]
         start = jnp.stack([value(side) for side in near]) / unit[:, None]
@@ -167,9 +167,7 @@ class _Joint(NamedTuple):
             unit=unit,
             epsilon=epsilon,
             price=price,
-            problems=TransportProblem.of_log_masses(
-                cost, given[0], given[1], epsilon=epsilon, balanced=problems.balanced
-            ),
+            problems=problems.in_unit(unit, cost).with_log_masses(given[0], given[1]),
             near=near,
             start=start,
             weights=weights,
@@ -208,7 +206,7 @@ class _Joint(NamedTuple):
         wanted = log_mass[self.ends] - (self.start + x) * self.price[..., None]
         log_plan = jax.vmap(TransportProblem.log_plan)(self.problems.at(eps), x[0], x[1])
         log_sums = jnp.stack([jax.nn.logsumexp(log_plan, axis=2), jax.nn.logsumexp(log_plan, axis=1)])
-        log_total = 0 if self.problems.balanced else jax.nn.logsumexp(log_plan, axis=(1, 2))[:, None]
+        log_total = jnp.where(self.problems.balanced, 0, jax.nn.logsumexp(log_plan, axis=(1, 2)))[:, None]
         part = lambda log_mass: jnp.exp(log_mass - log_total)  # noqa: E731
         missed = jnp.sum(jnp.abs(part(log_sums) - part(wanted)), axis=(0, 2))
         lost = jnp.max(jnp.abs(jnp.sum(jnp.exp(log_mass), axis=-1) - 1))
@@ -262,7 +260,7 @@ class _Joint(NamedTuple):
 
     def unknowns(self) -> Unknowns:
         given = self.nodes.given[self.ends[0]]
-        weights = jnp.exp(given) if self.problems.balanced else jnp.zeros_like(given)
+        weights = jnp.where(self.problems.balanced[:, None], jnp.exp(given), 0)
 
         def centred(x: Array) -> Array:
             x = x.reshape(self.start.shape)
@@ -326,9 +324,9 @@ def _potentials(
     f, g = (
         expansions.moved(side, jnp.where(here, by, 0)) for side, here, by in zip(near, present, change, strict=True)
     )
-    if problems.balanced:
-        shift = jnp.sum(jnp.exp(log_masses[0]) * jnp.where(present[0], value(f), 0), axis=-1, keepdims=True)
-        f, g = expansions.moved(f, -shift), expansions.moved(g, shift)
+    shift = jnp.sum(jnp.exp(log_masses[0]) * jnp.where(present[0], value(f), 0), axis=-1, keepdims=True)
+    shift = jnp.where(problems.balanced[:, None], shift, 0)
+    f, g = expansions.moved(f, -shift), expansions.moved(g, shift)
     f = _where(present[0], f)
     g = jax.vmap(lambda problem, f, g: problem.transpose().c_transform(f, g))(solved, f, g)
     return solved, f, _where(present[1], g)
@@ -337,12 +335,6 @@ def _potentials(
 def _where(those: Array, words: Words) -> Words:
     """Zero elsewhere."""
     return jnp.where(those, words[0], 0), jnp.where(those, words[1], 0)
-
-
-def _inverse_rhos(problems: TransportProblem) -> Float[Array, "2 E"]:
-    if problems.balanced:
-        return jnp.zeros((2, *problems.epsilon.shape), problems.epsilon.dtype)
-    return jnp.stack([1 / problems.rho0, 1 / problems.rho1])
 
 
 def _difference(new: Array, old: Array) -> Array:

@@ -136,11 +136,16 @@ class GaussianMixturePair(Stackable):
         )
 
 
+def stated(pair: GaussianMixturePair, balanced: bool) -> GaussianMixturePair:
+    """The same pair, whose structure says that it is balanced, or leaves that to its prices."""
+    return unchecked(
+        GaussianMixturePair, gmm0=pair.gmm0, gmm1=pair.gmm1, epsilon=pair.epsilon, rho=pair.rho, balanced=balanced
+    )
+
+
 def transport_problem(pair: GaussianMixturePair, cost: Float[Array, "*b K0 K1"]) -> TransportProblem:
     """The problem between the components of a pair, at costs that are known."""
-    return TransportProblem.of_masses(
-        cost, pair.gmm0.weights, pair.gmm1.weights, epsilon=pair.epsilon, rho=pair.rho, balanced=pair.balanced
-    )
+    return TransportProblem.of_masses(cost, pair.gmm0.weights, pair.gmm1.weights, epsilon=pair.epsilon, rho=pair.rho)
 
 
 def _check(gmm0: GaussianMixture, gmm1: GaussianMixture, epsilon: Any) -> jax.Array:

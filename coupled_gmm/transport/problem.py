@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from coupled_gmm.core import checks, expansions
 from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.expansions import Words, two_sum
 from coupled_gmm.core.programs import program
-from coupled_gmm.core.tree import pytree, static
+from coupled_gmm.core.tree import pytree
 from coupled_gmm.gaussians.mixture import log_weights
 
 BALANCED = float("1")  # an object of its own, to tell a tau that was given
@@ -39,29 +39,28 @@ class TransportProblem:
     epsilon: Float[Array, "*b"]
     rho0: Float[Array, "*b"]  # the price of changing a
     rho1: Float[Array, "*b"]  # the price of changing b
-    balanced: bool = static()  # both prices are infinite, and known to be before compilation
 
     @classmethod
     def of_masses(
-        cls, cost: Array, a: Array, b: Array, *, epsilon: Array, rho: Array | None = None, balanced: bool
+        cls, cost: Array, a: Array, b: Array, *, epsilon: Array, rho: Array | None = None
     ) -> "TransportProblem":
         """From masses; `rho` is one price or two, None is infinite."""
-        return cls._of(cost, (a, b), None, epsilon, rho, balanced)
+        return cls._of(cost, (a, b), None, epsilon, rho)
 
     @classmethod
     def of_log_masses(
-        cls, cost: Array, log_a: Array, log_b: Array, *, epsilon: Array, rho: Array | None = None, balanced: bool
+        cls, cost: Array, log_a: Array, log_b: Array, *, epsilon: Array, rho: Array | None = None
     ) -> "TransportProblem":
         """From logarithms of masses, -inf where there is none; `rho` is one price or two, None is infinite."""
-        return cls._of(cost, (jnp.exp(log_a), jnp.exp(log_b)), (log_a, log_b), epsilon, rho, balanced)
+        return cls._of(cost, (jnp.exp(log_a), jnp.exp(log_b)), (log_a, log_b), epsilon, rho)
 
     @classmethod
     def _of(
-        cls, cost: Array, masses: tuple, log_masses: tuple | None, epsilon: Array, rho: Array | None, balanced: bool
+        cls, cost: Array, masses: tuple, log_masses: tuple | None, epsilon: Array, rho: Array | None
     ) -> "TransportProblem":
         rho0, rho1 = both_sides(jnp.full_like(epsilon, jnp.inf) if rho is None else rho, jnp.ndim(epsilon))
         a, b = masses
-        return cls(cost=cost, a=a, b=b, log_masses=log_masses, epsilon=epsilon, rho0=rho0, rho1=rho1, balanced=balanced)
+        return cls(cost=cost, a=a, b=b, log_masses=log_masses, epsilon=epsilon, rho0=rho0, rho1=rho1)
 
     @property
     def log_a(self) -> Float[Array, " K0"]:
@@ -83,23 +82,30 @@ class TransportProblem:
             epsilon=self.epsilon,
             rho0=self.rho1,
             rho1=self.rho0,
-            balanced=self.balanced,
         )
 
     def at(self, epsilon: Array) -> "TransportProblem":
         """The same problem at another epsilon."""
         return dataclasses.replace(self, epsilon=epsilon)
 
+    def in_unit(self, unit: Array, cost: Array) -> "TransportProblem":
+        """The same problem at costs that are in another unit."""
+        return dataclasses.replace(
+            self, cost=cost, epsilon=self.epsilon / unit, rho0=self.rho0 / unit, rho1=self.rho1 / unit
+        )
+
     def with_log_masses(self, log_a: Array, log_b: Array) -> "TransportProblem":
         """The same problem between other masses."""
         return dataclasses.replace(self, a=jnp.exp(log_a), b=jnp.exp(log_b), log_masses=(log_a, log_b))
 
     @property
-    def inverse_rhos(self) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    def balanced(self) -> Bool[Array, "*b"]:
+        """Whether both prices are infinite."""
+        return jnp.isinf(self.rho0) & jnp.isinf(self.rho1)
+
+    @property
+    def inverse_rhos(self) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
         """1 / rho of both sides: zero where a mass is held."""
-        if self.balanced:
-            zero = jnp.zeros((), self.rho0.dtype)
-            return zero, zero
         return 1 / self.rho0, 1 / self.rho1
 
     def exponent(self, f: Potential, g: Potential) -> Float[Array, "K0 K1"]:
@@ -140,7 +146,7 @@ class TransportProblem:
         """The marginal error as a part of the mass that moves (of 1, if balanced), and the logarithm of that mass."""
         inverse_rho0, inverse_rho1 = self.inverse_rhos
         log_plan = self.log_plan(f, g)
-        log_mass = jnp.zeros((), self.cost.dtype) if self.balanced else jax.nn.logsumexp(log_plan)
+        log_mass = jnp.where(self.balanced, 0, jax.nn.logsumexp(log_plan))
         plan = jnp.exp(log_plan - log_mass)
         # A mass of zero stays zero whatever its potential is, which may be too large for the exponential.
         rows = jnp.exp(self.log_a - value(f) * inverse_rho0 - log_mass)
@@ -152,9 +158,7 @@ class TransportProblem:
         r""":math:`\langle \phi(f), a \rangle + \langle \phi(g), b \rangle + \epsilon (|a||b| - |P|)`, by the formula:
         :math:`\phi(f) = \rho (1 - e^{-f / \rho})` at its side's price, or f where that is infinite."""
         mass = jnp.sum(self.plan(f, g))
-        f, g = value(f), value(g)
-        if not self.balanced:
-            f, g = worth(f, self.rho0), worth(g, self.rho1)
+        f, g = worth(value(f), self.rho0), worth(value(g), self.rho1)
         return f @ self.a + g @ self.b + self.epsilon * (jnp.sum(self.a) * jnp.sum(self.b) - mass)
 
 

@@ -15,7 +15,7 @@ from coupled_gmm.core.status import Status, raise_if_failed
 from coupled_gmm.gaussians.mixture import GaussianMixture
 from coupled_gmm.transport import entropic, exact, limits
 from coupled_gmm.transport.entropic import Potentials
-from coupled_gmm.transport.pair import GaussianMixturePair, transport_problem
+from coupled_gmm.transport.pair import GaussianMixturePair, stated, transport_problem
 from coupled_gmm.transport.plan import Plan, from_potentials, from_vertex
 from coupled_gmm.transport.problem import Potential, TransportProblem, tau_of_rho
 from coupled_gmm.transport.sinkhorn import Sinkhorn
@@ -95,21 +95,28 @@ def solve_plan(
     limit = (
         limits.MAX_ITERATIONS[method] if max_iterations is None else checks.integer("max_iterations", max_iterations, 1)
     )
-    k0, k1 = pair.gmm0.n_components, pair.gmm1.n_components
-    if init is None:
-        init = (np.zeros(k0, pair.gmm0.dtype), np.zeros(k1, pair.gmm0.dtype))
-    if not isinstance(init, (tuple, list)) or len(init) != 2:
-        raise ArgumentTypeError("init", f"expected potentials (f, g) as in plan.potentials, got {type(init).__name__}")
-    f, g = (checks.array(f"init[{i}]", init[i], size).astype(pair.gmm0.dtype) for i, size in enumerate((k0, k1)))
-    for i, potential in enumerate((f, g)):
-        checks.finite(f"init[{i}]", potential, "pass None to start from zero")
+    init = _potentials(init, pair)
     if method == "exact":
         if not pair.balanced:
             raise ArgumentError(
                 "method", "'exact' is for balanced transport", "build the pair with tau = 1, or use 'entropic'"
             )
         return _solve_exactly(pair, tol, limit)
-    return _solve_plan(pair, (f, g), tol, solver_for(method, pair), limit)
+    # One program, whatever the prices are.
+    plan = _solve_plan(stated(pair, balanced=False), init, tol, solver_for(method, pair), limit)
+    return dataclasses.replace(plan, pair=pair)
+
+
+def _potentials(init: Any, pair: GaussianMixturePair) -> tuple[Any, Any]:
+    sizes = pair.gmm0.n_components, pair.gmm1.n_components
+    if init is None:
+        return jax.device_put(tuple(np.zeros(size, pair.gmm0.dtype) for size in sizes))
+    if not isinstance(init, (tuple, list)) or len(init) != 2:
+        raise ArgumentTypeError("init", f"expected potentials (f, g) as in plan.potentials, got {type(init).__name__}")
+    f, g = (checks.array(f"init[{i}]", init[i], size).astype(pair.gmm0.dtype) for i, size in enumerate(sizes))
+    for i, potential in enumerate((f, g)):
+        checks.finite(f"init[{i}]", potential, "pass None to start from zero")
+    return f, g
 
 
 @program("solver", "max_iterations")
@@ -144,8 +151,8 @@ def mw2_squared(gmm0: GaussianMixture, gmm1: GaussianMixture, *, epsilon: Any = 
 
     Raises:
       TypeError, ValueError: not mixtures, features that disagree, epsilon out of range.
-      FitError: an entropic plan missed its marginals by more than 1e-4. Under a transformation nothing can be raised:
-        there take `solve_plan`, and read its status.
+      FitError: an entropic plan missed its marginals by more than 1e-4. Inside ``jit`` and ``vmap`` nothing can be
+        raised: there take `solve_plan`, and read its status.
     """
     pair = GaussianMixturePair(gmm0, gmm1, 1.0 if epsilon is None else epsilon)
     value, status = _mw2_squared(pair, epsilon is None)

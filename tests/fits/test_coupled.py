@@ -120,10 +120,15 @@ ADAM = {"optimizer": optax.adam, "learning_rate": 1e-2}
 def test_one_compilation_over_everything_that_is_swept():
     x0, x1, gmm0, gmm1 = small_problem()
     sizes = []
-    for epsilon, rho, weight, rate, tol in ((0.1, 1.0, 0.1, 1e-3, 0.0), (0.2, 2.0, 0.5, 1e-2, 1e-3), (1, 5, 0, 1, 1)):
+    for epsilon, rho, weight, rate, tol in (
+        (0.1, 1.0, 0.1, 1e-3, 0.0),
+        (0.2, 2.0, 0.5, 1e-2, 1e-3),
+        (1, np.inf, 0, 1, 1),
+    ):
         pair = cg.GaussianMixturePair.from_rho(gmm0, gmm1, epsilon=epsilon, rho=rho)
         options = {"transport_weight": weight, "learning_rate": rate, "tol": tol, "ridge": tol * 1e-3}
-        cg.fit_pair(x0, x1, pair, optimizer=optax.adam, **options, **STEPS)
+        fit = cg.fit_pair(x0, x1, pair, optimizer=optax.adam, **options, **STEPS)
+        assert fit.pair.balanced == fit.plan.pair.balanced == np.isinf(rho)
         sizes.append(sum(program._cache_size() for program in (fit_module._begin_pair, fit_module._go_on_with_pair)))
     assert 2 <= sizes[0] == sizes[1] == sizes[2]
 
@@ -342,12 +347,12 @@ def test_progress_delivers_every_row(chunked, x64):
 @pytest.mark.slow
 def test_a_chain_of_two_edges_and_a_node_without_a_cloud(x64):
     x0, x1, gmm0, gmm1 = small_problem()
-    middle = random_mixture(7, 3, 2)
+    middle = random_mixture(7, 4, 2)
     graph = cg.MixtureGraph.from_mixtures([gmm0, middle, gmm1], [(0, 1), (1, 2)], edge_weights=0.5, epsilon=0.1)
     fit = cg.fit_graph([x0, None, x1], graph, em_steps=8, m_steps=10)
     values = np.append(fit.history.penalized_log_likelihood, fit.penalized_log_likelihood)
     assert (np.diff(values) >= -1e-9).all()
-    assert [gmm.n_components for gmm in fit.gmms] == [2, 3, 2]
+    assert [gmm.n_components for gmm in fit.gmms] == [gmm0.n_components, 4, gmm1.n_components]
     start, end = middle.mean(), fit.gmms[1].mean()
     centre = 0.5 * (x0.mean(0) + x1.mean(0))
     assert np.linalg.norm(end - centre) < np.linalg.norm(start - centre)

@@ -10,11 +10,12 @@ from coupled_gmm.transport.annealing import Accepted, Merit, NewtonSystem
 from coupled_gmm.transport.problem import TransportProblem
 
 newton_step = jax.jit(annealing.newton_step)
+JUDGE, NO_JUDGE = (Merit(jnp.zeros(()), jnp.asarray(size)) for size in (1.0, np.inf))
 
 
 def system_of(matrix, residual):
     zero = jnp.zeros(())
-    return NewtonSystem(jnp.asarray(residual), jnp.asarray(matrix), zero, zero, (), None)
+    return NewtonSystem(jnp.asarray(residual), jnp.asarray(matrix), zero, zero, (), NO_JUDGE)
 
 
 def test_newton_step_is_numpys(x64):
@@ -32,10 +33,10 @@ def test_damping_keeps_the_step_within_the_radius(x64, radius):
     for size in (1e-3, 1.0, 1e4):
         residual = size * rng.uniform(-1, 1, 6)
         norm = jnp.asarray(np.abs(residual).max())
-        mu = annealing.damping(norm, jnp.asarray(radius), has_merit=True)
+        mu = annealing.damping(norm, jnp.asarray(radius), JUDGE)
         step = newton_step(system_of(np.eye(6) - rng.dirichlet(np.ones(6), 6), residual), mu)
         assert np.abs(step).max() <= radius * (1 + 1e-9)
-        assert annealing.damping(norm, jnp.asarray(radius), has_merit=False) == min(float(mu), 1)
+        assert annealing.damping(norm, jnp.asarray(radius), NO_JUDGE) == min(float(mu), 1)
 
 
 @pytest.mark.parametrize(
@@ -51,9 +52,11 @@ def test_damping_keeps_the_step_within_the_radius(x64, radius):
 )
 def test_accepts(residual_norm, merit, accepted):
     last = Accepted(jnp.zeros(2), jnp.asarray(1.0), jnp.asarray(5.0))
-    judge = None if merit is None else Merit(jnp.asarray(5.0 + merit), jnp.asarray(5.0))
+    judge = NO_JUDGE if merit is None else Merit(jnp.asarray(5.0 + merit), jnp.asarray(5.0))
     assert bool(annealing.accepts(last, jnp.asarray(residual_norm), judge, jnp.asarray(1e-7))) is accepted
-    assert annealing.accepts(last, jnp.asarray(residual_norm), None, jnp.asarray(2.0)), "a residual that is rounding"
+    assert annealing.accepts(last, jnp.asarray(residual_norm), NO_JUDGE, jnp.asarray(2.0)), (
+        "a residual that is rounding"
+    )
     first = Accepted(jnp.zeros(2), jnp.asarray(jnp.inf), jnp.asarray(jnp.inf))
     assert annealing.accepts(first, jnp.asarray(residual_norm), judge, jnp.asarray(1e-7)), "a first step has no judge"
 
@@ -117,7 +120,7 @@ def test_the_solver_ends_where_sinkhorn_does(x64, rhos):
     expected = np.outer(a, b) * np.exp((f[:, None] + g - cost) / epsilon)
     rho = None if rhos is None else jnp.asarray(rhos)
     arrays = [jnp.asarray(x) for x in (cost, a, b)]
-    problem = TransportProblem.of_masses(*arrays, epsilon=jnp.asarray(epsilon), rho=rho, balanced=rhos is None)
+    problem = TransportProblem.of_masses(*arrays, epsilon=jnp.asarray(epsilon), rho=rho)
     run, turned = jax.jit(entropic.solve, static_argnums=3), problem.transpose()
     read = jax.jit(lambda problem, f, g: (problem.plan(f, g), problem.marginal_error(f, g)))
     for init in (np.zeros(3), np.array([5.0, -5.0, 0.0])):

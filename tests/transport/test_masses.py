@@ -40,7 +40,7 @@ solve = jax.jit(solve_pair, static_argnums=3)
 
 
 def balanced(cost, log_a, log_b, epsilon):
-    return TransportProblem.of_log_masses(cost, log_a, log_b, epsilon=epsilon, balanced=True)
+    return TransportProblem.of_log_masses(cost, log_a, log_b, epsilon=epsilon)
 
 
 def log_sum_exp(x, axis):
@@ -280,8 +280,8 @@ def solved_graph(graph, free, rho=None, init=None, present=None):
     present = given if present is None else present
     logs = jnp.log(jnp.asarray(present))
     one, other = logs[edges[:, 0]], logs[edges[:, 1]]
-    prices = {"rho": None if rho is None else jnp.full(len(edges), rho), "balanced": rho is None}
-    problems = TransportProblem.of_log_masses(jnp.asarray(cost), one, other, epsilon=jnp.asarray(epsilon), **prices)
+    rho = None if rho is None else jnp.full(len(edges), rho)
+    problems = TransportProblem.of_log_masses(jnp.asarray(cost), one, other, epsilon=jnp.asarray(epsilon), rho=rho)
     response = Response(jnp.asarray(targets), jnp.asarray(v), jnp.asarray(free))
     links = Links(jnp.asarray(edges.T), jnp.asarray(weights))
     init = (jnp.zeros(cost.shape[:2]),) * 2 if init is None else init
@@ -331,7 +331,6 @@ def test_masses_of_an_unbalanced_graph_rise_to_a_stationary_point(x64):
                 *map(jnp.asarray, (c, present[i], present[j])),
                 epsilon=jnp.asarray(e),
                 rho=jnp.asarray(rho),
-                balanced=False,
             )
             for (i, j), c, e in zip(edges, cost, epsilon)
         ]
