@@ -205,7 +205,10 @@ def race(draws: Parameters, chunks: Chunks, floor: Float[Array, " d"], n: int) -
         count, n_steps = turn
         racing = jnp.arange(len(draws.log_weights)) < count
         values, ends = jax.lax.map(lambda one: climb(*one), (*carry, jnp.where(racing, n_steps, 0)))
-        order = jnp.argsort(jnp.where(racing & jnp.isfinite(values), -jnp.round(values / _ALIKE), jnp.inf))
+        good = racing & jnp.isfinite(values)
+        # From the best of them, not from zero: units add the same to all.
+        behind = jnp.max(values, where=good, initial=-jnp.inf) - values
+        order = jnp.argsort(jnp.where(good, jnp.round(behind / _ALIKE), jnp.inf))
         return jax.tree.map(lambda leaf: leaf[order], (values, ends)), None
 
     start = jnp.full(len(draws.log_weights), -jnp.inf, floor.dtype), draws

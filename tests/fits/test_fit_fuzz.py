@@ -253,6 +253,13 @@ def test_order_units_and_offset_change_no_fit(seed):
     assert mixture < NEAR
 
 
+@pytest.mark.parametrize("seed", [1024, 1030, 1036])
+def test_units_do_not_decide_which_of_several_starts_is_best(x64, seed):
+    """Ends that are alike in one unit were not in another, whose likelihoods are higher by a constant."""
+    *_, start = changed_fits(seed, (500, 2, 3), CLOUDS[seed % len(CLOUDS)], "units", 0, (3,))
+    assert start < SAME
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("tol", [0, TOL])
