@@ -38,7 +38,10 @@ def main() -> None:
     """The entry point ``coupled-gmm``."""
     interrupts.watch()
     terminal.settle()
-    app()
+    try:
+        app()
+    finally:
+        interrupts.ignore()
 
 
 @app.callback()

@@ -50,6 +50,11 @@ def watch() -> None:
     threading.Thread(target=_wait, args=(reader, writer), name="interrupts", daemon=True).start()
 
 
+def ignore() -> None:
+    """From now on, the work being done: a process that ends by itself is not said to have been interrupted."""
+    lock.acquire()
+
+
 @contextlib.contextmanager
 def undoing(undo: Callable[[], None]) -> Iterator[None]:
     """`undo` is called when the block ends, in whichever way, and when a signal ends the process meanwhile."""

@@ -282,6 +282,16 @@ def test_signals_end_a_command_in_one_line(tmp_path, number, line):
     assert not files(tmp_path)
 
 
+def test_a_command_that_has_ended_is_not_said_to_be_interrupted(tmp_path):
+    """A signal while the interpreter leaves: status 0 came with "interrupted" before."""
+    code = (
+        "import sys; sys.argv = ['coupled-gmm', 'show', 'absent']; from coupled_gmm import cli; import atexit, os, signal, time;"
+        "atexit.register(lambda: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(0.5))); cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert done.returncode == 2 and "absent" in done.stderr and "interrupted" not in done.stderr
+
+
 @pytest.mark.parametrize(
     "shell",
     [
