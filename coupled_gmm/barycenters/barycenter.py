@@ -7,8 +7,8 @@ A barycenter minimises the sum of squared distances to given mixtures,
 Plans and Gaussians take turns. Given the plans, each component moves to a Bures barycenter of those that it shares mass
 with, one over all plans ("joint"), which is where F, at those plans, is least: so F never rises. The two-level projections
 of Tanguy, Delon & Gozlan (2024), and of POT, first sum up what a component gets from each mixture, exactly ("bures") or by
-averaging covariances ("euclidean"); F may then rise. Weights, where they are learnt, are the best at given costs: a linear
-programme.
+averaging covariances ("euclidean"); F may then rise. Weights, where they are learnt, are the best at given costs: of one
+mixture, what is nearest decides; of two, a transport problem between them; of more, a linear programme, on the host.
 """
 
 import dataclasses
@@ -201,7 +201,7 @@ def _barycenter(
     arguments = gmms, starts, coefficients, epsilon
     gmms, starts, coefficients, epsilon = one_precision(arguments, _NO_DERIVATIVE)
     problem = build_problem(gmms, coefficients, epsilon, FreeMixture.of(take(starts, 0)), options.method)
-    ends = jax.vmap(lambda gmm: _descend(problem, FreeMixture.of(gmm), tol, max_steps, options))(starts)
+    ends = jax.lax.map(lambda gmm: _descend(problem, FreeMixture.of(gmm), tol, max_steps, options), starts)
     finals = jnp.take_along_axis(ends.values, ends.count[:, None] - 1, axis=1)[:, 0]
     best = jnp.argmin(jnp.where(jnp.isfinite(finals), finals, jnp.inf))
     end, value = take(ends, best), finals[best]
@@ -222,9 +222,15 @@ def _descend(problem: BarycenterProblem, free: FreeMixture, tol: Array, max_step
     def step(state: _State) -> _State:
         free, count = state.free, state.count
         cost = problem.costs(free)
+        solved = state.solved
         if options.learn_weights:
-            best = _best_weights(problem, cost, allowed)
-            free = free._replace(weights=jnp.where(state.learning, best, free.weights))
+            weights, known = jax.lax.cond(
+                state.learning,
+                lambda cost: _best_weights(problem, cost, allowed),
+                lambda _: (free.weights, jnp.asarray(True)),
+                cost,
+            )
+            free, solved = free._replace(weights=weights), solved & known
         plans = problem.solve(cost, free.weights, state.warm_start)
         fall = state.values[count - 1] - plans.objective
         change, rounding = jnp.abs(fall), 16 * jnp.finfo(fall.dtype).eps * jnp.abs(plans.objective)
@@ -240,7 +246,7 @@ def _descend(problem: BarycenterProblem, free: FreeMixture, tol: Array, max_step
             values=state.values.at[count].set(plans.objective),
             count=count + 1,
             converged=converged,
-            solved=state.solved & plans.solved,
+            solved=solved & plans.solved,
             settled=jnp.where(done, state.settled, settled),
             learning=state.learning | settled | (count + 1 == max_steps),
             done=done,
@@ -293,13 +299,15 @@ def _averages(
 
 def _best_weights(
     problem: BarycenterProblem, cost: Float[Array, "B n K"], allowed: Bool[Array, " n"]
-) -> Float[Array, " n"]:
-    """The weights of the free mixture at which the objective is least, its components as they are."""
+) -> tuple[Float[Array, " n"], Bool[Array, ""]]:
+    """The weights of the free mixture at which the objective is least, its components as they are; and whether it is."""
     if len(cost) == 1:
-        return problem.nearest_weights(cost, allowed)
+        return problem.nearest_weights(cost, allowed), jnp.asarray(True)
+    if len(cost) == 2:
+        return problem.weights_between(cost, allowed)
     arguments = cost, problem.weights, problem.coefficients, allowed.astype(cost.dtype)
     (weights,) = on_host(_linear_programme, [allowed.shape], *arguments)
-    return weights
+    return weights, jnp.all(jnp.isfinite(weights))
 
 
 def _linear_programme(

@@ -90,6 +90,28 @@ class BarycenterProblem:
         masses = self.coefficients[:, None] * self.weights
         return jax.ops.segment_sum(masses.ravel(), nearest.ravel(), len(allowed))
 
+    def weights_between(
+        self, cost: Float[Array, "two n K"], allowed: Bool[Array, " n"]
+    ) -> tuple[Float[Array, " n"], Bool[Array, ""]]:
+        r"""Of two fixed mixtures, the weights at which the exact objective is least, and whether that is shown.
+
+        Mass that goes from component i of the one to j of the other passes the free component by which it pays least: a transport
+        problem between the two, at costs :math:`\min_k \lambda_0 C^0_{ki} + \lambda_1 C^1_{kj}`.
+        """
+        cost = jnp.where(allowed[:, None], self.coefficients[:, None, None] * cost, jnp.inf)
+
+        def pass_by(so_far: tuple, k: Array) -> tuple[tuple, None]:
+            least, by = so_far
+            through = cost[0, k][:, None] + cost[1, k]
+            return (jnp.minimum(least, through), jnp.where(through < least, k, by)), None
+
+        n, size = cost.shape[1:]
+        start = jnp.full((size, size), jnp.inf, cost.dtype), jnp.zeros((size, size), jnp.int32)
+        (least, by), _ = jax.lax.scan(pass_by, start, jnp.arange(n, dtype=jnp.int32))
+        vertex, _ = _exact_plan(least, *self.weights)
+        weights = jax.ops.segment_sum(vertex.matrix.ravel(), by.ravel(), n)
+        return weights / jnp.sum(weights), vertex.optimal
+
     def cold_start(self, n: int) -> Any:
         """What the first solve starts from: nothing."""
         b, k = self.weights.shape
@@ -108,19 +130,14 @@ class BarycenterProblem:
     def solve(self, cost: Float[Array, "B n K"], weights: Float[Array, " n"], warm_start: Any) -> PlansToFixed:
         """The optimal plan to each fixed mixture, from what `warm_start` holds."""
         cost, weights, fixed = jax.lax.stop_gradient((cost, weights, self.weights))
-        limit = limits.MAX_ITERATIONS[self.method]
         if self.method == "entropic":
-            return self._solve_entropic(cost, weights, warm_start, limit)
-        if max(cost.shape[1:]) <= limits.MAX_SIZE_IN_XLA:
-            vertex, warm_start = jax.vmap(lambda c, b, start: exact.solve(c, weights, b, limit, start))(
-                cost, fixed, warm_start
-            )
-        else:
-            vertex = jax.vmap(lambda c, b: exact.solve_on_host(c, weights, b, limit))(cost, fixed)
+            return self._solve_entropic(cost, weights, warm_start)
+        vertex, warm_start = jax.vmap(lambda c, b, start: _exact_plan(c, weights, b, start))(cost, fixed, warm_start)
         objective = self.coefficients @ jnp.sum(vertex.matrix * cost, axis=(1, 2))
         return PlansToFixed(vertex.matrix, vertex.f, objective, jnp.all(vertex.optimal), warm_start)
 
-    def _solve_entropic(self, cost: Array, weights: Array, warm_start: Any, limit: int) -> PlansToFixed:
+    def _solve_entropic(self, cost: Array, weights: Array, warm_start: Any) -> PlansToFixed:
+        limit = limits.MAX_ITERATIONS["entropic"]
         tol = jnp.asarray(limits.barycenter_tolerance(cost.dtype), cost.dtype)
 
         def one(cost: Array, fixed: Array, init: Any) -> tuple[Any, ...]:
@@ -147,6 +164,16 @@ class BarycenterProblem:
         counted = self.coefficients[cells.problem] * cells.mass
         total = jax.ops.segment_sum(counted, cells.source, n)
         return counted / jnp.where(total > 0, total, 1)[cells.source]
+
+
+def _exact_plan(
+    cost: Array, a: Array, b: Array, start: exact.Basis | None = None
+) -> tuple[exact.Vertex, exact.Basis | None]:
+    """An optimal plan, and what the next one may start from."""
+    limit = limits.MAX_ITERATIONS["exact"]
+    if max(cost.shape) <= limits.MAX_SIZE_IN_XLA:
+        return exact.solve(cost, a, b, limit, start)
+    return exact.solve_on_host(cost, a, b, limit), start
 
 
 def build_problem(

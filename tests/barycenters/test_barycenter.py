@@ -12,6 +12,7 @@ from scipy.linalg import sqrtm
 from scipy.optimize import linprog
 
 import coupled_gmm as cg
+from coupled_gmm.barycenters.problem import BarycenterProblem
 
 PROJECTIONS = ("joint", "bures", "euclidean")
 SIZES = (5, 6, 7)
@@ -324,6 +325,46 @@ def test_learnt_weights_are_the_best(x64, sizes):
         grid = [np.array([i, j, 20 - i - j]) / 20 for i in range(21) for j in range(21 - i)]
         values = [sum(a * ot.emd2(w, m[2], c) for a, m, c in zip(coefficients, moments, costs)) for w in grid]
         assert min(values) >= float(found.objective) - 1e-9
+
+
+@pytest.mark.parametrize("coefficients", [(0.5, 0.5), (0.9, 0.1), (0, 1)])
+def test_learnt_weights_between_two_are_the_best(precision, coefficients):
+    """A transport problem in their place: against the linear programme of both plans, with absent components on all sides."""
+    rng, shape = np.random.RandomState(0), (2, 4, 5)
+    best = jax.jit(BarycenterProblem.weights_between)
+    for _ in range(20):
+        cost = rng.rand(*shape) * 10.0 ** rng.uniform(-3, 3)
+        masses = rng.dirichlet(np.ones(5), 2) * [np.ones(5), [1, 1, 1, 1, 0]]
+        masses /= masses.sum(1, keepdims=True)
+        means, factors = jnp.zeros((2, 5, 1)), jnp.ones((2, 5, 1, 1))
+        problem = BarycenterProblem(
+            means, factors, jnp.asarray(masses), jnp.asarray(coefficients, float), jnp.ones(()), "exact"
+        )
+        allowed = np.array([True, False, True, True])
+        weights, known = best(problem, jnp.asarray(cost), jnp.asarray(allowed))
+        value = sum(a * ot.emd2(spread(weights), spread(b), c) for a, b, c in zip(coefficients, masses, cost))
+        expected = weight_programme(list(cost[:, allowed]), masses, coefficients)
+        assert known and weights[1] == 0 and np.min(weights) >= 0
+        np.testing.assert_allclose(value, expected, rtol=30 * precision, atol=30 * precision * cost.max())
+
+
+def spread(weights):
+    """In float64, summing to 1 there."""
+    weights = np.asarray(weights, float)
+    return weights / weights.sum()
+
+
+def test_learnt_weights_between_two_mixtures_call_no_host(x64):
+    moments, start = seed_problem()
+    gmms = mixtures(moments)[:2]
+    found = cg.barycenter(gmms, [mixture(start), gmms[0]], learn_weights=True, tol=1e-12)
+    assert found.converged and falls(found.history, int(found.n_steps))
+    end = host(found.gmm)
+    costs = [bures_cost(end, m) for m in moments[:2]]
+    best = weight_programme(costs, [m[2] for m in moments[:2]], (0.5, 0.5))
+    np.testing.assert_allclose(found.objective, best, rtol=1e-9)
+    program = jax.make_jaxpr(lambda start: cg.barycenter(gmms, start, learn_weights=True))(mixture(start))
+    assert "callback" not in str(program)
 
 
 def test_learnt_weights_on_the_seed_problem(x64):
