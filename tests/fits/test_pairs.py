@@ -125,6 +125,29 @@ def test_starts_of_a_single_fit_take_one_weight_and_show_no_rows(problem):
             cg.fit_pair(*problem, **wrong, **drawn)
 
 
+def test_a_batch_may_hold_balanced_and_unbalanced_pairs(problem):
+    """An infinite price is one like any other, in a batch as alone, in plans as in fits; and its slope is zero."""
+    x0, x1, start = problem
+
+    def fit(rho):
+        pair = cg.GaussianMixturePair(start.gmm0, start.gmm1, 0.1, rho=rho)
+        found = cg.fit_pair(x0, x1, pair, transport_weight=0.1, em_steps=10)
+        return found.penalized_log_likelihood, found.status
+
+    def cost(rho):
+        pair = cg.GaussianMixturePair(random_mixture(0, 3, 2), random_mixture(1, 4, 2), 0.1, rho=rho)
+        return cg.solve_plan(pair, tol=1e-6).regularized_cost
+
+    rhos = [np.inf, 1.0, 0.1]
+    several = jax.vmap(fit)(jnp.asarray(rhos))
+    for i, rho in enumerate(rhos):
+        for one, many in zip(fit(rho), several, strict=True):
+            np.testing.assert_allclose(one, many[i], rtol=1e-4)
+    np.testing.assert_allclose(jax.vmap(cost)(jnp.asarray(rhos)), [cost(rho) for rho in rhos], rtol=1e-5)
+    slopes = jax.vmap(jax.grad(cost))(jnp.asarray(rhos))
+    assert slopes[0] == 0 and np.all(slopes[1:] > 0)
+
+
 @pytest.mark.parametrize("blink", [0.0, 1e9])
 def test_rows_cost_no_second_program_and_change_nothing(problem, blink, monkeypatch):
     """Step by step, and in stretches that double."""
