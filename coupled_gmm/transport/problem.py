@@ -158,8 +158,11 @@ class TransportProblem:
         r""":math:`\langle \phi(f), a \rangle + \langle \phi(g), b \rangle + \epsilon (|a||b| - |P|)`, by the formula:
         :math:`\phi(f) = \rho (1 - e^{-f / \rho})` at its side's price, or f where that is infinite."""
         mass = jnp.sum(self.plan(f, g))
-        f, g = worth(value(f), self.rho0), worth(value(g), self.rho1)
-        return f @ self.a + g @ self.b + self.epsilon * (jnp.sum(self.a) * jnp.sum(self.b) - mass)
+        f, g = _worth(f, self.rho0), _worth(g, self.rho1)
+        # Potentials may be as large as the costs of pairs between which nothing moves.
+        both = jnp.concatenate([f[0], g[0]]), jnp.concatenate([f[1], g[1]])
+        paid = expansions.dot(jnp.concatenate([self.a, self.b]), both)
+        return paid + self.epsilon * (jnp.sum(self.a) * jnp.sum(self.b) - mass)
 
 
 def value(potential: Potential) -> Float[Array, "..."]:
@@ -178,6 +181,13 @@ def worth(potential: Array, rho: Array) -> Array:
     finite = jnp.where(jnp.isinf(rho), 1, rho)
     changed = -finite * jnp.expm1(jnp.minimum(-potential / finite, largest_exponent(potential)))
     return jnp.where(jnp.isinf(rho), potential, changed)
+
+
+def _worth(potential: Potential, rho: Array) -> Words:
+    """The same, not rounded where it is the potential."""
+    high, rest = expansions.words(potential)
+    held = jnp.isinf(rho)
+    return jnp.where(held, high, worth(high + rest, rho)), jnp.where(held, rest, 0)
 
 
 def both_sides(rho: Array, batch_ndim: int = 0) -> tuple[Array, Array]:

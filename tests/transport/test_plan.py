@@ -12,7 +12,8 @@ from problems import DATA, random_covariances, random_mixture
 from twins import linear_programme, log_sum_exp, primal, sinkhorn
 
 import coupled_gmm as cg
-from coupled_gmm.transport import duals, limits, solvers
+from coupled_gmm.core import expansions
+from coupled_gmm.transport import duals, entropic, limits, solvers
 from coupled_gmm.transport.problem import TransportProblem
 
 SHAPES = [(1, 4), (3, 4), pytest.param(6, 4, marks=pytest.mark.slow)]
@@ -273,6 +274,20 @@ def test_status_says_what_happened():
     with pytest.raises(cg.FitError, match="float64"):
         precise.raise_if_failed()
     cg.solve_plan(make_pair(1, 3, 5, 0.1)).raise_if_failed()
+
+
+def test_a_dual_value_is_rounded_to_its_own_size():
+    """Not to that of its potentials, which are as large as the costs of pairs between which nothing moves."""
+    rng = np.random.RandomState(0)
+    masses = [np.float32(rng.dirichlet(np.ones(size))) for size in (3, 4)]
+    cost = np.float32(rng.uniform(0, 1e-2, (3, 4)))
+    problem = TransportProblem.of_masses(*map(jnp.asarray, (cost, *masses)), epsilon=jnp.asarray(1e-3))
+    f, g = jax.jit(lambda problem: entropic.solve(problem, jnp.zeros(3), jnp.asarray(1e-6), 100).words)(problem)
+    value = jax.jit(lambda f, g: problem.dual_objective(f, g))
+    shifted = [expansions.moved(side, jnp.float32(by)) for side, by in ((f, 1000), (g, -1000))]
+    in_float64 = sum(m.astype(float) @ np.asarray(sum(map(np.float64, side))) for m, side in zip(masses, shifted))
+    np.testing.assert_allclose(value(*shifted), in_float64, rtol=1e-4)
+    assert abs(float(value(*shifted)) - in_float64) < 1e-7  # a rounding unit of the potentials is 6e-5
 
 
 def test_derivatives_outside_of_jit_raise_what_values_raise(monkeypatch):
