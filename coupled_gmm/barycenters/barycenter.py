@@ -226,9 +226,8 @@ def _descend(problem: BarycenterProblem, free: FreeMixture, tol: Array, max_step
         if options.learn_weights:
             weights, known = jax.lax.cond(
                 state.learning,
-                lambda cost: _best_weights(problem, cost, allowed),
-                lambda _: (free.weights, jnp.asarray(True)),
-                cost,
+                lambda: _best_weights(problem, cost, allowed),
+                lambda: (free.weights, jnp.asarray(True)),
             )
             free, solved = free._replace(weights=weights), solved & known
         plans = problem.solve(cost, free.weights, state.warm_start)

@@ -108,7 +108,8 @@ class BarycenterProblem:
         n, size = cost.shape[1:]
         start = jnp.full((size, size), jnp.inf, cost.dtype), jnp.zeros((size, size), jnp.int32)
         (least, by), _ = jax.lax.scan(pass_by, start, jnp.arange(n, dtype=jnp.int32))
-        vertex, _ = _exact_plan(least, *self.weights)
+        limit = limits.MAX_ITERATIONS["exact"]
+        vertex, _ = solvers.exact_vertex(least, self.weights[0], self.weights[1], limit)
         weights = jax.ops.segment_sum(vertex.matrix.ravel(), by.ravel(), n)
         return weights / jnp.sum(weights), vertex.optimal
 
@@ -132,7 +133,10 @@ class BarycenterProblem:
         cost, weights, fixed = jax.lax.stop_gradient((cost, weights, self.weights))
         if self.method == "entropic":
             return self._solve_entropic(cost, weights, warm_start)
-        vertex, warm_start = jax.vmap(lambda c, b, start: _exact_plan(c, weights, b, start))(cost, fixed, warm_start)
+        limit = limits.MAX_ITERATIONS["exact"]
+        vertex, warm_start = jax.vmap(lambda c, b, start: solvers.exact_vertex(c, weights, b, limit, start))(
+            cost, fixed, warm_start
+        )
         objective = self.coefficients @ jnp.sum(vertex.matrix * cost, axis=(1, 2))
         return PlansToFixed(vertex.matrix, vertex.f, objective, jnp.all(vertex.optimal), warm_start)
 
@@ -164,16 +168,6 @@ class BarycenterProblem:
         counted = self.coefficients[cells.problem] * cells.mass
         total = jax.ops.segment_sum(counted, cells.source, n)
         return counted / jnp.where(total > 0, total, 1)[cells.source]
-
-
-def _exact_plan(
-    cost: Array, a: Array, b: Array, start: exact.Basis | None = None
-) -> tuple[exact.Vertex, exact.Basis | None]:
-    """An optimal plan, and what the next one may start from."""
-    limit = limits.MAX_ITERATIONS["exact"]
-    if max(cost.shape) <= limits.MAX_SIZE_IN_XLA:
-        return exact.solve(cost, a, b, limit, start)
-    return exact.solve_on_host(cost, a, b, limit), start
 
 
 def build_problem(

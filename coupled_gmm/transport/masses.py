@@ -150,10 +150,11 @@ class _Joint(NamedTuple):
         ends, nodes = links.ends, _Nodes(response, log_masses)
         given, present, free = nodes.given[ends], nodes.present[ends], response.free[ends]
         unit = jnp.exp2(jnp.round(jnp.log2(problems.epsilon)))
-        epsilon, price = problems.epsilon / unit, jnp.stack(problems.inverse_rhos) * unit
         near = _near(problems, present, init)
         cost = -jax.vmap(TransportProblem.exponent)(problems, *near) / unit[:, None, None]
         start = jnp.stack([value(side) for side in near]) / unit[:, None]
+        left = problems.in_unit(unit, cost).with_log_masses(given[0], given[1])
+        epsilon, price = left.epsilon, jnp.stack(left.inverse_rhos)
         grown = 1 + jnp.where(free, epsilon * price, 0)
         start, price = start * grown[..., None], price / grown
         # Where no node is free, edges have nothing to do with each other, and each counts.
@@ -167,7 +168,7 @@ class _Joint(NamedTuple):
             unit=unit,
             epsilon=epsilon,
             price=price,
-            problems=problems.in_unit(unit, cost).with_log_masses(given[0], given[1]),
+            problems=left,
             near=near,
             start=start,
             weights=weights,

@@ -130,11 +130,17 @@ def _solve_plan(pair: GaussianMixturePair, init: Any, tol: Array, solver: PlanSo
 def _solve_exactly(pair: GaussianMixturePair, tol: Array, max_iterations: int) -> Plan:
     cost = pair.cost_matrix()
     problem = jax.lax.stop_gradient((cost, pair.gmm0.weights, pair.gmm1.weights))
-    if max(cost.shape) <= limits.MAX_SIZE_IN_XLA:
-        vertex, _ = exact.solve(*problem, max_iterations)
-    else:
-        vertex = exact.solve_on_host(*problem, max_iterations)
+    vertex, _ = exact_vertex(*problem, max_iterations)
     return from_vertex(pair, cost, vertex, tol)
+
+
+def exact_vertex(
+    cost: Array, a: Array, b: Array, max_iterations: int, start: exact.Basis | None = None
+) -> tuple[exact.Vertex, exact.Basis | None]:
+    """An optimal vertex, inside XLA or on the host, and what the next one may start from."""
+    if max(cost.shape) <= limits.MAX_SIZE_IN_XLA:
+        return exact.solve(cost, a, b, max_iterations, start)
+    return exact.solve_on_host(cost, a, b, max_iterations), start
 
 
 def mw2_squared(gmm0: GaussianMixture, gmm1: GaussianMixture, *, epsilon: Any = None) -> Float[Array, ""]:

@@ -221,8 +221,8 @@ def test_absent_components_may_be_anywhere():
 @jax.jit
 def dual_and_gradient(pair, found):
     def value(cost, a, b):
-        prices = {"epsilon": pair.epsilon, "rho": pair.rho}
-        return duals.dual_value(TransportProblem.of_masses(cost, a, b, **prices), *found.potentials)
+        problem = TransportProblem.of_masses(cost, a, b, epsilon=pair.epsilon, rho=pair.rho)
+        return duals.dual_value(problem, *found.potentials)
 
     return jax.value_and_grad(value, (0, 1, 2))(found.cost, pair.gmm0.weights, pair.gmm1.weights)
 
