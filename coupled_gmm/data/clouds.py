@@ -6,7 +6,6 @@ refused, with its name and what to do.
 
 import json
 import math
-import stat
 import warnings
 from collections.abc import Sequence
 from os import PathLike
@@ -19,20 +18,13 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from coupled_gmm.core import checks, foreign, installation
 from coupled_gmm.core.errors import ArgumentError
-from coupled_gmm.data import arrays, dialect
+from coupled_gmm.data import arrays, columns, dialect
 from coupled_gmm.data.dialect import Table
+from coupled_gmm.data.files import TABLES, TEXT, ending, existing, unreadable
 from coupled_gmm.gaussians.mixture import GaussianMixture
 
 with installation.needed("tables", "clouds from files"):
     import polars as pl
-
-TEXT = (".csv", ".tsv", ".txt", ".csv.gz", ".tsv.gz", ".txt.gz")
-TABLES = (*TEXT, ".parquet")
-FORMATS = (".npy", ".npz", ".csv", ".parquet", *TEXT[1:])
-# Names that programs and people give to a column that counts rows.
-_COUNTERS = ("index", "idx", "id", "row", "rowname", "rownames", "row_name", "row_names", "row_nr", "row_id", "rowid")
-_COUNTERS += ("row_index", "row_number", "rn", "level_0", "no", "nr", "obs", "observation")
-_ROW_NAMES = ("rownames", "row_names", "rowname", "row_name")
 
 
 class Cloud(NamedTuple):
@@ -41,12 +33,6 @@ class Cloud(NamedTuple):
     points: Float[np.ndarray, "n d"]
     names: tuple[str, ...] | None  # of the features, where the file has names
     notes: tuple[str, ...] = ()  # what was decided in reading it, for people to see
-
-
-def ending(path: str | PathLike[str]) -> str:
-    """What a file's name says it is: ".csv", ".csv.gz"; empty where it says nothing."""
-    suffixes = [suffix.lower() for suffix in Path(path).suffixes[-2:]]
-    return "".join(suffixes) if suffixes[-1:] == [".gz"] else "".join(suffixes[-1:])
 
 
 def read_cloud(
@@ -87,7 +73,7 @@ def read_named_cloud(
     header: bool | None = None,
 ) -> Cloud:
     """The cloud of `read_cloud` with its features' names and, in place of warnings, notes."""
-    path = _existing(path)
+    path = existing(path)
     if header is not None and ending(path) not in TEXT:
         raise ValueError(f"{path}: header is for text files ({', '.join(TEXT)}); leave it out")
     if ending(path) in TABLES:
@@ -98,9 +84,7 @@ def read_named_cloud(
     if columns is not None:
         raise ValueError(f"{path}: columns are for .csv and .parquet files; save only the features you want")
     cloud, names = _unstructured(path, _read_array(path, key), exclude)
-    if cloud.ndim != 2 or 0 in cloud.shape:
-        hint = "reshape one feature to (n, 1)" if cloud.ndim == 1 else "save one row a point and one column a feature"
-        raise ValueError(f"{path}: expected an array of shape (n, d), got {cloud.shape}; {hint}")
+    arrays.check_cloud(path, cloud.shape)
     return Cloud(cloud, names)
 
 
@@ -112,7 +96,7 @@ def read_weights(
     Raises:
       FileNotFoundError, ValueError: as `read_cloud`, and a file with more than one column.
     """
-    path = _existing(path)
+    path = existing(path)
     if ending(path) in TABLES:
         weights = read_named_cloud(path, columns=None if name is None else [name], header=header).points
     else:
@@ -149,27 +133,11 @@ def paired(names: tuple[str, str], cloud0: Cloud, cloud1: Cloud) -> tuple[Cloud,
     return cloud0, cloud1
 
 
-def _existing(path: str | PathLike[str]) -> Path:
-    path = Path(path)
-    if ending(path) not in FORMATS:
-        end = ending(path) or "a file without ending"
-        raise ValueError(f"{path}: can't read {end}; use one of {', '.join(FORMATS)}")
-    try:
-        mode = path.stat().st_mode
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path}: no such file; check the name and the folder") from error
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
-    if not stat.S_ISREG(mode):  # reading a named pipe would wait for ever
-        raise ValueError(f"{path}: can't be read as {ending(path)} (it is no regular file); name a file")
-    return path
-
-
 def _read_table(path: Path, header: bool | None) -> Table:
     try:
         table = _read_parquet(path) if ending(path) == ".parquet" else dialect.read(path, header)
     except (Exception, pl.exceptions.PanicException) as error:  # a damaged file makes a foreign reader raise anything
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     if not table.columns or len(table.columns[0]) == 0:
         raise ValueError(f"{path}: the table has no rows; a cloud needs at least one point")
     return table
@@ -183,98 +151,11 @@ def _read_parquet(path: Path) -> Table:
     return Table(frame.columns, frame.get_columns(), True, tuple(i for i, n in enumerate(frame.columns) if n in index))
 
 
-def _features(path: Path, table: Table, columns: Sequence[str] | None, exclude: Sequence[str]) -> Cloud:
+def _features(path: Path, table: Table, names: Sequence[str] | None, exclude: Sequence[str]) -> Cloud:
     """The columns of a table that were asked for, or all that are features."""
-    notes = list(table.notes)
-    if columns is None:
-        index = _index(path, table)
-        notes += [f"left out {_called(table, i)}, which {why}" for i, why in index.items()]
-        taken = [i for i, name in enumerate(table.names) if i not in index and name not in exclude]
-        counting = [i for i in taken if len(taken) > 1 and len(table.columns[i]) > 2 and _counts_rows(table.columns[i])]
-        notes += [
-            f"took {table.names[i]!r}, which counts the rows, for a feature; if it is an index, name the features in columns"
-            for i in counting
-        ]
-    else:
-        taken = [_place(path, table, name) for name in columns]
-    names = [table.names[i] for i in taken]
-    if not names:
-        raise ValueError(f"{path}: no columns are left to be features; name at least one in columns")
-    for i, name in zip(taken, names, strict=True):
-        if name == "":
-            raise ValueError(f"{path}: column {i + 1} has no name; name it, or name the features in columns")
-        if table.names.count(name) > 1:
-            raise ValueError(f"{path}: {table.names.count(name)} columns are named {name!r}; give each its own name")
-    points = np.stack([_column(path, table.columns[i], table.names[i]) for i in taken], axis=1)
-    return Cloud(points, tuple(names) if table.named else None, tuple(notes))
-
-
-def _called(table: Table, i: int) -> str:
-    return repr(table.names[i]) if table.names[i] else "the column without a name"
-
-
-def _place(path: Path, table: Table, name: str) -> int:
-    if name not in table.names:
-        raise ValueError(f"{path}: there is no column {name!r}; it has {', '.join(map(repr, table.names))}")
-    return table.names.index(name)
-
-
-def _index(path: Path, table: Table) -> dict[int, str]:
-    """Columns that say which row it is, no feature of a point, and why they are thought so.
-
-    An id that counts the rows says nothing of a point; who wants it all the same names it in columns.
-    """
-    found = dict.fromkeys(table.index, "is the index that pandas kept")
-    for i, (name, column) in enumerate(zip(table.names, table.columns, strict=True)):
-        if i in found:
-            continue
-        counts = len(column) > 1 and _counts_rows(column)
-        unnamed = name == "" or name.startswith(("Unnamed: ", "__index_level_"))
-        if (unnamed and (counts or ((i == 0 or name[:1] == "_") and _tells_rows_apart(column)))) or (
-            name.lower() in _ROW_NAMES and _tells_rows_apart(column)
-        ):
-            found[i] = "names the rows"
-        elif counts and name.lower() in _COUNTERS:
-            found[i] = "counts the rows; name it in columns if it is a feature"
-        elif counts and not table.named and i == 0 and len(table.columns) > 1:
-            rest = ", ".join(table.names[1:3])
-            raise ValueError(
-                f"{path}: {name} counts the rows; name the features in columns ({rest} ...), it too if it is one"
-            )
-    return found
-
-
-def _counts_rows(column: pl.Series) -> bool:
-    if not column.dtype.is_numeric() or column.null_count():
-        return False
-    values = column.cast(pl.Float64).to_numpy()
-    return any(np.array_equal(values, np.arange(start, start + len(values))) for start in (0, 1))
-
-
-def _tells_rows_apart(column: pl.Series) -> bool:
-    """Whether cells may be names of rows: words, or whole numbers, none twice."""
-    if column.dtype == pl.String:
-        return True
-    if not column.dtype.is_numeric() or column.null_count():
-        return False
-    return column.n_unique() == len(column) and bool((column.cast(pl.Float64) % 1 == 0).all())
-
-
-def _column(path: Path, column: pl.Series, name: str) -> np.ndarray:
-    """A column as floats, if every value is a finite number."""
-    remedy = "leave it out by naming columns"
-    if not (column.dtype.is_numeric() or column.dtype == pl.Null):
-        bad = column.is_not_null()
-        row = bad.arg_max() or 0
-        cell = f"; {bad.sum()} of {len(bad)} cells, the first {str(column[row])[:40]!r} in row {row + 1}"
-        raise ValueError(f"{path}: column {name!r} is not numeric ({column.dtype}); {remedy}{cell}")
-    values = column.cast(pl.Float64)
-    for wrong, what in ((values.is_null() | values.is_nan(), "lacks"), (values.is_infinite(), "is infinite in")):
-        if count := wrong.fill_null(False).sum():
-            row = (wrong.arg_max() or 0) + 1
-            text = f"column {name!r} {what} {count} of {len(values)} values, the first in row {row}"
-            raise ValueError(f"{path}: {text}; drop those rows, fill them in, or {remedy}")
-    return values.to_numpy()
+    taken, notes = columns.features(path, table, names, exclude)
+    points = np.stack([columns.values(path, table.names[i], table.columns[i]) for i in taken], axis=1)
+    return Cloud(points, tuple(table.names[i] for i in taken) if table.named else None, (*table.notes, *notes))
 
 
 def _read_array(path: Path, key: str | None) -> np.ndarray:
@@ -283,16 +164,10 @@ def _read_array(path: Path, key: str | None) -> np.ndarray:
     except Exception as error:  # a damaged file makes a foreign reader raise anything
         if isinstance(error, ValueError) and str(error).startswith(str(path)):
             raise
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     if array.dtype.names is not None:
         return array
-    return _floats(path, array)
-
-
-def _floats(path: Path, array: np.ndarray) -> np.ndarray:
-    if array.dtype.kind not in "fiub":
-        raise ValueError(f"{path}: expected real numbers, got dtype {array.dtype}; convert the array to floats")
-    return foreign.native_floats(str(path), array)
+    return arrays.floats(path, array)
 
 
 def _unstructured(path: Path, array: np.ndarray, exclude: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...] | None]:
@@ -300,23 +175,8 @@ def _unstructured(path: Path, array: np.ndarray, exclude: Sequence[str]) -> tupl
     if array.dtype.names is None:
         return array, None
     names = tuple(name for name in array.dtype.names if name not in exclude)
-    columns = [_floats(path, array[name]) for name in names]
-    if array.ndim != 1 or any(column.ndim != 1 for column in columns):
-        raise ValueError(f"{path}: expected fields of one number each, got dtype {array.dtype}; save plain floats")
-    return np.stack(columns, axis=1).astype(np.float64), names
-
-
-def _unreadable(path: Path, error: BaseException) -> ValueError:
-    if isinstance(error, PermissionError):
-        return ValueError(f"{path}: may not be read; ask for permission to, or change it")
-    if isinstance(error, MemoryError):
-        return ValueError(f"{path}: does not fit into memory; save fewer points, or float32")
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    if ending(path) in TEXT and isinstance(error, ValueError) and "; " in reason:  # with a remedy of its own
-        return ValueError(f"{path}: can't be read as {ending(path)}: {reason}")
-    return ValueError(
-        f"{path}: can't be read as {ending(path)} ({reason}); save it again, or check that it is complete"
-    )
+    arrays.check_fields(path, array.dtype, array.ndim, names)
+    return np.stack([arrays.floats(path, array[name]) for name in names], axis=1).astype(np.float64), names
 
 
 def tutorial_mixtures() -> tuple[GaussianMixture, GaussianMixture]:

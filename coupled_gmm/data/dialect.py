@@ -4,30 +4,21 @@ Encoding, delimiter, header, index and decimal mark are told from what the file 
 refused, with the key that settles it; what was decided is told in notes, never in silence.
 """
 
-import csv
-import gzip
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 from coupled_gmm.core import installation
+from coupled_gmm.data import cells
 
 with installation.needed("tables", "clouds from files"):
     import polars as pl
 
-MISSING = ("", "na", "n/a", "nan", "-nan", "null", "none", "<na>", "nat", "missing", "-", "--", ".", "?")
-MISSING += ("#n/a", "#na", "#num!", "#div/0!", "#value!", "#ref!", "#name?", "#null!")
-INFINITE = tuple(f"{sign}{word}" for sign in ("", "+", "-") for word in ("inf", "infinity"))
 SAMPLE = 200  # lines that tell the delimiter
-_SPACE, _ONE = " ", "\x1f"  # delimiters: runs of white space; none, in a file of one column
-_CANDIDATES = ("\t", ";", "|", ",", _SPACE)  # of two that fit equally well the first
-_EXPONENT = r"([eE][+-]?\d+)?$"
-_NUMBER = re.compile(r"[+-]?(\d+(\.\d*|,\d+)?|\.\d+|\d{1,3}(,\d{3})+(\.\d*)?|\d{1,3}(\.\d{3})+(,\d+)?)" + _EXPONENT)
-_EXACT = rf"^{_NUMBER.pattern}"
-_WHOLE = r"^[+-]?\d+$"
+_CANDIDATES = ("\t", ";", "|", ",", cells.SPACE)  # of two that fit equally well the first
 _PADDED = r"^[+-]?\d+[.,](\d*0)?([eE].*)?$"  # 1.0, 0.50: who writes so writes no plain 0 among floats
 
 
@@ -41,6 +32,17 @@ class Table(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
+class Dialect(NamedTuple):
+    """How a text is a table: what `decided` found."""
+
+    delimiter: str
+    n_columns: int
+    empty_end: bool  # whether delimiters at the ends of lines make one more column, of nothing
+    header: bool  # whether the first line holds names
+    decimal: str
+    thousands: str | None
+
+
 def read(path: Path, header: bool | None = None) -> Table:
     """The table in a text file.
 
@@ -51,32 +53,41 @@ def read(path: Path, header: bool | None = None) -> Table:
     Raises:
       ValueError: no table, or one that can be taken in two ways; the message lacks the file's name.
     """
-    text, forced = _separated(_decoded(path))
-    comments, text = _uncommented(text)
+    return decided(cells.decoded(path), header)[0]
+
+
+def decided(text: str, header: bool | None = None, whole: bool = True) -> tuple[Table, Dialect]:
+    """The table in a text, and how it is read; where the text is not `whole`, lines may follow."""
+    text, forced = cells.separated(text)
+    comments, text = cells.uncommented(text)
+    text = cells.without_blank_lines(cells.without_comments_at_end(text) if whole else text)
     if not text.strip():
         raise ValueError("the file is empty; a cloud needs at least one point")
     sample = [line for line in islice(io.StringIO(text), SAMPLE) if line.strip()]
     delimiter = forced or _delimiter(sample)
-    first = next(_rows(text, delimiter))
-    columns = _body(text, delimiter)
+    first = next(cells.rows(text, delimiter))
+    columns = cells.body(text, delimiter)
     if not columns:  # one line: a header, or one point
-        if header or (header is None and not all(map(_is_value, first))):
-            return Table(first, [pl.Series(dtype=pl.String) for _ in first], True)
+        if header or (header is None and not all(map(cells.is_value, first))):
+            table = Table(first, [pl.Series(dtype=pl.String) for _ in first], True)
+            return table, Dialect(delimiter, len(first), False, True, ".", None)
         columns = [pl.Series(dtype=pl.String) for _ in first]
+    n_cells = len(columns)
     columns, first = _without_empty_end(columns, first)
     names = None if header is False else _names_in_comment(comments, delimiter, columns, first)
+    in_first = False
     notes = []
     if names is None and (header if header is not None else _is_header(first, columns, notes)):
-        names = first
+        names, in_first = first, True
     else:
         if len(first) != len(columns):
-            raise ValueError(f"the first line has {len(first)} cells and the others {len(columns)}; {_RAGGED}")
+            raise ValueError(f"the first line has {len(first)} cells and the others {len(columns)}; {cells.RAGGED}")
         columns = [pl.concat([pl.Series([cell]), column]) for cell, column in zip(first, columns, strict=True)]
     if names is not None and len(names) == len(columns) - 1:
         _check_row_names(names, columns, delimiter == "," and '\n"' not in text)
         names = ["", *names]
     if names is not None and len(names) != len(columns):
-        raise ValueError(f"the header has {len(names)} names and the rows have {len(columns)} cells; {_RAGGED}")
+        raise ValueError(f"the header has {len(names)} names and the rows have {len(columns)} cells; {cells.RAGGED}")
     if names is None and delimiter == "," and _may_be_decimals(columns):
         if header is None:
             raise ValueError(
@@ -84,118 +95,59 @@ def read(path: Path, header: bool | None = None) -> Table:
                 "header = false if there are two"
             )
         notes.append("read as two columns of whole numbers; if they are one of decimals, write a point for the comma")
-    numbers = _numbers(columns)
-    return Table(
-        names or [f"column_{i + 1}" for i in range(len(columns))], numbers, names is not None, (), tuple(notes)
-    )
+    how = Dialect(delimiter, len(columns), len(columns) < n_cells, in_first, *cells.marks(columns))
+    numbers = [cells.numbers(column, how.decimal, how.thousands) for column in columns]
+    called = names or [f"column_{i + 1}" for i in range(len(columns))]
+    return Table(called, numbers, names is not None, (), tuple(notes)), how
 
 
-_RAGGED = "give every row a cell for each column, and a header to all columns or none"
+def following(text: str, how: Dialect, taken: Sequence[int], row: int) -> list[pl.Series]:
+    """Columns of further lines of a text that `decided` has seen the beginning of.
 
+    Lines that would have changed the decision are refused, or their cells left as words.
 
-def _decoded(path: Path) -> str:
-    data = gzip.decompress(path.read_bytes()) if path.suffix.lower() == ".gz" else path.read_bytes()
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        encoding = "utf-16"
-    elif b"\0" in data:
-        raise ValueError("holds zero bytes, so it is no text; save it as a table in UTF-8")
-    else:
-        encoding = "utf-8-sig"
-    try:
-        text = data.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"is not in UTF-8 (byte {error.start}); save it again in that encoding") from error
-    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+    Args:
+      text: whole lines.
+      how: what was decided.
+      taken: places of the columns to give.
+      row: how many rows of numbers stand above.
 
-
-def _separated(text: str) -> tuple[str, str | None]:
-    """The text without the line `sep=;` that Excel puts first, and that delimiter."""
-    said = re.match(r'\s*"?sep=(.)"?[ \t]*\n', text, re.IGNORECASE)
-    return (text[said.end() :], said[1]) if said else (text, None)
-
-
-def _is_comment(line: str) -> bool:
-    """A line that starts with #, but not with one of the errors that Excel writes."""
-    start = line.lstrip(' \t"').lower()
-    return start.startswith("#") and not start.startswith(MISSING[-8:])
-
-
-def _uncommented(text: str) -> tuple[list[str], str]:
-    """Comments on top, and the text without them, those at its end, and blank lines."""
-    top, rest = [], text
-    while rest and (not (line := rest.partition("\n")[0]).strip() or _is_comment(line)):
-        top += [line] if line.strip() else []
-        rest = rest.partition("\n")[2]
-    rest = rest.rstrip("\n")
-    while rest and _is_comment(rest[rest.rfind("\n") + 1 :]):
-        rest = rest[: max(rest.rfind("\n"), 0)].rstrip("\n")
-    return top, re.sub(r"\n(?: *\n)+", "\n", rest)
-
-
-def _rows(text: str, delimiter: str) -> Iterator[list[str]]:
-    lines = io.StringIO(text, newline="\n")
-    if delimiter == _SPACE:
-        lines = (line.replace("\t", " ").strip() for line in lines)
-    try:
-        for row in csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True):
-            yield [cell.strip() for cell in row]
-    except csv.Error as error:
-        raise ValueError(f"a quoted cell is broken ({error}); save it again") from error
-
-
-def _is_value(cell: str) -> bool:
-    return bool(_NUMBER.fullmatch(cell)) or cell.lower() in (*MISSING, *INFINITE)
+    Raises:
+      ValueError: a row of another length; the message lacks the file's name.
+    """
+    text = cells.without_blank_lines(text).strip("\n")
+    if not text.strip():
+        return [pl.Series(dtype=pl.Float64) for _ in taken]
+    width = how.n_columns + how.empty_end
+    if (how.decimal, how.thousands) == (".", None):
+        quick = cells.plain_numbers(text, how.delimiter, width, taken)
+        if quick is not None and not how.empty_end:
+            return quick
+    columns = cells.body("\n" + text, how.delimiter, row - (not how.header), width)
+    if how.empty_end and not (columns[-1] == "").all():
+        raise ValueError(f"the last column is empty at first, and not below row {row}; {cells.RAGGED}")
+    return [cells.numbers(columns[i], how.decimal, how.thousands) for i in taken]
 
 
 def _delimiter(sample: list[str]) -> str:
     """The one that cuts the lines into equally many cells, most of which are numbers."""
-    fits, best, ragged = 0.0, _ONE, None
+    fits, best, ragged = 0.0, cells.ONE, None
     for candidate in _CANDIDATES:
         try:
-            rows = list(_rows("".join(sample), candidate))
+            rows = list(cells.rows("".join(sample), candidate))
         except ValueError:  # a sample may end within a quoted cell
             continue
-        first, *body = map(len, rows)
-        widths = set(body or [first])
+        first, *others = map(len, rows)
+        widths = set(others or [first])
         if first > 1 or max(widths) > 2:
             ragged = ragged or candidate
         if len(widths) > 1 or max(widths) < 2 or abs(first - max(widths)) > 1:
             continue
-        cells = [cell for row in rows[1:] or rows for cell in row]
-        share = sum(map(_is_value, cells)) / len(cells)
-        if share > fits or best == _ONE:
+        body = [cell for row in rows[1:] or rows for cell in row]
+        share = sum(map(cells.is_value, body)) / len(body)
+        if share > fits or best == cells.ONE:
             fits, best = share, candidate
-    return ragged if best == _ONE and ragged is not None else best
-
-
-def _body(text: str, delimiter: str) -> list[pl.Series]:
-    """Columns of cells below the first line, stripped, in order."""
-    body = text.partition("\n")[2]
-    if not body or '"' in text:
-        return _columns(list(_rows(text, delimiter))[1:])
-    if delimiter == _SPACE:
-        body = re.sub(r"[ \t]+", " ", re.sub(r"(?m)^[ \t]+|[ \t]+$", "", body))
-    lines = body.partition("\n")[0].count(delimiter) + 1
-    schema = {f"column_{i}": pl.String for i in range(lines)}
-    options = {"has_header": False, "separator": delimiter, "quote_char": None, "schema": schema}
-    try:
-        frame = pl.read_csv(io.BytesIO(body.encode()), **options)
-    except (pl.exceptions.PolarsError, pl.exceptions.PanicException):
-        return _columns(list(_rows(text, delimiter))[1:])
-    if frame.to_series(frame.width - 1).null_count() or frame.height != body.count("\n") + 1:  # a row may be short
-        return _columns(list(_rows(text, delimiter))[1:])
-    return [column.fill_null("").str.strip_chars() for column in frame.get_columns()]
-
-
-def _columns(rows: list[list[str]]) -> list[pl.Series]:
-    """Rows of equal length as columns."""
-    if not rows:
-        return []
-    width = len(rows[0])
-    for number, row in enumerate(rows, 1):
-        if len(row) != width:
-            raise ValueError(f"row {number} below the first line has {len(row)} cells and row 1 has {width}; {_RAGGED}")
-    return [pl.Series(list(column), dtype=pl.String) for column in zip(*rows, strict=True)]
+    return ragged if best == cells.ONE and ragged is not None else best
 
 
 def _without_empty_end(columns: list[pl.Series], first: list[str]) -> tuple[list[pl.Series], list[str]]:
@@ -212,10 +164,10 @@ def _names_in_comment(
     comments: list[str], delimiter: str, columns: list[pl.Series], first: list[str]
 ) -> list[str] | None:
     """Names in the last comment over rows of numbers, as NumPy's savetxt writes its header."""
-    if not comments or not all(map(_is_value, first)):
+    if not comments or not all(map(cells.is_value, first)):
         return None
-    names = next(_rows(comments[-1].lstrip(' \t"#'), delimiter), [])
-    return names if len(names) == len(columns) and not any(map(_is_value, names)) else None
+    names = next(cells.rows(comments[-1].lstrip(' \t"#'), delimiter), [])
+    return names if len(names) == len(columns) and not any(map(cells.is_value, names)) else None
 
 
 def _check_row_names(names: list[str], columns: list[pl.Series], bare: bool) -> None:
@@ -227,18 +179,18 @@ def _check_row_names(names: list[str], columns: list[pl.Series], bare: bool) -> 
       bare: commas are the delimiter, and the first cells are not quoted: they may be parts of decimals.
     """
     labels = columns[0]
-    fractions = labels.str.contains(_EXACT).any() and not labels.str.contains(_WHOLE).all()
+    fractions = labels.str.contains(cells.EXACT).any() and not labels.str.contains(cells.WHOLE).all()
     if labels.n_unique() < len(labels) or fractions or (bare and len(names) == 1):
         raise ValueError(
             f"the header has {len(names)} names and the rows have {len(columns)} cells, the first of which may not name "
-            f"rows; {_RAGGED}, and write a decimal point where commas are the delimiter"
+            f"rows; {cells.RAGGED}, and write a decimal point where commas are the delimiter"
         )
 
 
 def _is_header(first: list[str], columns: list[pl.Series], notes: list[str]) -> bool:
     """Whether the first line holds names."""
-    labels = [i for i, cell in enumerate(first) if _NUMBER.fullmatch(cell)]
-    words = [i for i, cell in enumerate(first) if not _is_value(cell)]
+    labels = [i for i, cell in enumerate(first) if cells.NUMBER.fullmatch(cell)]
+    words = [i for i, cell in enumerate(first) if not cells.is_value(cell)]
     shift = len(columns) - len(first)
     if words:
         over_numbers = any(_mostly_values(columns[i + shift]) for i in words if 0 <= i + shift < len(columns))
@@ -260,8 +212,8 @@ def _is_header(first: list[str], columns: list[pl.Series], notes: list[str]) -> 
 
 
 def _mostly_values(column: pl.Series) -> bool:
-    cells = column.head(SAMPLE).to_list()
-    return 2 * sum(map(_is_value, cells)) > len(cells)
+    some = column.head(SAMPLE).to_list()
+    return 2 * sum(map(cells.is_value, some)) > len(some)
 
 
 def _counts(column: pl.Series) -> bool:
@@ -273,12 +225,12 @@ def _counts(column: pl.Series) -> bool:
 
 def _numbers_are_labels(first: list[str], columns: list[pl.Series]) -> bool | None:
     """Whether numbers in the first line are names; None where that can't be told."""
-    if not all(re.match(_WHOLE, cell) for cell in first) or len(set(first)) < len(first):
+    if not all(re.match(cells.WHOLE, cell) for cell in first) or len(set(first)) < len(first):
         return False
     numbers = [int(cell) for cell in first]
     d, steps = len(numbers), {b - a for a, b in pairwise(numbers)}
     from_zero, from_one = numbers == list(range(d)), numbers == list(range(1, d + 1))
-    whole = [column.str.contains(_WHOLE) for column in columns]
+    whole = [column.str.contains(cells.WHOLE) for column in columns]
     if len(columns[0]) and not any(one.any() for one in whole):  # floats below, written as such
         if any(column.str.contains(_PADDED).any() for column in columns) or (from_zero and d > 1):
             return True
@@ -293,7 +245,7 @@ def _may_be_decimals(columns: list[pl.Series]) -> bool:
     """Whether two columns of whole numbers may be one of decimals with a comma."""
     if (
         len(columns) != 2
-        or not columns[0].str.contains(_WHOLE).all()
+        or not columns[0].str.contains(cells.WHOLE).all()
         or not columns[1].str.contains(r"^\d+([eE]|$)").all()
     ):
         return False
@@ -301,53 +253,3 @@ def _may_be_decimals(columns: list[pl.Series]) -> bool:
     after = columns[1]
     rounded = bool(after.str.contains(r"^\d+0$").any()) and after.str.len_chars().n_unique() > 1
     return not rounded or bool(after.str.contains(r"^0\d").any())
-
-
-def _numbers(columns: list[pl.Series]) -> list[pl.Series]:
-    """Columns of cells as numbers; one that holds anything else is left with that alone."""
-    decimal, thousands = _marks(columns)
-    mark = re.escape(decimal)
-    plain = rf"^[+-]?(\d+({mark}\d*)?|{mark}\d+)" + _EXPONENT
-    grouped = rf"^[+-]?\d{{1,3}}({re.escape(thousands)}\d{{3}})+({mark}\d*)?$" if thousands else plain
-    read = []
-    for cells in columns:
-        lower = cells.str.to_lowercase()
-        number, infinite = cells.str.contains(plain) | cells.str.contains(grouped), lower.is_in(INFINITE)
-        bad = ~(number | infinite | lower.is_in(MISSING))
-        if bad.any():
-            read.append(cells.zip_with(bad, pl.Series([None], dtype=pl.String)))
-            continue
-        if thousands:
-            cells = cells.str.replace_all(thousands, "", literal=True)
-        if decimal != ".":
-            cells = cells.str.replace(decimal, ".", literal=True)
-        cells = cells.zip_with(number | infinite, pl.Series([None], dtype=pl.String))
-        read.append(cells.str.to_lowercase().cast(pl.Float64))
-    return read
-
-
-def _marks(columns: list[pl.Series]) -> tuple[str, str | None]:
-    """The decimal mark, and the one between thousands if there is one."""
-    with_comma = [cells for column in columns if len(cells := column.filter(column.str.contains(",", literal=True)))]
-    if not with_comma:
-        return ".", None
-
-    def seen(pattern: str, among: list[pl.Series]) -> bool:
-        return any(bool(cells.str.contains(pattern).any()) for cells in among)
-
-    either = seen(r"^[+-]?[1-9]\d{0,2},\d{3}$", with_comma)
-    commas_group = seen(r"^[+-]?\d{1,3}((,\d{3}){2,}(\.\d*)?|(,\d{3})+\.\d*)$", with_comma)
-    points_group = seen(r"^[+-]?\d{1,3}(\.\d{3})+,\d+$", with_comma)
-    comma = points_group or seen(
-        r"^[+-]?(0\d*,\d+|\d{4,},\d+|\d+,\d{1,2}|\d+,\d{4,}|,\d+|\d+,)$|^[+-]?\d+,\d*[eE]", with_comma
-    )
-    point = seen(r"^[+-]?(0*\.\d+|0\d*\.\d*|\d{4,}\.\d*|\d+\.(\d{0,2}|\d{4,}))" + _EXPONENT, columns)
-    if comma and (point or commas_group):
-        raise ValueError("both 1,5 and 1.5 stand in it; write one decimal mark, a point, say")
-    if comma:
-        return ",", "." if points_group else None
-    if commas_group or (either and point):
-        return ".", ","
-    if either:
-        raise ValueError("1,234 in it may be 1.234 or 1234; write a decimal point, and nothing between thousands")
-    return ".", None

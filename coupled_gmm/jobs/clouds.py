@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
 from coupled_gmm.core import checks
 from coupled_gmm.data import clouds
-from coupled_gmm.data.clouds import FORMATS, ending
+from coupled_gmm.data.files import FORMATS, TEXT, ending
 from coupled_gmm.jobs.config import Seed
 from coupled_gmm.jobs.sections import ConfigError, Section, absolute, at, blame, refuse
 
@@ -137,4 +137,4 @@ def _read_side(path: Path, data: Data, side: str, precision: str) -> tuple[cloud
 
 
 def _header(data: Data, file: str) -> bool | None:
-    return data.header if ending(file) in clouds.TEXT else None
+    return data.header if ending(file) in TEXT else None

@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from coupled_gmm.data import clouds
+from coupled_gmm.data import clouds, files
 
 X = np.array([[1.0, 2.0], [3.0, 4.5], [-1.0, 0.25]])
 
@@ -26,9 +26,9 @@ def test_reads_every_format(tmp_path):
     frame.write_csv(tmp_path / "c.csv")
     frame.write_parquet(tmp_path / "c.parquet")
     text = (tmp_path / "c.csv").read_bytes()
-    for ending in clouds.TEXT:
+    for ending in files.TEXT:
         (tmp_path / f"c{ending}").write_bytes(gzip.compress(text) if ending.endswith(".gz") else text)
-    for ending in clouds.FORMATS:
+    for ending in files.FORMATS:
         np.testing.assert_array_equal(clouds.read_cloud(tmp_path / f"c{ending}"), X)
 
 
