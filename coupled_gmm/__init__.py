@@ -12,6 +12,7 @@ from coupled_gmm.barycenters.barycenter import BarycenterFit, barycenter
 from coupled_gmm.barycenters.flow import FlowFit, flow
 from coupled_gmm.barycenters.reduction import reduce_gmm
 from coupled_gmm.core.status import FitError, Status
+from coupled_gmm.data.opening import open_cloud
 from coupled_gmm.data.saving import load, save
 from coupled_gmm.fits.coupled import GraphFit, fit_graph
 from coupled_gmm.fits.gmm import MixtureFit, fit_gmm, init_gmm
@@ -58,6 +59,7 @@ __all__ = [
     "load",
     "map_points",
     "mw2_squared",
+    "open_cloud",
     "penalized_log_likelihood",
     "plan_density",
     "reduce_gmm",

@@ -112,6 +112,25 @@ def feature_order(
     return [list(other).index(feature) for feature in one]
 
 
+def paired_order(
+    called: tuple[str, str], features: tuple[Sequence[str] | None, Sequence[str] | None]
+) -> list[int] | None:
+    """As `feature_order`, of two tables that both name their features, or of which neither does in more than positions.
+
+    Raises:
+      ValueError: the features are not the same ones, or only one table names them.
+    """
+    order = feature_order(called, features)
+    one, other = features
+    if (one is None) != (other is None) and not are_positions(one or other):
+        named, bare = called if other is None else called[::-1]
+        known = ", ".join(map(repr, one or other or ()))
+        raise ArgumentError(
+            called[1], f"{named} names its features ({known}) and {bare} does not", "name both or neither"
+        )
+    return order
+
+
 def native_floats(name: str, array: np.ndarray) -> np.ndarray:
     """Real numbers as float32 or float64 in native byte order; of others the nearest that loses nothing."""
     if array.dtype.kind != "f":

@@ -2,8 +2,9 @@
 
 import math
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -112,11 +113,23 @@ def check_fields(path: Path, dtype: np.dtype, ndim: int, names: tuple[str, ...])
         raise ValueError(f"{path}: expected fields of one number each, got dtype {dtype}; save plain floats")
 
 
-def check_cloud(path: Path, shape: tuple[int, ...]) -> None:
+def check_cloud(path: object, shape: tuple[int, ...]) -> None:
     """Refuse the shape of what is no cloud."""
     if len(shape) != 2 or 0 in shape:
         hint = "reshape one feature to (n, 1)" if len(shape) == 1 else "save one row a point and one column a feature"
         raise ValueError(f"{path}: expected an array of shape (n, d), got {shape}; {hint}")
+
+
+def positions(path: object, columns: Sequence[Any] | None, d: int) -> tuple[int, ...]:
+    """Places of the features of an array of d columns."""
+    if columns is None:
+        return tuple(range(d))
+    for column in columns:
+        if not isinstance(column, (int, np.integer)) or isinstance(column, bool):
+            raise ValueError(f"{path}: its columns have no names; choose by position (0, 1 ...), not {column!r}")
+        if not 0 <= column < d:
+            raise ValueError(f"{path}: there is no column {column}; it has columns 0 to {d - 1}")
+    return tuple(int(column) for column in columns)
 
 
 def check_finite(called: object, column: str, values: np.ndarray, first: int | None = None) -> None:

@@ -1,10 +1,11 @@
 """Cells of a text: its lines without comments, rows cut at a delimiter, columns of cells, and the numbers in them."""
 
+import codecs
 import csv
 import gzip
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +22,51 @@ WHOLE = r"^[+-]?\d+$"
 RAGGED = "give every row a cell for each column, and a header to all columns or none"
 _EXPONENT = r"([eE][+-]?\d+)?$"
 NUMBER = re.compile(r"[+-]?(\d+(\.\d*|,\d+)?|\.\d+|\d{1,3}(,\d{3})+(\.\d*)?|\d{1,3}(\.\d{3})+(,\d+)?)" + _EXPONENT)
+_LONGEST = 4  # pieces of a text that one row may take
 EXACT = rf"^{NUMBER.pattern}"
 
 
-def decoded(path: Path) -> str:
-    data = gzip.decompress(path.read_bytes()) if path.suffix.lower() == ".gz" else path.read_bytes()
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        encoding = "utf-16"
-    elif b"\0" in data:
-        raise ValueError("holds zero bytes, so it is no text; save it as a table in UTF-8")
-    else:
-        encoding = "utf-8-sig"
-    try:
-        text = data.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"is not in UTF-8 (byte {error.start}); save it again in that encoding") from error
-    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+def decoded(path: Path, size: int = -1) -> Iterator[str]:
+    """A text file in parts of some `size` bytes, or at once, its lines ending in "\\n"; ".gz" is unpacked."""
+    with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
+        data = file.read(size)
+        encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+        decoder = codecs.getincrementaldecoder(encoding)()
+        lines = io.IncrementalNewlineDecoder(None, translate=True)
+        done = 0
+        while data:
+            if encoding != "utf-16" and b"\0" in data:
+                raise ValueError("holds zero bytes, so it is no text; save it as a table in UTF-8")
+            after = file.read(size) if size > 0 else b""
+            done -= len(decoder.getstate()[0])
+            try:
+                text = decoder.decode(data, not after)
+            except UnicodeDecodeError as error:
+                at = done + error.start
+                raise ValueError(f"is not in UTF-8 (byte {at}); save it again in that encoding") from error
+            yield lines.decode(text, not after)
+            done += len(data) + len(decoder.getstate()[0])
+            data = after
+
+
+def pieces(path: Path, size: int) -> Generator[tuple[str, bool], None, None]:
+    """A text file in pieces of whole rows, of some `size` bytes, each with whether it is the last.
+
+    A row ends with a line, but not within quotes.
+    """
+    left, ready = "", None
+    for text in decoded(path, size):
+        left += text
+        end = left.rfind("\n") + 1
+        while end and left.count('"', 0, end) % 2:
+            end = left.rfind("\n", 0, end - 1) + 1
+        if not end and len(left) > _LONGEST * size:
+            raise ValueError(f"a row is longer than {_LONGEST * size:,} characters; close its quotes, or save it again")
+        if end:
+            if ready is not None:
+                yield ready, False
+            ready, left = left[:end], left[end:]
+    yield (ready or "") + left, True
 
 
 def separated(text: str) -> tuple[str, str | None]:

@@ -121,15 +121,9 @@ def paired(names: tuple[str, str], cloud0: Cloud, cloud1: Cloud) -> tuple[Cloud,
     Raises:
       ValueError: features that can't be paired; the message starts with the second cloud's name.
     """
-    order = foreign.feature_order(names, (cloud0.names, cloud1.names))
+    order = foreign.paired_order(names, (cloud0.names, cloud1.names))
     if order is not None:
         cloud1 = cloud1._replace(points=cloud1.points[:, order], names=cloud0.names)
-    elif (cloud0.names is None) != (cloud1.names is None):
-        named, bare = names if cloud1.names is None else names[::-1]
-        known = ", ".join(map(repr, cloud0.names or cloud1.names or ()))
-        if not foreign.are_positions(cloud0.names or cloud1.names):
-            problem = f"{named} names its features ({known}) and {bare} does not"
-            raise ArgumentError(names[1], problem, "name both or neither")
     return cloud0, cloud1
 
 

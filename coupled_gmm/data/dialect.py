@@ -39,6 +39,7 @@ class Dialect(NamedTuple):
     n_columns: int
     empty_end: bool  # whether delimiters at the ends of lines make one more column, of nothing
     header: bool  # whether the first line holds names
+    start: int  # characters that stand before the first row of numbers
     decimal: str
     thousands: str | None
 
@@ -53,13 +54,15 @@ def read(path: Path, header: bool | None = None) -> Table:
     Raises:
       ValueError: no table, or one that can be taken in two ways; the message lacks the file's name.
     """
-    return decided(cells.decoded(path), header)[0]
+    return decided("".join(cells.decoded(path)), header)[0]
 
 
 def decided(text: str, header: bool | None = None, whole: bool = True) -> tuple[Table, Dialect]:
     """The table in a text, and how it is read; where the text is not `whole`, lines may follow."""
+    characters = len(text)
     text, forced = cells.separated(text)
     comments, text = cells.uncommented(text)
+    start = characters - len(text)
     text = cells.without_blank_lines(cells.without_comments_at_end(text) if whole else text)
     if not text.strip():
         raise ValueError("the file is empty; a cloud needs at least one point")
@@ -70,7 +73,7 @@ def decided(text: str, header: bool | None = None, whole: bool = True) -> tuple[
     if not columns:  # one line: a header, or one point
         if header or (header is None and not all(map(cells.is_value, first))):
             table = Table(first, [pl.Series(dtype=pl.String) for _ in first], True)
-            return table, Dialect(delimiter, len(first), False, True, ".", None)
+            return table, Dialect(delimiter, len(first), False, True, characters, ".", None)
         columns = [pl.Series(dtype=pl.String) for _ in first]
     n_cells = len(columns)
     columns, first = _without_empty_end(columns, first)
@@ -79,6 +82,7 @@ def decided(text: str, header: bool | None = None, whole: bool = True) -> tuple[
     notes = []
     if names is None and (header if header is not None else _is_header(first, columns, notes)):
         names, in_first = first, True
+        start += _end_of_row(text)
     else:
         if len(first) != len(columns):
             raise ValueError(f"the first line has {len(first)} cells and the others {len(columns)}; {cells.RAGGED}")
@@ -95,10 +99,18 @@ def decided(text: str, header: bool | None = None, whole: bool = True) -> tuple[
                 "header = false if there are two"
             )
         notes.append("read as two columns of whole numbers; if they are one of decimals, write a point for the comma")
-    how = Dialect(delimiter, len(columns), len(columns) < n_cells, in_first, *cells.marks(columns))
+    how = Dialect(delimiter, len(columns), len(columns) < n_cells, in_first, start, *cells.marks(columns))
     numbers = [cells.numbers(column, how.decimal, how.thousands) for column in columns]
     called = names or [f"column_{i + 1}" for i in range(len(columns))]
     return Table(called, numbers, names is not None, (), tuple(notes)), how
+
+
+def _end_of_row(text: str) -> int:
+    """Where the second row of a text begins."""
+    end = text.index("\n") + 1
+    while text.count('"', 0, end) % 2:
+        end = text.index("\n", end) + 1
+    return end
 
 
 def following(text: str, how: Dialect, taken: Sequence[int], row: int) -> list[pl.Series]:

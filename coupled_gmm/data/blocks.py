@@ -1,0 +1,203 @@
+"""A cloud in the blocks of a Dask array: sums are made where blocks lie, and added in a tree, so that no points travel.
+
+Arguments of a sum are a part of its graph, and no futures: a worker that is lost takes nothing with it that the scheduler could not
+make again, as long as the array's own graph can (what was only scattered to a worker is lost with it).
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+
+from coupled_gmm.core import checks, foreign
+from coupled_gmm.core.errors import ArgumentError, ArgumentTypeError
+from coupled_gmm.data import arrays, streams
+from coupled_gmm.data.sources import OpenCloud
+from coupled_gmm.data.streams import Block, Stream
+from coupled_gmm.data.sums import Combine, Total, total
+
+_CALLED = "Dask array"
+_BRANCHES = 8  # sums that are added in one task
+_THREADS = 2  # without a cluster: a block is loaded while XLA, which has threads of its own, works on another
+
+
+class _Call(NamedTuple):
+    """What is summed: once in a graph, however many blocks there are."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    combine: Combine | None
+    size: int  # points that the function is called with
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks(Stream):
+    """A Dask array (n, d), cut between rows only, and one of weights (n,), cut in the same places."""
+
+    array: Any
+    weights: Any
+
+    @property
+    def called(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return _CALLED
+
+    @property
+    def shape(self) -> tuple[int, int]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.array.shape
+
+    @property
+    def dtype(self) -> np.dtype:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return _float_dtype(self.array.dtype)
+
+    @property
+    def names(self) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return None
+
+    @property
+    def weighted(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.weights is not None
+
+    @functools.cached_property
+    def parts(self) -> list[tuple[int, Any, Any]]:
+        """Of every block that has points: the row of its first, its points and its weights, of which none is computed yet."""
+        points = self.array.to_delayed().ravel()
+        weights = [None] * len(points) if self.weights is None else self.weights.to_delayed().ravel()
+        lengths = self.array.chunks[0]
+        firsts = np.cumsum([0, *lengths]).tolist()
+        found = zip(firsts[:-1], points, weights, lengths, strict=True)
+        return [(first, block, beside) for first, block, beside, length in found if length]
+
+    def blocks(self, rows: int) -> Iterator[Block]:
+        for first, points, weights in self.parts:
+            points, weights = _computed(points, weights)
+            yield _checked(points, weights, first)
+
+    def rows(self, indices: np.ndarray) -> np.ndarray:
+        (points,) = _computed(self.array[indices])
+        return _checked(points, None, int(indices[0]) if len(indices) else 0).points
+
+    def reordered(self, order: Sequence[int]) -> Self:
+        return dataclasses.replace(self, array=self.array[:, list(order)])
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class BlockCloud(OpenCloud):
+    """The cloud of `open_cloud` in a Dask array."""
+
+    stream: Blocks
+
+    def reduce(self, function: Callable[..., Any], *arguments: Any, combine: Combine | None = None) -> Any:
+        from dask.delayed import delayed
+
+        call = delayed(_Call(function, arguments, combine, self.chunk_size), pure=False, traverse=False)
+        sums, add = delayed(_sum_of_block, pure=False), delayed(_sum_of_sums, pure=False)
+        found = [sums(call, first, points, weights) for first, points, weights in self.stream.parts]
+        while len(found) > 1:
+            found = [add(call, found[i : i + _BRANCHES]) for i in range(0, len(found), _BRANCHES)]
+        return _computed(found[0])[0]
+
+    def _parts(self) -> str:
+        count = len(self.stream.parts)
+        return f"{count:,} block{'s' * (count > 1)}"
+
+
+def is_dask(value: Any) -> bool:
+    """Whether a value is a collection of Dask, which is not imported to see that."""
+    return type(value).__module__.partition(".")[0] == "dask"
+
+
+def open_blocks(array: Any, columns: Sequence[int] | None, weights: Any, chunk_size: int | None) -> BlockCloud:
+    """The cloud in a Dask array.
+
+    Args:
+      array: (n, d); where lengths of its blocks are unknown they are computed.
+      columns: places of the features, in order; None takes all.
+      weights: an array (n,) of Dask or of NumPy, which is sent to the workers once; None is equal.
+      chunk_size: as of `open_cloud`.
+
+    Raises:
+      TypeError, ValueError: no array of real numbers of shape (n, d), or weights that don't fit it.
+    """
+    if not hasattr(array, "to_delayed") or not hasattr(array, "rechunk"):
+        raise ArgumentTypeError(
+            "path",
+            f"expected an array of Dask, got its {type(array).__name__}",
+            "pass frame.to_dask_array(lengths=True)",
+        )
+    if array.dtype.kind not in "fiub":
+        raise ArgumentTypeError("path", f"expected real numbers, got dtype {array.dtype}", "convert it to floats first")
+    array = _with_lengths(array)
+    arrays.check_cloud(_CALLED, array.shape)
+    if columns is not None:
+        array = array[:, list(arrays.positions(_CALLED, columns, array.shape[1]))]
+    if array.numblocks[1] > 1:
+        array = array.rechunk({1: -1})
+    found = Blocks(array, None if weights is None else _weights(weights, array))
+    return BlockCloud(found, chunk_size or streams.chunk_size(found))
+
+
+def _weights(weights: Any, array: Any) -> Any:
+    """Weights as a Dask array with the blocks of the points."""
+    lengths = (array.chunks[0],)
+    if not is_dask(weights):
+        import dask.array
+
+        given: Any = checks.own_weights("weights", weights, len(array))
+        weights = dask.array.from_array(np.asarray(given), chunks=lengths)  # pyright: ignore[reportArgumentType]
+        return weights if _scheduler() is None else weights.persist()  # so that they travel once
+    if weights.dtype.kind not in "fiub":
+        raise ArgumentTypeError("weights", f"expected real numbers, got dtype {weights.dtype}")
+    weights = _with_lengths(weights)
+    if weights.shape != (len(array),):
+        raise ArgumentError("weights", f"expected shape ({len(array)},), got {weights.shape}", "give each point one")
+    if not _computed((weights != 0).any())[0]:
+        raise ArgumentError("weights", "all weights are zero", "at least one must be positive")
+    return weights.rechunk(lengths)
+
+
+def _with_lengths(array: Any) -> Any:
+    if any(math.isnan(length) for axis in array.chunks for length in axis):
+        return array.copy().compute_chunk_sizes()  # it changes what it is called on
+    return array
+
+
+def _sum_of_block(call: _Call, first: int, points: Any, weights: Any) -> Any:
+    """Where the block lies: what the function makes of its chunks, added."""
+    found = Total(call.combine)
+    for start, stop in streams.steps(len(points), call.size):
+        chunk = _checked(points[start:stop], None if weights is None else weights[start:stop], first + start)
+        found.add(call.function(*chunk, first + start, *call.arguments))
+    return found.value
+
+
+def _sum_of_sums(call: _Call, sums: list[Any]) -> Any:
+    return total(sums, call.combine)
+
+
+def _checked(points: Any, weights: Any, first: int) -> Block:
+    """A block as floats of NumPy, all finite, with valid weights."""
+    points = np.ascontiguousarray(foreign.native_floats(_CALLED, np.asarray(points)))
+    weights = None if weights is None else foreign.native_floats(_CALLED, np.asarray(weights))
+    return streams.checked(_CALLED, tuple(map(str, range(points.shape[1]))), Block(points, weights), "weights", first)
+
+
+def _computed(*collections: Any) -> tuple[Any, ...]:
+    """Computed by whatever scheduler is set, or on two threads."""
+    import dask.base
+
+    options = {} if _scheduler() is not None else {"scheduler": "threads", "num_workers": _THREADS}
+    return dask.base.compute(*collections, **options)
+
+
+def _scheduler() -> Any:
+    """Dask's scheduler, if somebody has chosen one or is a cluster's client."""
+    import dask.base
+
+    return dask.base.get_scheduler()
+
+
+def _float_dtype(dtype: np.dtype) -> np.dtype:
+    return foreign.native_floats(_CALLED, np.empty(0, dtype)).dtype
