@@ -20,6 +20,7 @@ FLOOR = {folder: floor for floor, folders in enumerate(RULE.split(" < ")) for fo
 MODULES = [name for name in module_names() if name.count(".") == 2 or name == "coupled_gmm.cli"]
 # Needed only where pictures are drawn, commands are run or files are read: not at import.
 HEAVY = ("matplotlib", "rich", "typer", "pydantic", "polars", "sklearn", "scipy", "PIL", "tomli_w", "ott", "ot")
+HEAVY += ("dask", "distributed", "zarr")
 LATER = ("coupled_gmm.plot", "coupled_gmm.jobs", "coupled_gmm.cli")
 LATER += ("coupled_gmm.core.progress", "coupled_gmm.gaussians.ott_cost")
 

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -60,82 +60,70 @@ def open_cloud(
         if key is not None or header is not None:
             raise ArgumentError("key" if key is not None else "header", "is for files", "leave it out")
         return blocks.open_blocks(path, columns, weights, size)  # pyright: ignore[reportArgumentType]
-    paths = _paths("path", path)
-    beside = weights if isinstance(weights, str) and not _names_file(weights) else None
-    found, notes = [], {}
-    inside: list[Stream] = []  # weights in the same .npz
-    for one in paths:
-        stream, array, said = _opened(one, columns, key, beside, header)
-        found.append(stream)
-        inside += [] if array is None else [array]
-        for note in said:
-            notes.setdefault(note, one)
-    for note, one in notes.items():
-        warnings.warn(f"{one}: {note}", stacklevel=2)
-    whole = streams.joined(found)
+    named = weights if isinstance(weights, str) and not _names_file(weights) else None
+    parts = [_opened(one, columns, key, named, header) for one in _paths("path", path)]
+    for note, file in {note: part.points.called for part in reversed(parts) for note in part.notes}.items():
+        warnings.warn(f"{file}: {note}", stacklevel=2)
+    files_of = [part.points for part in parts]
+    whole = streams.joined(files_of)
     size = size or streams.chunk_size(whole)
-    if inside:
-        return OpenCloud(whole, size, _fitting(inside, found, size))
-    if weights is None or beside is not None:
-        if whole.weighted:
-            _check_some_positive(beside, (block.weights for block in whole.blocks(size)))
+    beside = [part.weights for part in parts if part.weights is not None]
+    if named is None and _are_paths(weights):
+        beside = [_column(one, header) for one in _paths("weights", weights)]
+    if beside:
+        return OpenCloud(whole, size, _fitting(beside, files_of, size))
+    if whole.weighted:
+        _check_some_positive(repr(named), (block.weights for block in whole.blocks(size)))
+    if weights is None or named is not None:
         return OpenCloud(whole, size)
-    if _is_path(weights) or (isinstance(weights, (list, tuple)) and weights and all(map(_is_path, weights))):
-        columns_of = [_column(one, header) for one in _paths("weights", weights)]
-        return OpenCloud(whole, size, _fitting(columns_of, found, size))
     if blocks.is_dask(weights):
         raise ArgumentTypeError("weights", "expected an array, got one of Dask", "pass weights.compute()")
     return OpenCloud(whole, size, np.asarray(checks.own_weights("weights", weights, whole.shape[0])))
 
 
-def _opened(
-    path: Path, columns: Any, key: str | None, weights: str | None, header: bool | None
-) -> tuple[Stream, Stream | None, list[str]]:
-    """The points of a file, weights that are an array of their own in it, and notes."""
+class _Opened(NamedTuple):
+    """The points of a file, weights that are an array of their own in it, and notes on what was decided."""
+
+    points: Stream
+    weights: Stream | None = None
+    notes: Sequence[str] = ()
+
+
+def _opened(path: Path, columns: Any, key: str | None, weights: str | None, header: bool | None) -> _Opened:
     if array_files.is_zarr(path):
-        if weights is not None:
-            return (
-                array_files.open_zarr(path, columns, key),
-                array_files.open_zarr(path, None, weights, vector=True),
-                [],
-            )
-        return array_files.open_zarr(path, columns, key), None, []
-    path, end = files.existing(path), files.ending(path)
+        beside = None if weights is None else array_files.open_zarr(path, None, weights, vector=True)
+        return _Opened(array_files.open_zarr(path, columns, key), beside)
+    if files.ending(path) == ".zarr" and not path.exists():
+        raise FileNotFoundError(f"{path}: no such folder; check the name")
+    path = files.existing(path)
+    end = files.ending(path)
     if header is not None and end not in files.TEXT:
         raise ValueError(f"{path}: header is for text files ({', '.join(files.TEXT)}); leave it out")
     if end not in files.TABLES:
-        named = array_files.has_fields(path, key)
-        if weights is None or named or end == ".npy":
-            return array_files.open_array(path, columns, key, weights), None, []
-        return (
-            array_files.open_array(path, columns, key, None),
-            array_files.open_array(path, None, weights, None, vector=True),
-            [],
-        )
+        apart = weights is not None and end == ".npz" and not array_files.has_fields(path, key)
+        beside = array_files.open_array(path, None, weights, None, vector=True) if apart else None
+        return _Opened(array_files.open_array(path, columns, key, None if apart else weights), beside)
     if key is not None:
         raise ValueError(f"{path}: key is for .npz files; choose columns of a table by name instead")
-    from coupled_gmm.data import table_files  # polars is imported where a table is read
-
     if columns is not None and not all(isinstance(column, str) for column in columns):
         raise ValueError(f"{path}: the columns of a table are chosen by name, not by position")
+    from coupled_gmm.data import table_files  # polars is imported where a table is read
+
     if end == ".parquet":
-        return _with_none(*table_files.open_parquet(path, columns, weights))
-    return _with_none(*table_files.open_text(path, columns, weights, header))
-
-
-def _with_none(stream: Stream, notes: list[str]) -> tuple[Stream, None, list[str]]:
-    return stream, None, notes
+        points, notes = table_files.open_parquet(path, columns, weights)
+    else:
+        points, notes = table_files.open_text(path, columns, weights, header)
+    return _Opened(points, None, notes)
 
 
 def _column(path: Path, header: bool | None) -> Stream:
     """A file of one column."""
     if array_files.is_zarr(path):
-        stream: Stream = array_files.open_zarr(path, None, None, vector=True)
-    elif files.ending(files.existing(path)) in files.TABLES:
-        stream, _, _ = _opened(path, None, None, None, header if files.ending(path) in files.TEXT else None)
-    else:
-        stream = array_files.open_array(path, None, None, None, vector=True)
-    return stream
+        return array_files.open_zarr(path, None, None, vector=True)
+    end = files.ending(files.existing(path))
+    if end in files.TABLES:
+        return _opened(path, None, None, None, header if end in files.TEXT else None).points
+    return array_files.open_array(path, None, None, None, vector=True)
 
 
 def _fitting(weights: list[Stream], points: list[Stream], size: int) -> Stream:
@@ -143,13 +131,11 @@ def _fitting(weights: list[Stream], points: list[Stream], size: int) -> Stream:
     for stream in weights:
         if stream.shape[1] != 1:
             raise ValueError(f"{stream.called}: expected one weight a point, got {stream.shape[1]} columns; save one")
-    pairs = (
-        zip(weights, points, strict=True) if len(weights) == len(points) else ((weights[0], streams.joined(points)),)
-    )
     if len(weights) not in (1, len(points)):
         raise ArgumentError(
             "weights", f"{len(weights)} files for {len(points)} files of points", "give one for each, or one"
         )
+    pairs = zip(weights, points if len(weights) == len(points) else [streams.joined(points)], strict=True)
     for theirs, ours in pairs:
         if theirs.shape[0] != ours.shape[0]:
             problem = f"holds {theirs.shape[0]:,} weights, and {ours.called} {ours.shape[0]:,} points"
@@ -175,6 +161,10 @@ def _paths(name: str, value: Any) -> list[Path]:
             "what is in memory is passed to fits as it is",
         )
     return [Path(one) for one in given]
+
+
+def _are_paths(value: Any) -> bool:
+    return _is_path(value) or (isinstance(value, (list, tuple)) and bool(value) and all(map(_is_path, value)))
 
 
 def _is_path(value: Any) -> bool:

@@ -24,6 +24,7 @@ with installation.needed("tables", "clouds from files"):
     import polars as pl
 
 PIECE = 2**23  # bytes of text that are read at once
+_TOGETHER = 2**25  # bytes of Parquet that are read at once: polars takes some milliseconds to begin
 _HEAD = 2**12  # rows that tell what the columns of a Parquet file are
 
 
@@ -38,6 +39,9 @@ class ParquetFile(Ranged):
 
     columns: tuple[str, ...]
     groups: tuple[int, ...]
+
+    def blocks(self, rows: int) -> Iterator[Block]:
+        return super().blocks(max(rows, _TOGETHER // (8 * self.shape[1])))
 
     def opened(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()

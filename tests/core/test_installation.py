@@ -13,7 +13,7 @@ from problems import ROOT, random_mixture
 
 import coupled_gmm as cg
 from coupled_gmm.core import foreign, installation, report
-from coupled_gmm.data import clouds
+from coupled_gmm.data import array_files, clouds
 from coupled_gmm.transport import exact
 
 CLOUDS = "coupled_gmm.data.clouds"
@@ -45,6 +45,7 @@ def run(code: str, *blocked: str) -> subprocess.CompletedProcess:
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 MODULES = {"polars": "polars", "POT": "ot", "pydantic": "pydantic", "rich": "rich", "scikit-learn": "sklearn"}
 MODULES |= {"tomli-w": "tomli_w", "typer": "typer", "filelock": "filelock", "platformdirs": "platformdirs"}
+MODULES |= {"distributed": "distributed", "dask[array]": "dask", "zarr": "zarr"}
 
 
 def modules(extra: str) -> tuple[str, ...]:
@@ -53,11 +54,11 @@ def modules(extra: str) -> tuple[str, ...]:
 
 def test_extras_are_the_ones_that_are_named():
     assert modules("cli") == installation._COMMAND
-    assert EXTRAS["all"] == ["coupled_gmm[cli,pot,sklearn,tables]"]
+    assert EXTRAS["all"] == ["coupled_gmm[cli,cluster,pot,sklearn,tables,zarr]"]
 
 
-def test_the_core_works_without_any_extra():
-    code = """
+def test_the_core_works_without_any_extra(tmp_path):
+    code = f"""
 import numpy as np
 import coupled_gmm as cg
 gmm = cg.GaussianMixture.from_moments(np.eye(2), np.stack(2 * [np.eye(2)]), [0.5, 0.5])
@@ -65,8 +66,12 @@ assert cg.solve_plan(cg.GaussianMixturePair(gmm, gmm), method="exact").matrix.sh
 assert cg.from_ott(cg.to_ott(gmm)).n_components == 2
 assert cg.BuresCost(2) is not None
 import coupled_gmm.plot.mixtures, coupled_gmm.plot.barycenters
+np.save({str(tmp_path / "c.npy")!r}, np.eye(3))
+assert len(cg.open_cloud({str(tmp_path / "c.npy")!r})) == 3
 """
-    end = run(code, *{name for extra in ("cli", "pot", "sklearn", "tables") for name in modules(extra)})
+    end = run(
+        code, *{name for extra in ("cli", "cluster", "pot", "sklearn", "tables", "zarr") for name in modules(extra)}
+    )
     assert end.returncode == 0, end.stderr
 
 
@@ -105,6 +110,7 @@ def large_exact_plan():
         ("sklearn", "", "sklearn", "to_sklearn", lambda: cg.to_sklearn(random_mixture(0, 2, 2))),
         ("sklearn", "", "sklearn", "the photographs", lambda: clouds.photograph_clouds(10)),
         ("rich", "coupled_gmm.core.progress", "cli", "progress", progress),
+        ("zarr", "", "zarr", "a zarr array", lambda: array_files._zarr(ROOT, "")),
         ("polars", "", "tables", "x", lambda: foreign._of_polars("x", None)),
         ("polars", "coupled_gmm.data.clouds", "tables", "clouds from files", lambda: importlib.import_module(CLOUDS)),
     ],
