@@ -3,6 +3,7 @@
 import csv
 import io
 import re
+import warnings
 
 import numpy as np
 import polars as pl
@@ -10,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coupled_gmm.data import clouds
+import coupled_gmm as cg
+from coupled_gmm.data import clouds, table_files
 
 X = [[1.5, 2.25], [-3.0, 0.5], [0.125, 4.0]]
 # What wrote it (or what it has), its text, and what it gives: (points, names), or a part of the one line.
@@ -104,6 +106,41 @@ def test_files_as_people_have_them(tmp_path, name):
     cloud = clouds.read_named_cloud(path)
     np.testing.assert_array_equal(cloud.points, expected[0])
     assert cloud.names == (None if expected[1] is None else tuple(expected[1]))
+
+
+def opened(path):
+    """What `open_cloud` gives of a file: points and names, or the line of its refusal."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            cloud = cg.open_cloud(path)
+            return np.concatenate([points for points, _ in cloud.chunks()]), cloud.names
+        except ValueError as error:
+            assert len(str(error).splitlines()) == 1
+            return str(error)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_in_pieces(tmp_path, name, monkeypatch):
+    """A file of one piece is taken as it is by `read_cloud`; cut below its second row, it gives the same numbers or is refused."""
+    text, expected = FILES[name]
+    path = tmp_path / "c.csv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    found = opened(path)
+    if isinstance(expected, str):
+        assert isinstance(found, str) and found.startswith(str(path)) and re.search(re.escape(expected), found)
+    else:
+        np.testing.assert_array_equal(found[0], expected[0])
+        assert found[1] == (None if expected[1] is None else tuple(expected[1]))
+    data = path.read_bytes()
+    lines = [line.end() + 1 for line in re.finditer(rb"\r\n|\r|\n", data)]
+    for piece in range(lines[2] if len(lines) > 2 else len(data), len(data)):
+        monkeypatch.setattr(table_files, "PIECE", piece)
+        cut = opened(path)
+        if not isinstance(cut, str):
+            assert not isinstance(found, str), f"pieces of {piece} bytes are taken, and the whole is refused"
+            np.testing.assert_array_equal(cut[0], found[0])
+            assert cut[1] == found[1]
 
 
 def test_the_header_key_settles_what_cannot_be_told(tmp_path):
