@@ -49,3 +49,8 @@ def killing(points, weights, first, victim, mark):
 def threads(points, weights, first):
     """How many threads of readers there are."""
     return (np.float64(sum("read-ahead" in thread.name for thread in threading.enumerate())),)
+
+
+def drawn(block, rows):
+    """Points of a block that its number decides: a graph of these can be made again."""
+    return np.random.RandomState(int(block[0])).randn(rows, 4)

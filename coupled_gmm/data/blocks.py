@@ -4,9 +4,12 @@ Arguments of a sum are a part of its graph, and no futures: a worker that is los
 make again, as long as the array's own graph can (what was only scattered to a worker is lost with it).
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Self
 
@@ -94,7 +97,10 @@ class BlockCloud(OpenCloud):
 
         call = delayed(_Call(function, arguments, combine, self.chunk_size), pure=False, traverse=False)
         sums, add = delayed(_sum_of_block, pure=False), delayed(_sum_of_sums, pure=False)
-        found = [sums(call, first, points, weights) for first, points, weights in self.stream.parts]
+        found, held = [], _holders(self.stream.array)
+        for first, points, weights in self.stream.parts:
+            with _at(held.get(points.key)):
+                found.append(sums(call, first, points, weights))
         while len(found) > 1:
             found = [add(call, found[i : i + _BRANCHES]) for i in range(0, len(found), _BRANCHES)]
         return _computed(found[0])[0]
@@ -121,7 +127,7 @@ def open_blocks(array: Any, columns: Sequence[int] | None, weights: Any, chunk_s
     Raises:
       TypeError, ValueError: no array of real numbers of shape (n, d), or weights that don't fit it.
     """
-    if not hasattr(array, "to_delayed") or not hasattr(array, "rechunk"):
+    if not type(array).__module__.startswith("dask.array"):
         raise ArgumentTypeError(
             "path",
             f"expected an array of Dask, got its {type(array).__name__}",
@@ -147,7 +153,9 @@ def _weights(weights: Any, array: Any) -> Any:
 
         given: Any = checks.own_weights("weights", weights, len(array))
         weights = dask.array.from_array(np.asarray(given), chunks=lengths)  # pyright: ignore[reportArgumentType]
-        return weights if _scheduler() is None else weights.persist()  # so that they travel once
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sending large graph")  # they travel now, and once
+            return weights if _scheduler() is None else weights.persist()
     if weights.dtype.kind not in "fiub":
         raise ArgumentTypeError("weights", f"expected real numbers, got dtype {weights.dtype}")
     weights = _with_lengths(weights)
@@ -197,6 +205,26 @@ def _scheduler() -> Any:
     import dask.base
 
     return dask.base.get_scheduler()
+
+
+def _holders(array: Any) -> dict[Any, Any]:
+    """Which workers of a cluster hold which blocks now: those of an array that was persisted."""
+    if "distributed" not in sys.modules:
+        return {}
+    from distributed import get_client
+
+    try:
+        held: Any = get_client().who_has(array)
+    except ValueError:  # there is no client
+        return {}
+    return dict(held)
+
+
+def _at(workers: Any) -> contextlib.AbstractContextManager[Any]:
+    """Tasks made herein run on one of these workers, while there is one: else an idle worker would fetch the block."""
+    from dask.base import annotate
+
+    return annotate(workers=list(workers), allow_other_workers=True) if workers else contextlib.nullcontext()
 
 
 def _float_dtype(dtype: np.dtype) -> np.dtype:
