@@ -193,8 +193,10 @@ def sent(client):
 @pytest.mark.timeout(300)
 def test_only_sums_travel(client):
     """Of 64 MB on two processes; as in memory."""
+    from distributed import wait
+
     array = recomputable(40, 50_000).persist()
-    sys.modules["distributed"].wait(array)
+    wait(array)
     x = np.concatenate([chunk_sums.drawn([i], 50_000) for i in range(40)])
     cloud = cg.open_cloud(array, weights=np.arange(len(x)) % 7 + 0.5)
     for _ in range(3):  # weights go to where the points lie, and stay

@@ -253,3 +253,61 @@ def outcome(path, table):
 @given(table=tables())
 def test_any_dialect_reads_back_equal_or_is_refused(tmp_path_factory, table):
     assert outcome(tmp_path_factory.getbasetemp() / "round.csv", table) in ("equal", "refused")
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(table=tables(), share=st.floats(0.3, 0.99))
+def test_any_dialect_in_pieces_is_the_whole_or_refused(tmp_path_factory, table, share):
+    """Rows again and again, the file cut in a few places: never other numbers than of the whole."""
+    x, *rest = table
+    path = tmp_path_factory.getbasetemp() / "pieces.csv"
+    path.write_bytes(written(np.tile(x, (8, 1)), *rest))
+    whole = opened(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(table_files, "PIECE", max(1, int(share * path.stat().st_size)))
+        cut = opened(path)
+    if not isinstance(cut, str):
+        assert not isinstance(whole, str)
+        np.testing.assert_array_equal(cut[0], whole[0])
+        assert cut[1] == whole[1]
+
+
+def test_pieces_of_every_common_dialect_are_read(tmp_path, monkeypatch):
+    """Not refused: what programs write most, in pieces of ten rows, the slow way and the quick."""
+    x = np.random.RandomState(0).randn(300, 3).round(6)
+    frame = pl.DataFrame(x, schema=["u", "v", "w"])
+    texts = {
+        "comma": frame.write_csv(),
+        "semicolon": frame.write_csv(separator=";"),
+        "tab": frame.write_csv(separator="\t"),
+    }
+    texts["decimal comma"] = frame.write_csv(separator=";", decimal_comma=True)
+    texts["quoted"] = frame.write_csv(quote_style="always")
+    texts["index"] = frame.with_row_index("").write_csv()
+    texts["end"] = "".join(f"{line};\n" for line in texts["semicolon"].splitlines())
+    texts["bare"] = "".join(" ".join(map(str, row)) + "\n" for row in x.tolist())
+    texts["padded"] = "".join("  ".join(f"{value:12}" for value in row) + "\n" for row in x.tolist())
+    texts["comments"] = "# by hand\n" + texts["comma"] + "# the end\n\n"
+    texts["blank lines"] = texts["comma"].replace("\n", "\n\n")
+    texts["windows"] = texts["comma"].replace("\n", "\r\n")
+    texts["no last line end"] = texts["comma"].rstrip("\n")
+    for name, text in texts.items():
+        for data, piece in ((text.encode(), 350), (text.encode("utf-16"), 700)):
+            (tmp_path / "c.csv").write_bytes(data)
+            monkeypatch.setattr(table_files, "PIECE", piece)
+            found = opened(tmp_path / "c.csv")
+            assert not isinstance(found, str), (name, found)
+            np.testing.assert_array_equal(found[0], x, err_msg=name)
+    for late, says in (
+        ("1,2\n", "row 301 below the first line has 2 cells and row 1 has 3"),
+        ("1,a,3\n", "column 'v' is not"),
+    ):
+        (tmp_path / "c.csv").write_text(texts["comma"] + late)
+        assert re.search(says, opened(tmp_path / "c.csv"))
+    assert re.search("'a' in row 301", opened(tmp_path / "c.csv"))
+    (tmp_path / "c.csv").write_text(texts["comma"] + "1,NA,3\n")
+    assert re.search(
+        r"column 'v' lacks 1 of \d+ values in rows \d+ to 301, the first in row 301;", opened(tmp_path / "c.csv")
+    )
+    (tmp_path / "c.csv").write_bytes(texts["comma"].encode() + b"1,\xff,3\n")
+    assert re.search(rf"is not in UTF-8 \(byte {len(texts['comma']) + 2}\)", opened(tmp_path / "c.csv"))
