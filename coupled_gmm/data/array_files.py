@@ -9,7 +9,7 @@ import dataclasses
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any
 
 import numpy as np
 
@@ -30,11 +30,9 @@ class ArrayFile(Ranged):
 
     Args:
       layout: how it lies in the file.
-      columns: which are the features: places, or names of fields.
     """
 
     layout: Layout
-    columns: tuple[Any, ...]
 
     def opened(self) -> IO[bytes]:
         return self.path.open("rb", buffering=0)
@@ -68,9 +66,6 @@ class ArrayFile(Ranged):
                 raise ValueError(f"{self.path}: ends before its last point; save it again")
             left = left[count:]
 
-    def reordered(self, order: Sequence[int]) -> Self:
-        return dataclasses.replace(self.renamed(order), columns=tuple(self.columns[i] for i in order))
-
 
 @dataclasses.dataclass(frozen=True)
 class PackedArray(File):
@@ -79,12 +74,10 @@ class PackedArray(File):
     Args:
       member: its name in the zip.
       layout: how it lies in the member, in C's order.
-      columns: which are the features: places, or names of fields.
     """
 
     member: str
     layout: Layout
-    columns: tuple[Any, ...]
 
     def blocks(self, rows: int) -> Iterator[Block]:
         self.check_unchanged()
@@ -106,9 +99,6 @@ class PackedArray(File):
     def rows(self, indices: np.ndarray) -> np.ndarray:
         return self.picked(indices, _numbered(self.blocks(max(1, _LONGEST * self.shape[0] // self.layout.size))))
 
-    def reordered(self, order: Sequence[int]) -> Self:
-        return dataclasses.replace(self.renamed(order), columns=tuple(self.columns[i] for i in order))
-
 
 @dataclasses.dataclass(frozen=True)
 class ZarrArray(Ranged):
@@ -116,12 +106,10 @@ class ZarrArray(Ranged):
 
     Args:
       key: the array's name in the folder, "" where the folder is the array.
-      columns: which are the features.
       chunk: how many rows one chunk holds, or one shard.
     """
 
     key: str
-    columns: tuple[int, ...]
     chunk: int
 
     def check_unchanged(self) -> None:
@@ -155,9 +143,6 @@ class ZarrArray(Ranged):
                 everything = self.columns == tuple(range(handle.shape[1]))
                 found = handle.oindex[rows, slice(None) if everything else list(self.columns)]
         return Block(np.ascontiguousarray(_floats(self.path, np.asarray(found))))
-
-    def reordered(self, order: Sequence[int]) -> Self:
-        return dataclasses.replace(self.renamed(order), columns=tuple(self.columns[i] for i in order))
 
 
 def is_zarr(path: Path) -> bool:
@@ -217,13 +202,13 @@ def open_array(
         weights,
     )
     if member is None:
-        return ArrayFile(*found, layout, taken)
+        return ArrayFile(*found, taken, layout)
     if layout.fortran and len(layout.shape) == 2 and 1 not in layout.shape:
         raise ValueError(
             f"{path}: holds a compressed array in Fortran's order, which can't be read in chunks; save it with "
             "np.savez, uncompressed, or as .npy"
         )
-    return PackedArray(*found, member, layout, taken)
+    return PackedArray(*found, taken, member, layout)
 
 
 def open_zarr(path: Path, columns: Sequence[Any] | None, key: str | None, vector: bool = False) -> ZarrArray:
@@ -240,7 +225,7 @@ def open_zarr(path: Path, columns: Sequence[Any] | None, key: str | None, vector
     chunk = (array.shards or array.chunks)[0]
     stamp = Stamp.of(_metadata(path, key or ""))
     found = (path, stamp, (shape[0], len(taken)), dtype, tuple(map(str, taken)), None, None)
-    return ZarrArray(*found, key or "", taken, chunk)
+    return ZarrArray(*found, taken, key or "", chunk)
 
 
 def _located(path: Path, file: IO[bytes], key: str | None) -> tuple[Layout, str | None]:

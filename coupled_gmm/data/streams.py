@@ -79,6 +79,7 @@ class File(Stream):
       labels: what to call the features in a message.
       names: of the features, where the file has names.
       weights: the name of the column of weights, if it holds one.
+      columns: where the features stand: places, or names.
     """
 
     path: Path
@@ -88,6 +89,7 @@ class File(Stream):
     labels: tuple[str, ...]
     names: tuple[str, ...] | None
     weights: str | None
+    columns: tuple[Any, ...]
 
     @property
     def called(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -105,10 +107,10 @@ class File(Stream):
         """Refuse to go on with a file that is no longer the one that was opened."""
         self.stamp.check(self.path)
 
-    def renamed(self, order: Sequence[int]) -> Self:
-        """The same with labels and names in another order."""
+    def reordered(self, order: Sequence[int]) -> Self:
         names = None if self.names is None else tuple(self.names[i] for i in order)
-        return dataclasses.replace(self, labels=tuple(self.labels[i] for i in order), names=names)
+        labels, columns = (tuple(each[i] for i in order) for each in (self.labels, self.columns))
+        return dataclasses.replace(self, labels=labels, names=names, columns=columns)
 
     def checked(self, block: Block, first: int) -> Block:
         """The block, if all its numbers are finite and no weight is negative."""

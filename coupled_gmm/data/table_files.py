@@ -10,7 +10,7 @@ import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -33,11 +33,9 @@ class ParquetFile(Ranged):
     """Columns of a Parquet file.
 
     Args:
-      columns: names of the features.
       groups: rows in each row group.
     """
 
-    columns: tuple[str, ...]
     groups: tuple[int, ...]
 
     def blocks(self, rows: int) -> Iterator[Block]:
@@ -67,9 +65,6 @@ class ParquetFile(Ranged):
         points = frame.select(pl.col(self.columns).cast(floats)).to_numpy(order="c")  # what is missing is NaN there
         return Block(points, None if self.weights is None else frame[self.weights].cast(pl.Float64).to_numpy())
 
-    def reordered(self, order: Sequence[int]) -> Self:
-        return dataclasses.replace(self.renamed(order), columns=tuple(self.columns[i] for i in order))
-
 
 @dataclasses.dataclass(frozen=True)
 class TextFile(File):
@@ -77,12 +72,10 @@ class TextFile(File):
 
     Args:
       how: what was decided on its delimiter, header and decimal mark.
-      columns: places of the features.
       place: where the weights stand, -1 if nowhere.
     """
 
     how: Dialect
-    columns: tuple[int, ...]
     place: int
 
     def blocks(self, rows: int = 0) -> Iterator[Block]:
@@ -111,9 +104,6 @@ class TextFile(File):
             first += len(block.points)
             if first > last:
                 return
-
-    def reordered(self, order: Sequence[int]) -> Self:
-        return dataclasses.replace(self.renamed(order), columns=tuple(self.columns[i] for i in order))
 
 
 def open_parquet(path: Path, wanted: Sequence[str] | None, weights: str | None) -> tuple[ParquetFile, list[str]]:
@@ -195,7 +185,7 @@ def open_text(
         for i in taken if weights is None else [*taken, place]:
             columns.values(path, table.names[i], table.columns[i])
     del table.columns[:]
-    about = (names, names if table.named else None, weights, how, tuple(taken), place)
+    about = (names, names if table.named else None, weights, tuple(taken), how, place)
     found = TextFile(path, stamp, (0, len(names)), np.dtype(np.float64), *about)
     n = sum(len(block.points) for block in found.blocks())
     return dataclasses.replace(found, shape=(n, len(names))), [*table.notes, *notes]

@@ -311,3 +311,18 @@ def test_pieces_of_every_common_dialect_are_read(tmp_path, monkeypatch):
     )
     (tmp_path / "c.csv").write_bytes(texts["comma"].encode() + b"1,\xff,3\n")
     assert re.search(rf"is not in UTF-8 \(byte {len(texts['comma']) + 2}\)", opened(tmp_path / "c.csv"))
+
+
+def test_what_only_later_pieces_say(tmp_path, monkeypatch):
+    """A column that was empty; a cell of several lines, in a column that is not taken; one that never ends."""
+    monkeypatch.setattr(table_files, "PIECE", 100)
+    path = tmp_path / "c.csv"
+    path.write_text("u;v;\n" + "1;2;\n" * 60)
+    np.testing.assert_array_equal(opened(path)[0], [[1, 2]] * 60)
+    path.write_text("u;v;\n" + "1;2;\n" * 60 + "1;2;3\n")
+    assert re.search(r"the last column is empty at first, and not below row \d+; give every row a cell", opened(path))
+    path.write_text("u,v,said\n" + '1,2,"a\n3,4,5\nb"\n' * 40)
+    np.testing.assert_array_equal(next(cg.open_cloud(path, columns=["v", "u"]).chunks()).points, [[2, 1]] * 40)
+    path.write_text("u,v,said\n" + "1,2,a\n" * 40 + '1,2,"' + "a\n" * 500)
+    with pytest.raises(ValueError, match="a row is longer than 400 characters; close its quotes"):
+        cg.open_cloud(path, columns=["v", "u"])
