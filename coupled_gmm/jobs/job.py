@@ -41,6 +41,7 @@ class Job(abc.ABC, Generic[Config, Inputs, Result]):
     config: type[Config]
     result: type[Result]
     files: ClassVar[tuple[str, ...]]  # tables and pictures that a run may leave
+    measures: ClassVar[dict[str, type[float] | type[int]]]  # numbers of a result, which the summary of many compares
 
     @property
     def command(self) -> str:
@@ -75,6 +76,10 @@ class Job(abc.ABC, Generic[Config, Inputs, Result]):
     def kept(self, inputs: Inputs) -> Any:
         """What is saved as given, beside the result; None for nothing."""
         del inputs
+
+    def measured(self, result: Result) -> dict[str, float | int]:
+        """The result's measures."""
+        return {name: kind(getattr(result, name)) for name, kind in self.measures.items()}
 
     @abc.abstractmethod
     def drawn(self, result: Result) -> Any:

@@ -1,0 +1,145 @@
+"""Where jobs of a batch run: in this process, or on Dask's workers, on this machine or on a cluster that is there.
+
+Dask starts workers again that die, moves their jobs to others, and shows what is done where on its dashboard; here is only what a
+job is to it: a function of plain values that never raises. Records come back as they are ready, and whoever asked writes them down:
+workers read files of points, and write nothing.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import polars as pl
+from rich.console import Console
+
+import coupled_gmm as cg
+from coupled_gmm.core import installation
+from coupled_gmm.data import saving
+from coupled_gmm.jobs import cache
+from coupled_gmm.jobs.batch import Task
+from coupled_gmm.jobs.parts import Record
+from coupled_gmm.jobs.registry import job_named
+from coupled_gmm.jobs.sections import ConfigError, validated
+from coupled_gmm.jobs.terminal import plain, say
+
+_LONGEST = 2000  # characters of an error
+_SECONDS = 30  # until a scheduler that does not answer is said to be absent
+
+
+class LostClusterError(Exception):
+    """The cluster went away; the jobs that it had are not done."""
+
+
+def solve(task: Task) -> Record:
+    """A job from its configuration to its record; whatever goes wrong in it is in that."""
+    start = time.monotonic()
+    job = job_named(task.command)
+    assert job is not None
+    status, error, measures, packed = "", "", {}, None
+    try:
+        config = validated(task.values, job.config, Path())
+        with jax.enable_x64(config.precision == "float64"):
+            path = Path(task.name)
+            _, result = job.solve(path, config, job.read(path, config), Console(quiet=True))
+            status, measures, packed = result.status_name, job.measured(result), saving.pack(result)
+            result.raise_if_failed()
+    except (ConfigError, cg.FitError, installation.MissingExtraError) as caught:
+        error = str(caught).removeprefix(f"{Path(task.name)}: ")
+    except (Exception, pl.exceptions.PanicException) as caught:  # a fault, of this job alone
+        error = f"{type(caught).__name__}: {caught}"
+    return Record(task.name, task.digest, status, _line(error), time.monotonic() - start, measures, packed)
+
+
+def here(tasks: Sequence[Task]) -> Iterator[Record]:
+    """Jobs one after the other in this process."""
+    return map(solve, tasks)
+
+
+@contextlib.contextmanager
+def local(workers: int, console: Console) -> Iterator[Any]:
+    """A Dask client of so many processes on this machine, of one thread each.
+
+    Raises:
+      MissingExtraError: Dask is not installed.
+    """
+    with installation.needed("cluster", "--workers"):
+        from distributed import Client, LocalCluster
+    with (
+        LocalCluster(n_workers=workers, threads_per_worker=1, processes=True, dashboard_address=":0") as cluster,
+        Client(cluster) as client,
+    ):
+        _tell(client, console)
+        yield client
+
+
+@contextlib.contextmanager
+def remote(address: str, console: Console) -> Iterator[Any]:
+    """A client of the Dask scheduler at an address.
+
+    Raises:
+      MissingExtraError: Dask is not installed.
+      ConfigError: no scheduler answers there, or its workers can't run jobs.
+    """
+    with installation.needed("cluster", "--scheduler"):
+        from distributed import Client
+    try:
+        client = Client(address, timeout=_SECONDS)
+    except (OSError, ValueError, TypeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"--scheduler: {address}: can't be reached ({reason}); check the address") from error
+    with client:
+        try:
+            client.run(installation.version)
+        except Exception as error:  # of unpickling, on the other side
+            told = _line(f"{type(error).__name__}: {error}")
+            raise ConfigError(f"--scheduler: {address}: its workers have no coupled_gmm ({told}); install it there") from error
+        _tell(client, console)
+        yield client
+
+
+def on_cluster(client: Any, tasks: Sequence[Task], keep_programs: bool) -> Iterator[Record]:
+    """Jobs on the workers of a Dask client, as they end.
+
+    Args:
+      client: Dask's.
+      tasks: the jobs.
+      keep_programs: whether workers keep compiled programs in their user's cache folder.
+
+    Raises:
+      LostClusterError: the scheduler went away.
+    """
+    from distributed import as_completed
+
+    futures = client.map(_solve_on_worker, tasks, keep_programs=keep_programs, pure=False)
+    tasks_by_key = {future.key: task for future, task in zip(futures, tasks, strict=True)}
+    waiting = as_completed(futures)
+    del futures  # who holds a future holds its result on the worker
+    for future in waiting:
+        task = tasks_by_key.pop(future.key)
+        if future.status == "finished":
+            yield future.result()
+        elif future.status == "error":  # a worker that died again and again, or a record that could not travel
+            error = future.exception()
+            yield Record(task.name, task.digest, "", _line(f"{type(error).__name__}: {error}"), 0.0, {}, None)
+        else:
+            raise LostClusterError(f"the cluster went away, with {len(tasks_by_key) + 1} jobs left")
+
+
+def _solve_on_worker(task: Task, keep_programs: bool) -> Record:
+    if keep_programs:
+        cache.keep_programs()  # once is enough: the second call finds that there is a place
+    return solve(task)
+
+
+def _tell(client: Any, console: Console) -> None:
+    say(console, f"workers: {len(client.scheduler_info()['workers'])}, dashboard {client.dashboard_link}")
+
+
+def _line(text: str) -> str:
+    """An error on one line that a table can hold."""
+    line = plain(" ".join(text.split()))
+    short = line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
+    return short.encode("utf-8", "backslashreplace").decode()
