@@ -148,7 +148,7 @@ def load(path: Path, directory: str | None = None, *, resolved: bool = False) ->
     own = check(path, {key: values.pop(key) for key in _OWN if key in values}, BatchSections)
     job = job_named(own.command or "")
     assert job is not None  # checked with the sections
-    rows, sweep = manifest.named(_rows(path, own.jobs, job)), _flat_sweep(path, own.sweep)
+    rows, sweep = _rows(path, own, job), _flat_sweep(path, own.sweep)
     tasks = _tasks(path, job, values, rows, sweep)
     where = directory or own.output.directory or str(Path("runs") / path.stem)
     return Batch(path, job, tasks, where)
@@ -181,17 +181,19 @@ def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _rows(path: Path, jobs: Jobs, job: Job[Any, Any, Any]) -> list[Row]:
+def _rows(path: Path, own: BatchSections, job: Job[Any, Any, Any]) -> list[Row]:
+    """Those of the table, all with a name; or the only one."""
+    jobs = own.jobs
     if jobs.manifest is not None:
-        return manifest.of_manifest(path, Path(jobs.manifest), jobs.keep, job.config)
+        return manifest.named(manifest.of_manifest(path, Path(jobs.manifest), jobs.keep, job.config))
     if jobs.rows is not None:
         if not jobs.rows:
             raise ConfigError(f"{path}: jobs.rows: has no rows; write one for each job")
-        return manifest.of_tables(path, jobs.rows, jobs.keep)
+        return manifest.named(manifest.of_tables(path, jobs.rows, jobs.keep))
     patterns = {key: getattr(jobs, key) for key in ("cloud0", "cloud1") if getattr(jobs, key) is not None}
     if patterns:
-        return manifest.of_patterns(path, patterns)
-    return [Row(f"{path}", str(path), job.command, {}, {}, path.parent)]
+        return manifest.named(manifest.of_patterns(path, patterns))
+    return [Row(f"{path}", str(path), None if own.sweep else job.command, {}, {}, path.parent)]
 
 
 def _flat_sweep(path: Path, sweep: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -222,7 +224,7 @@ def _tasks(
             lines.setdefault(f"{path}: sweep.{key}: rows set it too; keep one of them")
         for combination in itertools.product(*sweep.values()):
             swept = dict(zip(sweep, combination, strict=True))
-            name = " ".join([row.name or "", *(f"{key}={_shown(value)}" for key, value in swept.items())])
+            name = _name(row, swept)
             if name in names:
                 lines.setdefault(f"{row.where}: name: {brief(name)} is that of {names[name]} too; give each its own")
             names.setdefault(name, row.where)
@@ -290,6 +292,14 @@ def _lines(path: Path, row: Row, swept: Mapping[str, Any], error: MistakesError)
             yield f"{row.where}: {key}: {text}"
         else:
             yield f"{path}: {key}: {text}"
+
+
+def _name(row: Row, swept: Mapping[str, Any]) -> str:
+    """The row's, and what is swept: keys without their sections, where these tell them apart."""
+    ends = [key.rpartition(".")[2] for key in swept]
+    keys = ends if len(set(ends)) == len(ends) else list(swept)
+    words = [f"{key}={_shown(value)}" for key, value in zip(keys, swept.values(), strict=True)]
+    return " ".join([row.name, *words] if row.name else words)
 
 
 def _sets(given: Mapping[str, Any], key: str) -> bool:

@@ -22,6 +22,7 @@ from coupled_gmm.core.checks import brief
 from coupled_gmm.data import archive, saving
 from coupled_gmm.jobs import batch, folders, run
 from coupled_gmm.jobs.batch import Batch, Task
+from coupled_gmm.jobs.job import Job
 from coupled_gmm.jobs.sections import ConfigError
 
 CONFIG, PARTS, TIMINGS = "config.toml", "parts", "timings.csv"
@@ -64,9 +65,11 @@ class BatchFolder:
         except (Exception, pl.exceptions.PanicException):  # damaged in whichever way
             return None
 
-    def records(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Record | None]]:
+    def records(self, tasks: Sequence[Task]) -> Iterator[Record | None]:
+        """How jobs ended, without what came out: thousands of these would fill the memory."""
         for task in tasks:
-            yield task, self.record(task)
+            record = self.record(task)
+            yield None if record is None else record._replace(result=None)
 
     def remove_damaged(self, task: Task) -> bool:
         """A file under a job's name that is no record of it goes; whether there was one."""
@@ -135,7 +138,7 @@ def claimed(of: Batch) -> BatchFolder:
             new = _claim(of, folder, text)
             (folder / PARTS).mkdir(exist_ok=True)
             if new:
-                _replace(folder / CONFIG, text)
+                _replace(folder / CONFIG, text, folder_is_locked=True)
         _remove_abandoned(folder)
         _remove_abandoned(folder / PARTS)
         _probe(folder / PARTS)
@@ -164,27 +167,22 @@ def existing(folder: Path) -> BatchFolder:
     return BatchFolder(folder, batch.load(path, resolved=True))
 
 
-def result_of(folder: Path, name: str) -> Any:
-    """What came out of the job of this name: a fit, say, as `coupled_gmm.load` gives it.
+def result_of(folder: Path, name: str) -> tuple[Job[Any, Any, Any], Any]:
+    """The job of a batch's folder, and what came out of the one of this name: a fit, say, as `coupled_gmm.load` gives it.
 
     Raises:
       ConfigError: the folder is no batch's, or has no such job, or that has not ended or has no result.
     """
-    return saving.unpack(f"{folder}: job {brief(name)}", packed_result(folder, name))
-
-
-def packed_result(folder: Path, name: str) -> bytes:
-    """The same as the bytes of a file that `coupled_gmm.load` reads."""
     place = existing(folder)
     task = next((task for task in place.batch.tasks if task.name == name), None)
     if task is None:
-        raise ConfigError(f"{folder}: has no job {brief(name)}; the names are in summary.csv and {CONFIG}")
+        raise ConfigError(f"{folder}: has no job {brief(name)}; {CONFIG} there has their names")
     record = place.record(task)
     if record is None:
         raise ConfigError(f"{folder}: job {brief(name)} has not ended; run the batch again: it goes on")
     if record.result is None:
         raise ConfigError(f"{folder}: job {brief(name)} left no result: {record.error}")
-    return record.result
+    return place.batch.job, saving.unpack(f"{folder}: job {brief(name)}", record.result)
 
 
 def summary(of: Batch, records: Sequence[Record]) -> pl.DataFrame:
@@ -276,13 +274,13 @@ def _claim(of: Batch, folder: Path, text: bytes) -> bool:
     return True
 
 
-def _replace(path: Path, content: bytes) -> None:
+def _replace(path: Path, content: bytes, folder_is_locked: bool = False) -> None:
     """A file, whole or not at all, whoever else writes it at the same time."""
     part = path.with_name(f".{secrets.token_hex(8)}{_PART}")
     with interrupts.lock:  # a signal waits until it is there
         handle = None
         try:
-            with folders.locked(path.parent):
+            with contextlib.nullcontext() if folder_is_locked else folders.locked(path.parent):
                 file = part.open("xb")  # exclusively: what another has put there is not followed
                 handle = folders.lock(part, wait=False)
             with file:

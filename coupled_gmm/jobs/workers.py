@@ -6,8 +6,9 @@ workers read files of points, and write nothing.
 """
 
 import contextlib
+import importlib.util
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from coupled_gmm.jobs.registry import job_named
 from coupled_gmm.jobs.sections import ConfigError, validated
 from coupled_gmm.jobs.terminal import plain, say
 
+Runner = Callable[[Sequence[Task]], contextlib.AbstractContextManager[Iterator[Record]]]
 _LONGEST = 2000  # characters of an error
 _SECONDS = 30  # until a scheduler that does not answer is said to be absent
 
@@ -53,89 +55,80 @@ def solve(task: Task) -> Record:
     return Record(task.name, task.digest, status, _line(error), time.monotonic() - start, measures, packed)
 
 
-def here(tasks: Sequence[Task]) -> Iterator[Record]:
+@contextlib.contextmanager
+def here(tasks: Sequence[Task]) -> Iterator[Iterator[Record]]:
     """Jobs one after the other in this process."""
-    return map(solve, tasks)
+    yield map(solve, tasks)
 
 
-@contextlib.contextmanager
-def local(workers: int, console: Console) -> Iterator[Any]:
-    """A Dask client of so many processes on this machine, of one thread each.
+def local(workers: int, keep_programs: bool, console: Console) -> Runner:
+    """Jobs on so many processes on this machine, of one thread each."""
 
-    Raises:
-      MissingExtraError: Dask is not installed.
-    """
-    with installation.needed("cluster", "--workers"):
-        from distributed import Client, LocalCluster
-    with (
-        LocalCluster(n_workers=workers, threads_per_worker=1, processes=True, dashboard_address=":0") as cluster,
-        Client(cluster) as client,
-    ):
-        _tell(client, console)
-        yield client
+    @contextlib.contextmanager
+    def runner(tasks: Sequence[Task]) -> Iterator[Iterator[Record]]:
+        with installation.needed("cluster", "--workers"):
+            from distributed import Client, LocalCluster
+        count = min(workers, len(tasks))
+        options: dict[str, Any] = {"threads_per_worker": 1, "processes": True, "dashboard_address": ":0"}
+        with LocalCluster(n_workers=count, **options) as cluster, Client(cluster) as client:
+            yield _records(client, tasks, keep_programs, console)
+
+    return runner
 
 
-@contextlib.contextmanager
-def remote(address: str, console: Console) -> Iterator[Any]:
-    """A client of the Dask scheduler at an address.
+def remote(address: str, keep_programs: bool, console: Console) -> Runner:
+    """Jobs on the workers of the Dask scheduler at an address; a ConfigError where none answers there."""
 
-    Raises:
-      MissingExtraError: Dask is not installed.
-      ConfigError: no scheduler answers there, or its workers can't run jobs.
-    """
-    with installation.needed("cluster", "--scheduler"):
-        from distributed import Client
-    try:
-        client = Client(address, timeout=_SECONDS)
-    except (OSError, ValueError, TypeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"--scheduler: {address}: can't be reached ({reason}); check the address") from error
-    with client:
+    @contextlib.contextmanager
+    def runner(tasks: Sequence[Task]) -> Iterator[Iterator[Record]]:
+        with installation.needed("cluster", "--scheduler"):
+            from distributed import Client
         try:
-            client.run(installation.version)
-        except Exception as error:  # of unpickling, on the other side
-            told = _line(f"{type(error).__name__}: {error}")
-            raise ConfigError(f"--scheduler: {address}: its workers have no coupled_gmm ({told}); install it there") from error
-        _tell(client, console)
-        yield client
+            client = Client(address, timeout=_SECONDS)
+        except (OSError, ValueError, TypeError) as error:
+            reason = _line(str(error) or type(error).__name__)
+            raise ConfigError(f"--scheduler: {address}: can't be reached ({reason}); check the address") from error
+        with client:
+            try:
+                client.run(installation.version)
+            except Exception as error:  # of unpickling, on the other side
+                told = _line(f"{type(error).__name__}: {error}")
+                raise ConfigError(f"--scheduler: {address}: its workers lack this package ({told}); install it") from error
+            yield _records(client, tasks, keep_programs, console)
+
+    return runner
 
 
-def on_cluster(client: Any, tasks: Sequence[Task], keep_programs: bool) -> Iterator[Record]:
+def _records(client: Any, tasks: Sequence[Task], keep_programs: bool, console: Console) -> Iterator[Record]:
     """Jobs on the workers of a Dask client, as they end.
-
-    Args:
-      client: Dask's.
-      tasks: the jobs.
-      keep_programs: whether workers keep compiled programs in their user's cache folder.
 
     Raises:
       LostClusterError: the scheduler went away.
     """
     from distributed import as_completed
 
+    shown = f", dashboard {client.dashboard_link}" if importlib.util.find_spec("bokeh") else ""
+    say(console, f"workers: {len(client.nthreads())}{shown}")
     futures = client.map(_solve_on_worker, tasks, keep_programs=keep_programs, pure=False)
-    tasks_by_key = {future.key: task for future, task in zip(futures, tasks, strict=True)}
+    left = {future.key: task for future, task in zip(futures, tasks, strict=True)}
     waiting = as_completed(futures)
     del futures  # who holds a future holds its result on the worker
     for future in waiting:
-        task = tasks_by_key.pop(future.key)
+        task = left[future.key]
         if future.status == "finished":
             yield future.result()
         elif future.status == "error":  # a worker that died again and again, or a record that could not travel
-            error = future.exception()
-            yield Record(task.name, task.digest, "", _line(f"{type(error).__name__}: {error}"), 0.0, {}, None)
+            error = _line(f"{type(future.exception()).__name__}: {future.exception()}")
+            yield Record(task.name, task.digest, "", error, 0.0, {}, None)
         else:
-            raise LostClusterError(f"the cluster went away, with {len(tasks_by_key) + 1} jobs left")
+            raise LostClusterError(f"the cluster went away, with {len(left):,} jobs left; run the batch again: it goes on")
+        del left[future.key]
 
 
 def _solve_on_worker(task: Task, keep_programs: bool) -> Record:
     if keep_programs:
         cache.keep_programs()  # once is enough: the second call finds that there is a place
     return solve(task)
-
-
-def _tell(client: Any, console: Console) -> None:
-    say(console, f"workers: {len(client.scheduler_info()['workers'])}, dashboard {client.dashboard_link}")
 
 
 def _line(text: str) -> str:
