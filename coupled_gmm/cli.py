@@ -1,4 +1,4 @@
-"""The command line: ``coupled-gmm fit``, ``barycenter``, ``flow`` and ``batch``, each of a CONFIG.toml, and ``coupled-gmm show DIR``.
+"""The command line: ``coupled-gmm fit``, ``barycenter``, ``flow``, ``batch``, each of a CONFIG.toml; ``coupled-gmm show DIR``.
 
 Exit status: 0 done; 1 the job failed, or did not converge where it was asked to, or some of a batch did; 2 bad input or
 configuration, a line on standard error for each mistake.
@@ -66,8 +66,12 @@ def run_batch(
     path: Annotated[Path | None, ConfigFile.__metadata__[0]] = None,
     out: Out = None,
     no_cache: NoCache = False,
-    n_workers: Annotated[int | None, typer.Option("--workers", min=1, help="Run on so many processes, by Dask.")] = None,
-    scheduler: Annotated[str | None, typer.Option(metavar="ADDRESS", help="Run on a Dask cluster that is there.")] = None,
+    n_workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="Run on so many processes, by Dask.")
+    ] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Run on a Dask cluster that is there.")
+    ] = None,
     shard: Annotated[str, typer.Option(metavar="I/N", help="Run only the I-th of N shares of the jobs.")] = "1/1",
     status: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Say how far the batch of a folder is.", readable=False)
@@ -101,7 +105,9 @@ def run_batch(
         if reason := terminal.lost():
             terminal.say_error(f"standard output can't be written ({reason}); the results are in {place.folder}")
         if ended.failed:
-            raise cg.FitError(f"{ended.failed:,} of {sum(ended):,} jobs; `coupled-gmm batch --status {place.folder}` says why")
+            raise cg.FitError(
+                f"{ended.failed:,} of {sum(ended):,} jobs; `coupled-gmm batch --status {place.folder}` says why"
+            )
 
 
 @app.command()

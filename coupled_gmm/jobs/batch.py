@@ -215,7 +215,9 @@ def _tasks(
 ) -> list[Task]:
     """A job for each row and each combination of the sweep, in order."""
     if len(rows) * (number := math.prod(map(len, sweep.values()))) > MOST_JOBS:
-        raise ConfigError(f"{path}: sweep: {len(rows):,} rows and {number:,} combinations are too many jobs; take fewer")
+        raise ConfigError(
+            f"{path}: sweep: {len(rows):,} rows and {number:,} combinations are too many jobs; take fewer"
+        )
     tasks: list[Task] = []
     lines: dict[str, None] = {}  # each once, in order: a mistake in what is shared is in every job
     names: dict[str, str] = {}
@@ -249,7 +251,9 @@ def _task(
     text = json.dumps([job.command, name, values], sort_keys=True)
     for said in (name, *map(str, flattened(values).values()), *map(str, row.kept.values())):
         if not _is_utf8(said):
-            raise MistakesError([Mistake(manifest.NAME, f"{said!a} is not UTF-8 and can't be written down; rename it", False)])
+            raise MistakesError(
+                [Mistake(manifest.NAME, f"{said!a} is not UTF-8 and can't be written down; rename it", False)]
+            )
     return Task(name, job.command, values, row.kept, hashlib.blake2b(text.encode(), digest_size=16).hexdigest())
 
 
@@ -272,7 +276,9 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
             place = place[int(part)] if isinstance(place, list) else place.setdefault(part, {})
         place[int(last) if isinstance(place, list) else last] = value
     except (AttributeError, IndexError, TypeError, ValueError) as error:
-        raise MistakesError([Mistake(key, "there is no such place in what jobs share; correct the key", True)]) from error
+        raise MistakesError(
+            [Mistake(key, "there is no such place in what jobs share; correct the key", True)]
+        ) from error
 
 
 def _get(values: Any, key: str) -> Any:

@@ -107,7 +107,7 @@ def run(place: BatchFolder, tasks: Sequence[Task], runner: Runner, console: Cons
             for record in records:
                 place.write(record)
                 ended[record.digest] = record._replace(result=None)
-                bar.advance(plain(_told(place, record)), record.failed)
+                bar.advance(plain(_told(record)), record.failed)
     return count(list(ended.values()))
 
 
@@ -123,14 +123,14 @@ def summarise(place: BatchFolder, console: Console) -> None:
         place.write_summary(whole)
         say(console, f"summary: {place.folder / SUMMARIES[1]}")
     else:
-        say(console, f"{len(records) - len(whole):,} of the batch's {len(records):,} jobs are left; the summary waits for them")
+        say(
+            console,
+            f"{len(records) - len(whole):,} of the batch's {len(records):,} jobs are left; the summary waits for them",
+        )
 
 
-def _told(place: BatchFolder, record: Record) -> str:
+def _told(record: Record) -> str:
     if record.failed:
         return failure(record)
-    numbers = [
-        f"{name} {value:.6g}" if place.batch.job.measures[name] is float else f"{name} {value}"
-        for name, value in record.measures.items()
-    ]
+    numbers = [f"{name} {value:.6g}" for name, value in record.measures.items()]
     return f"{record.name}: {', '.join([record.status, *numbers])}"

@@ -117,7 +117,7 @@ class FitJob(Job[FitConfig, CloudPair, cg.PairFit]):
     config = FitConfig
     result = cg.PairFit
     files = ("history.csv", "plan.csv", "clouds.png", "plan.png", "objective.png", "colors.png")
-    measures = {"penalized_log_likelihood": float, "n_steps": int}
+    measures = ("penalized_log_likelihood", "n_steps")
 
     def read(self, path: Path, config: FitConfig) -> CloudPair:
         return read_pair(path, config.data, config.precision)

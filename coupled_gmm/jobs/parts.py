@@ -194,9 +194,10 @@ def summary(of: Batch, records: Sequence[Record]) -> pl.DataFrame:
         columns[kept] = [task.kept.get(kept) for task in of.tasks]
     frame = [_series(name, values) for name, values in columns.items()]
     frame.append(pl.Series("status", [record.status for record in records], pl.String))
-    for name, kind in of.job.measures.items():
-        dtype = pl.Int64 if kind is int else pl.Float64
-        frame.append(pl.Series(name, [record.measures.get(name) for record in records], dtype))
+    for name in of.job.measures:
+        values = [record.measures.get(name) for record in records]
+        whole = {type(value) for value in values} - {type(None)} == {int}
+        frame.append(pl.Series(name, values, pl.Int64 if whole else pl.Float64))
     frame.append(pl.Series("error", [record.error for record in records], pl.String))
     return pl.DataFrame(frame)
 

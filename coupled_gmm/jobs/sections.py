@@ -207,7 +207,9 @@ def _mistake(details: ErrorDetails, model: type[Section]) -> Mistake:
         case "model_type":
             return Mistake(key, f"must be a section {_header(location, model)}, got {given}", False)
         case "list_type" if isinstance(details["input"], dict) and _inside(location, model)[1]:
-            return Mistake(key, f"must be a list of sections; write {_header(location, model)}, with two brackets, for each", False)
+            return Mistake(
+                key, f"must be a list of sections; write {_header(location, model)}, with two brackets, for each", False
+            )
     message = details["msg"].replace("Input should be", "must be").replace("List should have", "must have")
     return Mistake(key, f"{message}, got {given}", False)
 

@@ -93,7 +93,9 @@ def remote(address: str, keep_programs: bool, console: Console) -> Runner:
                 client.run(installation.version)
             except Exception as error:  # of unpickling, on the other side
                 told = _line(f"{type(error).__name__}: {error}")
-                raise ConfigError(f"--scheduler: {address}: its workers lack this package ({told}); install it") from error
+                raise ConfigError(
+                    f"--scheduler: {address}: its workers lack this package ({told}); install it"
+                ) from error
             yield _records(client, tasks, keep_programs, console)
 
     return runner
@@ -121,7 +123,9 @@ def _records(client: Any, tasks: Sequence[Task], keep_programs: bool, console: C
             error = _line(f"{type(future.exception()).__name__}: {future.exception()}")
             yield Record(task.name, task.digest, "", error, 0.0, {}, None)
         else:
-            raise LostClusterError(f"the cluster went away, with {len(left):,} jobs left; run the batch again: it goes on")
+            raise LostClusterError(
+                f"the cluster went away, with {len(left):,} jobs left; run the batch again: it goes on"
+            )
         del left[future.key]
 
 
