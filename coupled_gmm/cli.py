@@ -63,7 +63,9 @@ for _job in JOBS:
 
 @app.command("batch", help="Run many jobs: files, a manifest, sweeps. Run again, it goes on.")
 def run_batch(
-    path: Annotated[Path | None, ConfigFile.__metadata__[0]] = None,
+    path: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG.toml", help="The batch's configuration.", readable=False)
+    ] = None,
     out: Out = None,
     no_cache: NoCache = False,
     n_workers: Annotated[
@@ -80,12 +82,14 @@ def run_batch(
 ) -> None:
     console = terminal.console()
     with _exit_status("batch"):
+        if status is not None and path is not None:
+            raise ConfigError("--status: is for a folder alone; leave the configuration out")
         if status is not None:
             for line in execution.status(parts.existing(status)):
                 say(console, line)
             return
         if path is None:
-            raise ConfigError("batch: no configuration; name a CONFIG.toml, or a folder with --status")
+            raise ConfigError("CONFIG.toml: no configuration; name a CONFIG.toml, or a folder with --status")
         if n_workers is not None and scheduler is not None:
             raise ConfigError("--scheduler: there are --workers already; keep one of them")
         whole = batch.load(path, None if out is None else str(out))

@@ -49,7 +49,7 @@ def solve(task: Task) -> Record:
             status, measures, packed = result.status_name, job.measured(result), saving.pack(result)
             result.raise_if_failed()
     except (ConfigError, cg.FitError, installation.MissingExtraError) as caught:
-        error = str(caught).removeprefix(f"{Path(task.name)}: ")
+        error = "\n".join(line.removeprefix(f"{Path(task.name)}: ") for line in str(caught).split("\n"))
     except (Exception, pl.exceptions.PanicException) as caught:  # a fault, of this job alone
         error = f"{type(caught).__name__}: {caught}"
     return Record(task.name, task.digest, status, _line(error), time.monotonic() - start, measures, packed)
@@ -137,6 +137,6 @@ def _solve_on_worker(task: Task, keep_programs: bool) -> Record:
 
 def _line(text: str) -> str:
     """An error on one line that a table can hold."""
-    line = plain(" ".join(text.split()))
+    line = plain(" | ".join(part.strip() for part in text.splitlines() if part.strip()))
     short = line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
     return short.encode("utf-8", "backslashreplace").decode()
