@@ -20,6 +20,7 @@ FLOOR = {folder: floor for floor, folders in enumerate(RULE.split(" < ")) for fo
 MODULES = [name for name in module_names() if name.count(".") == 2 or name == "coupled_gmm.cli"]
 # Needed only where pictures are drawn, commands are run or files are read: not at import.
 HEAVY = ("matplotlib", "rich", "typer", "pydantic", "polars", "sklearn", "scipy", "PIL", "tomli_w", "ott", "ot")
+HEAVY += ("dask", "distributed")
 LATER = ("coupled_gmm.plot", "coupled_gmm.jobs", "coupled_gmm.cli")
 LATER += ("coupled_gmm.core.progress", "coupled_gmm.gaussians.ott_cost")
 
@@ -134,8 +135,8 @@ def test_modules_of_jobs_do_not_draw():
     run("""
 import sys
 import types
-from coupled_gmm.jobs import registry, run
-heavy = [name for name in ("matplotlib", "ott", "sklearn", "PIL") if name in sys.modules]
+from coupled_gmm.jobs import registry, run, workers
+heavy = [name for name in ("matplotlib", "ott", "sklearn", "PIL", "dask", "distributed") if name in sys.modules]
 assert not heavy, heavy
 """)
 

@@ -7,6 +7,9 @@ workers read files of points, and write nothing.
 
 import contextlib
 import importlib.util
+import os
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +20,7 @@ import polars as pl
 from rich.console import Console
 
 import coupled_gmm as cg
-from coupled_gmm.core import installation
+from coupled_gmm.core import installation, interrupts
 from coupled_gmm.data import saving
 from coupled_gmm.jobs import cache
 from coupled_gmm.jobs.batch import Task
@@ -62,27 +65,50 @@ def here(tasks: Sequence[Task]) -> Iterator[Iterator[Record]]:
 
 
 def local(workers: int, keep_programs: bool, console: Console) -> Runner:
-    """Jobs on so many processes on this machine, of one thread each."""
+    """Jobs on so many processes on this machine, of one thread each.
+
+    Raises:
+      MissingExtraError: Dask is not installed.
+    """
+    with installation.needed("cluster", "--workers"):
+        from distributed import Client, LocalCluster
 
     @contextlib.contextmanager
     def runner(tasks: Sequence[Task]) -> Iterator[Iterator[Record]]:
-        with installation.needed("cluster", "--workers"):
-            from distributed import Client, LocalCluster
-        count = min(workers, len(tasks))
+        started: list[Any] = []
+        # Where a signal ends this process, its helper would tell of semaphores that nobody gave back.
+        sys.warnoptions.append("ignore:resource_tracker")
         options: dict[str, Any] = {"threads_per_worker": 1, "processes": True, "dashboard_address": ":0"}
-        with LocalCluster(n_workers=count, **options) as cluster, Client(cluster) as client:
+        with (
+            interrupts.undoing(lambda: _end(started)),
+            LocalCluster(n_workers=min(workers, len(tasks)), **options) as cluster,
+            Client(cluster) as client,
+        ):
+            started.append(cluster)
             yield _records(client, tasks, keep_programs, console)
 
     return runner
 
 
+def _end(clusters: Sequence[Any]) -> None:
+    """Of clusters that are not closed, the workers: they would end by themselves, with many words."""
+    for worker in [worker for cluster in clusters for worker in cluster.workers.values()]:
+        if worker.pid is not None:
+            with contextlib.suppress(OSError):
+                os.kill(worker.pid, signal.SIGKILL)
+
+
 def remote(address: str, keep_programs: bool, console: Console) -> Runner:
-    """Jobs on the workers of the Dask scheduler at an address; a ConfigError where none answers there."""
+    """Jobs on the workers of the Dask scheduler at an address; a ConfigError where none answers there.
+
+    Raises:
+      MissingExtraError: Dask is not installed.
+    """
+    with installation.needed("cluster", "--scheduler"):
+        from distributed import Client
 
     @contextlib.contextmanager
     def runner(tasks: Sequence[Task]) -> Iterator[Iterator[Record]]:
-        with installation.needed("cluster", "--scheduler"):
-            from distributed import Client
         try:
             client = Client(address, timeout=_SECONDS)
         except (OSError, ValueError, TypeError) as error:

@@ -45,6 +45,7 @@ def run(code: str, *blocked: str) -> subprocess.CompletedProcess:
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 MODULES = {"polars": "polars", "POT": "ot", "pydantic": "pydantic", "rich": "rich", "scikit-learn": "sklearn"}
 MODULES |= {"tomli-w": "tomli_w", "typer": "typer", "filelock": "filelock", "platformdirs": "platformdirs"}
+MODULES |= {"dask": "dask", "distributed": "distributed"}
 
 
 def modules(extra: str) -> tuple[str, ...]:
@@ -53,7 +54,7 @@ def modules(extra: str) -> tuple[str, ...]:
 
 def test_extras_are_the_ones_that_are_named():
     assert modules("cli") == installation._COMMAND
-    assert EXTRAS["all"] == ["coupled_gmm[cli,pot,sklearn,tables]"]
+    assert EXTRAS["all"] == ["coupled_gmm[cli,cluster,pot,sklearn,tables]"]
 
 
 def test_the_core_works_without_any_extra():
@@ -66,7 +67,7 @@ assert cg.from_ott(cg.to_ott(gmm)).n_components == 2
 assert cg.BuresCost(2) is not None
 import coupled_gmm.plot.mixtures, coupled_gmm.plot.barycenters
 """
-    end = run(code, *{name for extra in ("cli", "pot", "sklearn", "tables") for name in modules(extra)})
+    end = run(code, *{name for extra in ("cli", "cluster", "pot", "sklearn", "tables") for name in modules(extra)})
     assert end.returncode == 0, end.stderr
 
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import polars as pl
 import pytest
+from batches import CHEAP, COMMAND, CONFIG, configured, ended, files, n_parts, process, results, wait_for
 from typer.testing import CliRunner
 
 import coupled_gmm as cg
@@ -18,51 +19,6 @@ from coupled_gmm.data import saving
 from coupled_gmm.jobs import batch, parts
 from coupled_gmm.jobs.barycenter import BarycenterJob
 from coupled_gmm.jobs.sections import ConfigError
-
-# A job that costs nothing: its seed tells how it ends. It is of a process of its own where the text is run in one.
-CHEAP = """
-import sys, time
-import numpy as np
-import coupled_gmm as cg
-from coupled_gmm.jobs.barycenter import BarycenterJob
-from coupled_gmm.jobs.sections import ConfigError
-
-def solve(job, path, config, inputs, console):
-    time.sleep(SECONDS)
-    seed = config.start.seed
-    if seed == 100:
-        raise ConfigError(f"{path}: mixtures.0.file: absent.npz: no such file\\n{path}: another line")
-    if seed == 101:
-        raise RuntimeError("a fault\\nin two lines \\x1b[31m \\udcff")
-    gmm = cg.GaussianMixture.from_moments(np.full((1, 2), 1.0 + seed), np.eye(2)[None], [1.0])
-    gmm.__dict__["seed"] = seed
-    return config, gmm
-
-def fail(gmm):
-    if gmm.__dict__["seed"] == 102:
-        raise cg.FitError("the steps ran out")
-
-BarycenterJob.read = lambda job, path, config: None
-BarycenterJob.solve = solve
-BarycenterJob.sheets = lambda job, result: ()
-for name, value in {
-    "objective": property(lambda gmm: float(gmm.means[0, 0]) / 3),
-    "n_steps": 7,
-    "status_name": "converged",
-    "message": "done",
-    "raise_if_failed": fail,
-}.items():
-    setattr(cg.GaussianMixture, name, value)
-"""
-CONFIG = """
-command = "barycenter"
-[[mixtures]]
-example = "left"
-[start]
-n_components = 2
-[sweep]
-"start.seed" = SEEDS
-"""
 
 
 @pytest.fixture
@@ -93,18 +49,6 @@ def cheap(tmp_path, monkeypatch):
 
 def call(*arguments):
     return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
-
-
-def files(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def results(folder):
-    """What must be the same whenever and wherever jobs ran: the summary, and results by the names of jobs."""
-    summaries = {name: (folder / name).read_bytes() for name in parts.SUMMARIES}
-    place = parts.existing(folder)
-    records = {task.name: place.record(task) for task in place.batch.tasks}
-    return summaries, {name: (record.status, record.error, record.result) for name, record in records.items()}
 
 
 def test_a_batch_leaves_its_folder_and_is_not_done_again(cheap):
@@ -346,27 +290,6 @@ def test_a_disk_that_is_full_ends_the_batch_in_a_line_and_it_goes_on(cheap, monk
     assert not [name for name in files(cheap.out) if name.endswith(".part")]
 
 
-COMMAND = "sys.argv = ['coupled-gmm', 'batch', *sys.argv[1:]]\nfrom coupled_gmm.cli import main\nmain()\n"
-
-
-def process(config, out, *options, seconds="0.02", setup=""):
-    """A batch of cheap jobs in a process of its own."""
-    code = f"{CHEAP.replace('SECONDS', seconds)}\n{setup}\n{COMMAND}"
-    command = [sys.executable, "-c", code, str(config), "--out", str(out), *options]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def ended(process):
-    process.communicate(timeout=100)
-    return process.returncode
-
-
-def configured(folder, n):
-    path = folder / "c.toml"
-    path.write_text(CONFIG.replace("SEEDS", str([*range(n)])))
-    return path
-
-
 def test_a_limit_to_the_size_of_files(tmp_path):
     """The write itself fails, in the middle: a line, status 2, nothing half written, and the next run goes on."""
     config, out = configured(tmp_path, 2), tmp_path / "out"
@@ -376,16 +299,6 @@ def test_a_limit_to_the_size_of_files(tmp_path):
     assert line.count("\n") == 1 and "can't be written (File too large); make room, and run" in line
     assert [name for name in files(out) if "parquet" in name or name.endswith(".part")] == []
     assert ended(process(config, out)) == 0
-
-
-def n_parts(out):
-    return len(list(out.glob("parts/*.parquet")))
-
-
-def wait_for(condition, process, seconds=100):
-    began = time.monotonic()
-    while not condition() and process.poll() is None and time.monotonic() - began < seconds:
-        time.sleep(0.005)
 
 
 def kill_again_and_again(start, folder, n, most):
