@@ -66,9 +66,6 @@ class Jobs(Section):
             raise refuse(f"jobs come from {ways[0]} already; keep one of them", ways[1])
         if self.keep and ways[:1] not in (["manifest"], ["rows"]):
             raise refuse("names columns of a manifest, and there is none; remove it", "keep")
-        for column in self.keep:
-            if column in RESERVED:
-                raise refuse(f"the summary has a column {column!r} of its own; name another", "keep")
         return self
 
 
@@ -91,8 +88,12 @@ class BatchSections(Section):
         commands = " or ".join(repr(job.command) for job in JOBS)
         if self.command is None:
             raise refuse(f"missing; say first which jobs these are: {commands}", "command")
-        if job_named(self.command) is None:
+        job = job_named(self.command)
+        if job is None:
             raise refuse(f"must be {commands}, got {brief(self.command)}", "command")
+        for column in self.jobs.keep:
+            if column in (*RESERVED, *job.measures, *flattened(self.sweep)):
+                raise refuse(f"the summary has a column {column!r} of its own; name another", "jobs.keep")
         return self
 
 

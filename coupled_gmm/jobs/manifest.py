@@ -104,7 +104,7 @@ def _row(where: str, table: str, folder: Path, values: Mapping[str, Any], keep: 
     name = values.get(NAME)
     if name is not None and not (isinstance(name, str) and name.strip() and "\0" not in name):
         raise ConfigError(f"{where}: name: must be a word or several, got {brief(name)}; give each job a name")
-    kept = {column: values[column] for column in keep if column in values}
+    kept = {column: _plain(values[column]) for column in keep if column in values}
     keys = {key: value for key, value in values.items() if key != NAME and key not in keep}
     return Row(where, table, name, keys, kept, folder)
 
@@ -163,6 +163,11 @@ def _value(cell: Any, text: bool) -> Any:
         return json.loads(cell)
     except (ValueError, RecursionError):  # no number, nor a list: what is wrong with it is said of the key
         return cell
+
+
+def _plain(value: Any) -> Any:
+    """What TOML and every table can hold: numbers and words; of dates and the like the words."""
+    return value if isinstance(value, (str, int, float)) else str(value)
 
 
 def _files(path: Path, key: str, patterns: Sequence[str]) -> list[str]:

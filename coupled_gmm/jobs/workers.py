@@ -30,6 +30,7 @@ from coupled_gmm.jobs.sections import ConfigError, validated
 from coupled_gmm.jobs.terminal import plain, say
 
 Runner = Callable[[Sequence[Task]], contextlib.AbstractContextManager[Iterator[Record]]]
+_SHARE = {"XLA_PYTHON_CLIENT_PREALLOCATE": os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "false")}  # one GPU's memory
 _LONGEST = 2000  # characters of an error
 _SECONDS = 30  # until a scheduler that does not answer is said to be absent
 
@@ -78,7 +79,7 @@ def local(workers: int, keep_programs: bool, console: Console) -> Runner:
         started: list[Any] = []
         # Where a signal ends this process, its helper would tell of semaphores that nobody gave back.
         sys.warnoptions.append("ignore:resource_tracker")
-        options: dict[str, Any] = {"threads_per_worker": 1, "processes": True, "dashboard_address": ":0"}
+        options: dict[str, Any] = {"threads_per_worker": 1, "processes": True, "dashboard_address": ":0", "env": _SHARE}
         with (
             interrupts.undoing(lambda: _end(started)),
             LocalCluster(n_workers=min(workers, len(tasks)), **options) as cluster,

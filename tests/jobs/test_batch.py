@@ -1,5 +1,6 @@
 """Batches before anything runs: which jobs a configuration is, and each mistake in a line that says where it was made."""
 
+import datetime
 import json
 import os
 
@@ -261,6 +262,16 @@ def test_manifests_of_other_kinds(tmp_path):
         ("[jobs]\nrow = []", "", "b.toml: jobs.row: unknown key; did you mean 'rows'? [jobs] has manifest, keep"),
         ('[jobs]\nkeep = ["age"]', "", "b.toml: jobs.keep: names columns of a manifest, and there is none; remove it"),
         ('[jobs]\nrows=[{}]\nkeep = ["status"]', "", "b.toml: jobs.keep: the summary has a column 'status' of its own"),
+        (
+            '[jobs]\nrows=[{}]\nkeep = ["n_steps"]',
+            "",
+            "b.toml: jobs.keep: the summary has a column 'n_steps' of its own",
+        ),
+        (
+            '[jobs]\nrows=[{}]\nkeep = ["fit.tau"]',
+            "sweep.fit.tau = [1]",
+            "b.toml: jobs.keep: the summary has a column 'fit.tau' of its own",
+        ),
         ("[[jobs.rows]]\nname = 3", "", "b.toml: jobs.rows.0: name: must be a word or several, got 3"),
         ("", "[sweep]\nfit.taw = [1]", "b.toml: sweep.fit.taw: unknown key; did you mean 'tau'?"),
         ("", '[sweep]\n"fit.tau" = 1', "b.toml: sweep.fit.tau: must be a list of values, got 1"),
@@ -284,7 +295,7 @@ def test_manifests_of_other_kinds(tmp_path):
         ("[output]\npictures = true", "", "b.toml: output.pictures: unknown key; [output] has directory"),
         ('[[jobs.rows]]\n"data.cloud0" = "a.xyz"', "", "b.toml: jobs.rows.0: data.cloud0: can't read 'a.xyz'; use a"),
     ],
-    ids=range(17),
+    ids=range(19),
 )
 def test_mistakes_in_a_batch(tmp_path, jobs, sweep, line):
     shared = SHARED if "cloud" in jobs else TUTORIAL
@@ -374,6 +385,17 @@ def test_cells_of_text_are_told_from_numbers():
     told = {key: may_be_text(key, FitConfig) for key in ("data.cloud0", "data.key0", "fit.method", "fit.tau", "data.n")}
     assert told == {"data.cloud0": True, "data.key0": True, "fit.method": True, "fit.tau": False, "data.n": False}
     assert not any(may_be_text(key, FitConfig) for key in ("", "x", "data", "data.columns", "x.y.z", "fit.tau.x"))
+
+
+def test_columns_of_any_kind_are_kept(tmp_path):
+    """As numbers or as words, which TOML and a summary can hold."""
+    date, gone = datetime.date(2020, 1, 2), datetime.timedelta(1)
+    columns = {"a": [date, None], "b": [gone, gone], "c": [[1, None], []], "d": [b"x", b""], "e": [1.5, float("nan")]}
+    pl.DataFrame({"data.seed": [1, 2], **columns}).write_parquet(tmp_path / "m.parquet")
+    found = fits(tmp_path, f'[jobs]\nmanifest = "m.parquet"\nkeep = {list(columns)}', shared=TUTORIAL)
+    assert found.tasks[0].kept == {"a": "2020-01-02", "b": "1 day, 0:00:00", "c": "[1, None]", "d": "b'x'", "e": 1.5}
+    again = load(write(tmp_path, found.dump()), resolved=True)
+    assert again.tasks[0] == found.tasks[0] and repr(again.tasks) == repr(found.tasks)
 
 
 def test_thousands_of_jobs(tmp_path):

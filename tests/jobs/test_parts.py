@@ -1,5 +1,6 @@
 """The folder of a batch: what is whole is not done again, what is damaged or another's is, and what fails fails alone."""
 
+import io
 import os
 import signal
 import subprocess
@@ -11,10 +12,12 @@ import numpy as np
 import polars as pl
 import pytest
 from batches import CHEAP, COMMAND, CONFIG, configured, ended, files, n_parts, process, results, wait_for
+from rich.console import Console
 from typer.testing import CliRunner
 
 import coupled_gmm as cg
 from coupled_gmm import cli
+from coupled_gmm.core.progress import TaskBar
 from coupled_gmm.data import saving
 from coupled_gmm.jobs import batch, parts
 from coupled_gmm.jobs.barycenter import BarycenterJob
@@ -432,3 +435,17 @@ def test_records_are_as_they_were(tmp_path):
         assert place.record(task) is None
     with pytest.raises(ConfigError, match="has not ended"):
         parts.result_of(tmp_path / "out", task.name)
+
+
+def test_a_terminal_shows_how_many_are_left_and_what_failed():
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    with TaskBar(console, 3) as bar:
+        bar.advance("a: converged", failed=False)
+        bar.advance("b: failed: x", failed=True)
+        bar._bar.refresh()
+    text = console.file.getvalue()
+    assert "2/3" in text and "1 failed" in text and "2/3 b: failed: x" in text and "a: converged" not in text
+    plain = Console(file=io.StringIO(), width=40)
+    with TaskBar(plain, 10) as bar:
+        bar.advance("[bold]a: " + "x" * 60, failed=False)
+    assert plain.file.getvalue() == f" 1/10 [bold]a: {'x' * 60}\n"
