@@ -74,7 +74,7 @@ class BatchFolder:
     def remove_damaged(self, task: Task) -> bool:
         """A file under a job's name that is no record of it goes; whether there was one."""
         path = self._path(task)
-        if not os.path.lexists(path):
+        if not os.path.lexists(path) or self.record(task) is not None:  # another process may have written it meanwhile
             return False
         with self._written(PARTS):
             path.unlink()

@@ -135,6 +135,7 @@ def test_keys_of_lists_of_sections(tmp_path):
         ["top", "right"],
     ]
     assert found.tasks[1].values["targets"][0]["coefficient"] == 2
+    assert load(write(tmp_path, found.dump()), resolved=True).tasks == found.tasks
 
 
 @pytest.mark.parametrize(
@@ -269,7 +270,7 @@ def test_manifests_of_other_kinds(tmp_path):
         ),
         (
             '[jobs]\nrows=[{}]\nkeep = ["fit.tau"]',
-            "sweep.fit.tau = [1]",
+            "[sweep]\nfit.tau = [1]",
             "b.toml: jobs.keep: the summary has a column 'fit.tau' of its own",
         ),
         ("[[jobs.rows]]\nname = 3", "", "b.toml: jobs.rows.0: name: must be a word or several, got 3"),
