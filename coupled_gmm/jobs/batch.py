@@ -78,7 +78,7 @@ class BatchOutput(Section):
 class BatchSections(Section):
     """What a batch has beside the sections of its jobs."""
 
-    command: str | None = None
+    command: str
     jobs: Jobs = Jobs()
     sweep: dict[str, Any] = Field(default={})
     output: BatchOutput = BatchOutput()
@@ -86,8 +86,6 @@ class BatchSections(Section):
     @model_validator(mode="after")
     def _known(self) -> Self:
         commands = " or ".join(repr(job.command) for job in JOBS)
-        if self.command is None:
-            raise refuse(f"missing; say first which jobs these are: {commands}", "command")
         job = job_named(self.command)
         if job is None:
             raise refuse(f"must be {commands}, got {brief(self.command)}", "command")
@@ -146,8 +144,11 @@ def load(path: Path, directory: str | None = None, *, resolved: bool = False) ->
       ConfigError: keys are unknown, missing or wrong, in the configuration or in a row; a line for each mistake.
     """
     values = read(path, _LARGEST_RESOLVED if resolved else LARGEST)
+    if "command" not in values:  # of one job, perhaps, about which there would be more to say
+        words = " or ".join(repr(job.command) for job in JOBS)
+        raise ConfigError(f"{path}: command: missing; say first which jobs these are, {words}, or run that for one job")
     own = check(path, {key: values.pop(key) for key in _OWN if key in values}, BatchSections)
-    job = job_named(own.command or "")
+    job = job_named(own.command)
     assert job is not None  # checked with the sections
     rows, sweep = _rows(path, own, job), _flat_sweep(path, own.sweep)
     tasks = _tasks(path, job, values, rows, sweep)

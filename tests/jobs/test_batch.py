@@ -315,7 +315,10 @@ def test_a_mistake_in_what_jobs_share_is_said_once(tmp_path):
 
 def test_which_jobs_these_are_is_said_first(tmp_path):
     for text, told in (
-        (TUTORIAL, "command: missing; say first which jobs these are: 'fit' or 'barycenter' or 'flow'"),
+        (
+            TUTORIAL + "[output]\npictures = true\n",
+            "command: missing; say first which jobs these are, 'fit' or 'barycenter' or 'flow', or run that for one job",
+        ),
         (f'command = "show"\n{TUTORIAL}', "command: must be 'fit' or 'barycenter' or 'flow', got 'show'"),
     ):
         with pytest.raises(ConfigError) as caught:
