@@ -1,7 +1,7 @@
-"""The command line: ``coupled-gmm fit``, ``barycenter`` and ``flow``, each of a CONFIG.toml, and ``coupled-gmm show DIR``.
+"""The command line: ``coupled-gmm fit``, ``barycenter``, ``flow``, ``batch``, each of a CONFIG.toml; ``coupled-gmm show DIR``.
 
-Exit status: 0 done; 1 the job failed, or did not converge where it was asked to; 2 bad input or configuration, a line
-on standard error for each mistake.
+Exit status: 0 done; 1 the job failed, or did not converge where it was asked to, or some of a batch did; 2 bad input or
+configuration, a line on standard error for each mistake.
 """
 
 import contextlib
@@ -14,10 +14,10 @@ import typer
 
 import coupled_gmm as cg
 from coupled_gmm.core import installation, interrupts
-from coupled_gmm.jobs import cache, run, terminal
+from coupled_gmm.jobs import batch, cache, execution, parts, run, terminal, workers
 from coupled_gmm.jobs.job import Job
 from coupled_gmm.jobs.registry import JOBS, load_config
-from coupled_gmm.jobs.sections import ConfigError
+from coupled_gmm.jobs.sections import ConfigError, at
 from coupled_gmm.jobs.tables import print_sheets
 from coupled_gmm.jobs.terminal import say
 
@@ -61,13 +61,75 @@ for _job in JOBS:
     _add_command(_job)
 
 
+@app.command("batch", help="Run many jobs: files, a manifest, sweeps. Run again, it goes on.")
+def run_batch(
+    path: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG.toml", help="The batch's configuration.", readable=False)
+    ] = None,
+    out: Out = None,
+    no_cache: NoCache = False,
+    n_workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="Run on so many processes, by Dask.")
+    ] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Run on a Dask cluster that is there.")
+    ] = None,
+    shard: Annotated[str, typer.Option(metavar="I/N", help="Run only the I-th of N shares of the jobs.")] = "1/1",
+    status: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Say how far the batch of a folder is.", readable=False)
+    ] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try jobs again that have failed.")] = False,
+) -> None:
+    console = terminal.console()
+    with _exit_status("batch"):
+        if status is not None and path is not None:
+            raise ConfigError("--status: is for a folder alone; leave the configuration out")
+        if status is not None:
+            for line in execution.status(parts.existing(status)):
+                say(console, line)
+            return
+        if path is None:
+            raise ConfigError("CONFIG.toml: no configuration; name a CONFIG.toml, or a folder with --status")
+        if n_workers is not None and scheduler is not None:
+            raise ConfigError("--scheduler: there are --workers already; keep one of them")
+        whole = batch.load(path, None if out is None else str(out))
+        share = execution.Shard.parse(shard).of(whole.tasks)
+        runner: workers.Runner = workers.here
+        if n_workers is not None:
+            runner = workers.local(n_workers, not no_cache, console)
+        elif scheduler is not None:
+            runner = workers.remote(scheduler, not no_cache, console)
+        elif not no_cache:
+            cache.keep_programs()
+        place = parts.claimed(whole)
+        say(console, f"batch: {len(share):,} of {len(whole.tasks):,} jobs, {place.folder}")
+        ended = execution.run(place, share, runner, console, retry_failed)
+        execution.summarise(place, console)
+        say(console, str(ended))
+        if reason := terminal.lost():
+            terminal.say_error(f"standard output can't be written ({reason}); the results are in {place.folder}")
+        if ended.failed:
+            raise cg.FitError(
+                f"{ended.failed:,} of {sum(ended):,} jobs; `coupled-gmm batch --status {place.folder}` says why"
+            )
+
+
 @app.command()
 def show(
     directory: Annotated[Path, typer.Argument(help="A folder that a run wrote.", show_default=False, readable=False)],
+    name: Annotated[str | None, typer.Option("--job", metavar="NAME", help="The job, of a batch's folder.")] = None,
+    save: Annotated[
+        Path | None, typer.Option(metavar="FILE.npz", help="Save that job's result too.", readable=False)
+    ] = None,
 ) -> None:
     """Print the tables of a run."""
     with _exit_status("run"), jax.enable_x64(True):  # float64 runs are shown as they were; float32 stays float32
-        job, result = run.read(directory)
+        if save is not None and name is None:
+            raise ConfigError("--save: is for a job of a batch; name one with --job, or copy fit.npz")
+        job, result = run.read(directory) if name is None else parts.result_of(directory, name)
+        if save is not None:
+            with at(Path("--save"), str(save)):
+                cg.save(save, result)
         print_sheets(console := terminal.console(), job.sheets(result))
         say(console, result.message)
         if reason := terminal.lost():
@@ -108,6 +170,9 @@ def _exit_status(job: str) -> Iterator[None]:
         raise typer.Exit(2) from error
     except cg.FitError as error:
         terminal.say_error(f"the {job} failed: {error}")
+        raise typer.Exit(1) from error
+    except workers.LostClusterError as error:
+        terminal.say_error(str(error))
         raise typer.Exit(1) from error
     except KeyboardInterrupt as error:  # where nobody watches for signals
         terminal.say_error(interrupts.line())

@@ -135,8 +135,8 @@ def test_modules_of_jobs_do_not_draw():
     run("""
 import sys
 import types
-from coupled_gmm.jobs import registry, run
-heavy = [name for name in ("matplotlib", "ott", "sklearn", "PIL") if name in sys.modules]
+from coupled_gmm.jobs import registry, run, workers
+heavy = [name for name in ("matplotlib", "ott", "sklearn", "PIL", "dask", "distributed") if name in sys.modules]
 assert not heavy, heavy
 """)
 

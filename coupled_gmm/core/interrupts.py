@@ -39,6 +39,9 @@ def watch() -> None:
     caught = [n for n in _LINES if signal.getsignal(n) not in (signal.SIG_IGN, _leave_it_to_the_thread)]
     if not caught or threading.current_thread() is not threading.main_thread():
         return
+    if "--multiprocessing-fork" in sys.orig_argv:  # a worker: Ctrl-C reaches it too, and it ends with the command
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        return
     import socket  # for commands only; it takes as long as the rest of this file
 
     reader, writer = socket.socketpair()

@@ -54,15 +54,7 @@ class ProgressBar:
 
     def __enter__(self) -> "ProgressBar":
         if self.console.is_terminal:
-            self._bar = Progress(
-                SpinnerColumn(),
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=30),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                console=self.console,
-                transient=True,
-            )
+            self._bar = _bar(self.console)
             # Started at the first row, so that compilation does not enter the time left.
             self._task = self._bar.add_task("compiling the fit", start=False, total=None)
             self._bar.start()
@@ -107,5 +99,51 @@ class ProgressBar:
         self._write(table_row(row))
 
     def _write(self, line: str) -> None:
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
-        self.console.file.flush()
+        _write(self.console, line)
+
+
+class TaskBar:
+    """A context manager to tell of each of many tasks as it ends.
+
+    In a terminal a bar has their number and the time left, above it is a line for each that failed; elsewhere there is a line for
+    each.
+    """
+
+    def __init__(self, console: Console, total: int):
+        self.console, self.total = console, total
+        self._bar: Progress | None = None
+        self._done, self._failed = 0, 0
+
+    def __enter__(self) -> "TaskBar":
+        if self.console.is_terminal:
+            self._bar = _bar(self.console)
+            self._task = self._bar.add_task("running", total=self.total)
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, line: str, failed: bool) -> None:
+        """One more has ended, with a line about it."""
+        self._done += 1
+        self._failed += failed
+        if self._bar is None or failed:
+            _write(self.console, f"{self._done:{len(str(self.total))}}/{self.total} {line}")
+        if self._bar is not None:
+            text = f"{self._failed} failed" if self._failed else "running"
+            self._bar.update(self._task, completed=self._done, description=text)
+
+
+def _bar(console: Console) -> Progress:
+    """With the number done and the time left; it goes at the end."""
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn()
+    return Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
+
+
+def _write(console: Console, line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.file.flush()

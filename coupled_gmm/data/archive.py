@@ -85,11 +85,31 @@ def opened(path: Path) -> Iterator[Archive]:
         file = path.open("rb")
     except OSError as error:
         raise type(error)(f"{path}: can't be read ({error.strerror}); check its permissions") from error
-    with file, contextlib.ExitStack() as stack:
-        with _as_damaged():
-            size = os.fstat(file.fileno()).st_size
-            archive = Archive(stack.enter_context(zipfile.ZipFile(file)), size)
-        yield archive
+    with file:
+        yield _archive(file, os.fstat(file.fileno()).st_size)
+
+
+@contextlib.contextmanager
+def held(content: bytes) -> Iterator[Archive]:
+    """The .npz that bytes are.
+
+    Raises:
+      Damaged: they are none.
+    """
+    with io.BytesIO(content) as file:
+        yield _archive(file, len(content))
+
+
+def _archive(file: BinaryIO, size: int) -> Archive:
+    with _as_damaged():
+        return Archive(zipfile.ZipFile(file), size)
+
+
+def packed(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """A .npz, stored, in memory: the same bytes for the same arrays, whenever it is made."""
+    file = io.BytesIO()
+    _write_arrays(file, arrays)
+    return file.getvalue()
 
 
 def write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -116,10 +136,15 @@ def write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def _write_arrays(file: BinaryIO, arrays: Mapping[str, np.ndarray]) -> None:
-    """As `np.savez`, whose old versions have no way to refuse objects, and take the wish for one more array."""
+    """As `np.savez`, whose old versions have no way to refuse objects, and take the wish for one more array.
+
+    Members have no date (zip's first, 1980): equal arrays are equal files.
+    """
     with zipfile.ZipFile(file, "w") as archive:
         for name, array in arrays.items():
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+            about = zipfile.ZipInfo(f"{name}.npy")
+            about.external_attr = 0o600 << 16  # for who unpacks it
+            with archive.open(about, "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, array, allow_pickle=False)
 
 

@@ -4,6 +4,7 @@ No pickle: loading runs no code, and builds only this package's own classes. A c
 of its fields, so that a file outlives a change of their order, and a file of another shape is refused, not misread.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -41,6 +42,19 @@ def save(path: str | PathLike[str], tree: Any) -> None:
         what stands at the path is no file.
       OSError: the file can't be written.
     """
+    archive.write(Path(path), _members(tree))
+
+
+def pack(tree: Any) -> bytes:
+    """What `save` would write, in memory.
+
+    Raises:
+      TypeError, ValueError: as `save`.
+    """
+    return archive.packed(_members(tree))
+
+
+def _members(tree: Any) -> dict[str, np.ndarray]:
     arrays: dict[str, np.ndarray] = {}
     header = {"format": FORMAT, "version": VERSION, "package": installation.version()}
     header["tree"] = _encode(tree, "tree", 0, arrays)
@@ -50,7 +64,7 @@ def save(path: str | PathLike[str], tree: Any) -> None:
         raise ValueError(f"{error}; it would not be loaded again: save its arrays in a dict instead") from error
     header["arrays"] = {name: _digest(array) for name, array in arrays.items()}
     header["checksum"] = _digest(_text(header))
-    archive.write(Path(path), {_HEADER: _text(header), **arrays})
+    return {_HEADER: _text(header), **arrays}
 
 
 def load(path: str | PathLike[str]) -> Any:
@@ -63,8 +77,21 @@ def load(path: str | PathLike[str]) -> Any:
       ValueError: not a file that `save` wrote, or one of a newer format, or a damaged one.
     """
     path = Path(path)
+    return _loaded(path, archive.opened(path))
+
+
+def unpack(name: str, content: bytes) -> Any:
+    """What `pack` wrote; `name` is what errors call it.
+
+    Raises:
+      ValueError: as `load`.
+    """
+    return _loaded(name, archive.held(content))
+
+
+def _loaded(path: str | Path, opened: contextlib.AbstractContextManager[archive.Archive]) -> Any:
     try:
-        with archive.opened(path) as members:
+        with opened as members:
             header = _header(members)
             arrays = _arrays(members, header)
     except (archive.Damaged, RecursionError) as error:

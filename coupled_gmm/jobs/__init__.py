@@ -4,4 +4,7 @@ What is asked of a job? `job`. Which are there? `registry`: a new one is a file 
 there. Which keys has a configuration? Its job's file; what several share is in `config`, and `sections` reads them all. The
 clouds and mixtures that it names? `clouds`, `mixtures`. What does a run leave? `run`, whole or not at all by `folders`. How are
 tables printed? `tables`, on `terminal`. Where are compiled programs kept from one command to the next? `cache`.
+
+Many jobs are a batch. Which are they? `batch`, from the rows of a `manifest`. Where do they run? `workers`, this process or Dask's.
+What is written, and read again by whoever goes on? `parts`. What is left to do, and how far is it? `execution`.
 """

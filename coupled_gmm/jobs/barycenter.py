@@ -80,6 +80,7 @@ class BarycenterJob(Job[BarycenterConfig, BarycenterInputs, cg.BarycenterFit]):
     config = BarycenterConfig
     result = cg.BarycenterFit
     files = ("history.csv", "mixture.csv", "objective.png", "barycenter.png")
+    measures = ("objective", "n_steps")
 
     def read(self, path: Path, config: BarycenterConfig) -> BarycenterInputs:
         start = config.start

@@ -117,6 +117,7 @@ class FitJob(Job[FitConfig, CloudPair, cg.PairFit]):
     config = FitConfig
     result = cg.PairFit
     files = ("history.csv", "plan.csv", "clouds.png", "plan.png", "objective.png", "colors.png")
+    measures = ("penalized_log_likelihood", "n_steps")
 
     def read(self, path: Path, config: FitConfig) -> CloudPair:
         return read_pair(path, config.data, config.precision)
@@ -136,7 +137,7 @@ class FitJob(Job[FitConfig, CloudPair, cg.PairFit]):
         with blame(path, "fit", Fit, _KEYS):
             pair = _pair(config.fit, pooled.gmm)
             with ProgressBar(console) as bar:
-                result = _fit_pair(config.fit, pair, points, weights, bar)
+                result = _fit_pair(config.fit, pair, points, weights, None if console.quiet else bar)
         if config.fit.epsilon is None:
             chosen = config.fit.model_copy(update={"epsilon": float(f"{float(pair.epsilon):.9g}")})
             config = config.model_copy(update={"fit": chosen})

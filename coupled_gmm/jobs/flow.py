@@ -60,6 +60,7 @@ class FlowJob(Job[FlowConfig, FlowInputs, cg.FlowFit]):
     config = FlowConfig
     result = cg.FlowFit
     files = ("history.csv", "mixture.csv", "flow.gif", "flow.png", "loss.png")
+    measures = ("loss",)
 
     def read(self, path: Path, config: FlowConfig) -> FlowInputs:
         source = mixtures.read(path, "source", config.source, config.precision)

@@ -44,11 +44,11 @@ def reserved(folder: Path, names: Sequence[str]) -> Iterator[Path]:
     except (OSError, ValueError) as error:
         raise Taken(f"can't make the folder {folder} ({_reason(error)}); name another") from error
     try:
-        with _locked(folder):
+        with locked(folder):
             _remove_abandoned(folder, names)
             _check_names(folder, names)
             part = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=folder))
-            handle = _lock(part, wait=False)
+            handle = lock(part, wait=False)
         (part / _RESERVED).write_bytes(bytes(4096))  # a full disk takes a name, and no content
     except OSError as error:
         raise Taken(f"can't write into the folder {folder} ({_reason(error)}); name another") from error
@@ -67,7 +67,7 @@ def publish(part: Path, folder: Path, names: Sequence[str]) -> None:
       Taken: what is there now is not ours to replace.
       OSError: that did not go; then none of these files is there.
     """
-    with _locked(folder), interrupts.lock:
+    with locked(folder), interrupts.lock:
         _check_names(folder, names)
         os.replace(part / _RESERVED, part / _MOVING)
         try:
@@ -103,7 +103,7 @@ def _check_names(folder: Path, names: Sequence[str]) -> None:
 def _remove_abandoned(folder: Path, names: Sequence[str]) -> None:
     """What killed runs left: their hidden folders and, of one that was killed as its files moved in, those files."""
     for part in folder.glob(f"{_PREFIX}*"):
-        handle = _lock(part, wait=False)
+        handle = lock(part, wait=False)
         if handle is None:
             continue
         if (part / _MOVING).exists() and not os.path.lexists(folder / names[-1]):
@@ -125,7 +125,7 @@ def _remove(part: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _lock(folder: Path, wait: bool) -> int | None:
+def lock(folder: Path, wait: bool) -> int | None:
     """A handle that keeps the folder locked until it is closed, at the latest by the end of the process; or None."""
     if fcntl is None:
         return None
@@ -141,8 +141,8 @@ def _lock(folder: Path, wait: bool) -> int | None:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    handle = _lock(folder, wait=True)
+def locked(folder: Path) -> Iterator[None]:
+    handle = lock(folder, wait=True)
     try:
         yield
     finally:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
+import numpy as np
 import polars as pl
 from rich.console import Console
 
@@ -41,6 +42,7 @@ class Job(abc.ABC, Generic[Config, Inputs, Result]):
     config: type[Config]
     result: type[Result]
     files: ClassVar[tuple[str, ...]]  # tables and pictures that a run may leave
+    measures: ClassVar[tuple[str, ...]]  # numbers of a result, for the summary of many
 
     @property
     def command(self) -> str:
@@ -75,6 +77,10 @@ class Job(abc.ABC, Generic[Config, Inputs, Result]):
     def kept(self, inputs: Inputs) -> Any:
         """What is saved as given, beside the result; None for nothing."""
         del inputs
+
+    def measured(self, result: Result) -> dict[str, float | int]:
+        """The result's measures."""
+        return {name: np.asarray(getattr(result, name)).item() for name in self.measures}
 
     @abc.abstractmethod
     def drawn(self, result: Result) -> Any:

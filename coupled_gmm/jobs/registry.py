@@ -21,6 +21,11 @@ def job_of(result: object) -> Job[Any, Any, Any] | None:
     return next((job for job in JOBS if isinstance(result, job.result)), None)
 
 
+def job_named(command: str) -> Job[Any, Any, Any] | None:
+    """The job of a word on the command line."""
+    return next((job for job in JOBS if job.command == command), None)
+
+
 def load_config(path: str | PathLike[str], model: type[Config]) -> Config:
     """A checked configuration from a TOML file; paths are absolute, defaults that depend on others filled in.
 
@@ -30,6 +35,8 @@ def load_config(path: str | PathLike[str], model: type[Config]) -> Config:
     """
     path = Path(path)
     values = read(path)
+    if "command" in values and "command" not in model.model_fields:
+        raise ConfigError(f"{path}: command: is of many jobs, not of one; run `coupled-gmm batch`")
     other = next((job.command for job in JOBS if job.command in values), model.command)
     if model.command not in values and other != model.command:
         raise ConfigError(f"{path}: {other}: is not for `coupled-gmm {model.command}`; run `coupled-gmm {other}`")

@@ -102,6 +102,8 @@ def read(folder: str | PathLike[str]) -> tuple[Job[Any, Any, Any], Any]:
         raise ConfigError(f"{folder}: can't be read ({error.strerror}); give a run folder") from error
     if not there and folders.unfinished(path.parent):
         raise ConfigError(f"{folder}: its run is unfinished: under way, or it was stopped; run it again")
+    if not there and (path.parent / "parts").is_dir():
+        raise ConfigError(f"{folder}: the folder of a batch; name one of its jobs with --job, or see batch --status")
     if not there:
         raise ConfigError(f"{folder}: not a run folder (there is no {FIT} in it); give one that `coupled-gmm` wrote")
     try:

@@ -9,7 +9,8 @@ import difflib
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 import tomli_w
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo
@@ -18,7 +19,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from coupled_gmm.core.checks import brief
 from coupled_gmm.core.errors import ArgumentError, ArgumentTypeError
 
-_LARGEST = 10_000_000  # bytes of a configuration
+LARGEST = 10_000_000  # bytes of a configuration
 _MOST_LINES = 20
 _LONGEST = 100  # characters of a key or of a message that is not ours
 
@@ -61,18 +62,18 @@ File = Annotated[str, AfterValidator(absolute)]
 FileName = Annotated[str, AfterValidator(possible)]
 
 
-def read(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file.
+def read(path: Path, largest: int = LARGEST) -> dict[str, Any]:
+    """The tables of a TOML file of at most so many bytes.
 
     Raises:
       ConfigError: the file is missing, or not valid TOML.
     """
     try:
         with path.open("rb") as file:
-            content = file.read(_LARGEST + 1)
-        if len(content) > _LARGEST:
+            content = file.read(largest + 1)
+        if len(content) > largest:
             raise ConfigError(
-                f"{path}: is larger than {_LARGEST:,} bytes, so it is not a configuration; name another file"
+                f"{path}: is larger than {largest:,} bytes, so it is not a configuration; name another file"
             )
         return tomllib.loads(content.decode("utf-8-sig"))
     except FileNotFoundError as error:
@@ -91,6 +92,22 @@ def read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not valid TOML: an integer has too many digits; correct that value") from error
 
 
+class Mistake(NamedTuple):
+    """What is wrong with a key, and what to do."""
+
+    key: str
+    text: str
+    unknown: bool  # whether there is no such key
+
+
+class MistakesError(ValueError):
+    """All mistakes in the values of a section."""
+
+    def __init__(self, mistakes: list[Mistake]):
+        super().__init__(mistakes)
+        self.mistakes = mistakes
+
+
 def check(path: Path, values: dict[str, Any], model: type[T]) -> T:
     """The tables of the file `path` as a section that holds sections.
 
@@ -98,13 +115,45 @@ def check(path: Path, values: dict[str, Any], model: type[T]) -> T:
       ConfigError: keys are unknown, missing or wrong; a line for each mistake.
     """
     try:
-        return model.model_validate(values, context={"folder": path.parent})
+        return validated(values, model, path.parent)
+    except MistakesError as error:
+        raise refusal(path, [f"{path}: {mistake.key}: {mistake.text}" for mistake in error.mistakes]) from error
+
+
+def validated(values: dict[str, Any], model: type[T], folder: Path) -> T:
+    """Tables as a section that holds sections; relative names of files are found from `folder`.
+
+    Raises:
+      MistakesError: keys are unknown, missing or wrong.
+    """
+    try:
+        return model.model_validate(values, context={"folder": folder})
     except ValidationError as error:
-        mistakes = error.errors(include_url=False)
-        lines = [f"{path}: {_line(details, model)}" for details in mistakes[:_MOST_LINES]]
-        if more := len(mistakes) - len(lines):
-            lines.append(f"{path}: and {more} mistakes more; correct these first")
-        raise ConfigError("\n".join(lines)) from error
+        raise MistakesError([_mistake(details, model) for details in error.errors(include_url=False)]) from error
+
+
+def refusal(path: Path, lines: Sequence[str]) -> ConfigError:
+    """Lines about mistakes, the first of them where they are many."""
+    shown = list(lines[:_MOST_LINES])
+    if more := len(lines) - len(shown):
+        shown.append(f"{path}: and {more} mistakes more; correct these first")
+    return ConfigError("\n".join(shown))
+
+
+def may_be_text(key: str, model: type[Section]) -> bool:
+    """Whether a dotted key takes any text, or one of some words: what a table's cell holds is then taken as it stands."""
+    *sections, name = key.split(".")
+    try:
+        return _takes_text(_inside(sections, model)[0].model_fields[name].annotation)
+    except KeyError:  # an unknown key, about which there is more to say
+        return False
+
+
+def _takes_text(annotation: Any) -> bool:
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return all(isinstance(word, str) for word in inner)
+    return annotation is str or (origin in (Union, UnionType, Annotated) and any(map(_takes_text, inner)))
 
 
 def dump(section: Section) -> str:
@@ -140,27 +189,29 @@ def blame(path: Path, section: str, model: type[Section], keys: Mapping[str, str
         raise ConfigError(f"{path}: {where}: {error.advice}") from error
 
 
-def _line(details: ErrorDetails, model: type[Section]) -> str:
+def _mistake(details: ErrorDetails, model: type[Section]) -> Mistake:
     """One of pydantic's errors in our own words."""
     location = [str(part) for part in details["loc"]]
     context, given = details.get("ctx", {}), brief(details["input"])
     key = ".".join(_plain(part) for part in location)
     match details["type"]:
         case "refused":
-            inside = context["key"]
-            return f"{key if inside is None else f'{key}.{inside}'}: {context['text']}"
+            inside = [part for part in (key, context["key"]) if part]
+            return Mistake(".".join(inside), context["text"], False)
         case "extra_forbidden":
-            return f"{key}: unknown key; {_known_keys(location, model)}"
+            return Mistake(key, f"unknown key; {_known_keys(location, model)}", True)
         case "missing" if len(location) == 1:
-            return f"{key}: missing; add a section {_header(location, model)}"
+            return Mistake(key, f"missing; add a section {_header(location, model)}", False)
         case "missing":
-            return f"{key}: missing; add it to {_header(location[:-1], model)}"
+            return Mistake(key, f"missing; add it to {_header(location[:-1], model)}", False)
         case "model_type":
-            return f"{key}: must be a section {_header(location, model)}, got {given}"
+            return Mistake(key, f"must be a section {_header(location, model)}, got {given}", False)
         case "list_type" if isinstance(details["input"], dict) and _inside(location, model)[1]:
-            return f"{key}: must be a list of sections; write {_header(location, model)}, with two brackets, for each"
+            return Mistake(
+                key, f"must be a list of sections; write {_header(location, model)}, with two brackets, for each", False
+            )
     message = details["msg"].replace("Input should be", "must be").replace("List should have", "must have")
-    return f"{key}: {message}, got {given}"
+    return Mistake(key, f"{message}, got {given}", False)
 
 
 def _plain(text: str) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import re
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -153,3 +154,19 @@ def test_a_failed_save_keeps_the_old_file(tmp_path):
     with pytest.raises(TypeError):
         saving.save(tmp_path / "x.npz", object())
     np.testing.assert_array_equal(saving.load(tmp_path / "x.npz"), np.arange(3))
+
+
+def test_equal_trees_are_equal_files(tmp_path, pair):
+    """Members of a zip have dates; here all have the same."""
+    tree = {"gmm": pair.gmm0, "x": np.arange(3)}
+    cg.save(tmp_path / "x.npz", tree)
+    content = saving.pack(tree)
+    assert (tmp_path / "x.npz").read_bytes() == content
+    with zipfile.ZipFile(tmp_path / "x.npz") as file:
+        assert {member.date_time for member in file.infolist()} == {(1980, 1, 1, 0, 0, 0)}
+    again = saving.unpack("the bytes", content)
+    assert saving.pack(again) == content
+    np.testing.assert_array_equal(again["gmm"].means, tree["gmm"].means)
+    for damaged in (content[:-10], content[:300] + b"x" + content[301:], b""):
+        with pytest.raises(ValueError, match=r"^the bytes: not a file that"):
+            saving.unpack("the bytes", damaged)
