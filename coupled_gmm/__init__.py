@@ -11,6 +11,7 @@ if interrupts.is_command():
 from coupled_gmm.barycenters.barycenter import BarycenterFit, barycenter
 from coupled_gmm.barycenters.flow import FlowFit, flow
 from coupled_gmm.barycenters.reduction import reduce_gmm
+from coupled_gmm.batch.distances import mw2_matrix
 from coupled_gmm.core.status import FitError, Status
 from coupled_gmm.data.opening import open_cloud
 from coupled_gmm.data.saving import load, save
@@ -58,6 +59,7 @@ __all__ = [
     "interpolate",
     "load",
     "map_points",
+    "mw2_matrix",
     "mw2_squared",
     "open_cloud",
     "penalized_log_likelihood",

@@ -30,6 +30,9 @@ def as_array(name: str, value: Any) -> np.ndarray:
     library = _library(value)
     if hasattr(type(value), "obsm"):  # AnnData, MuData: X may be sparse, of 30,000 genes
         raise ArgumentTypeError(name, f"expected an array, got {type(value).__name__}", 'pass adata.obsm["X_pca"], say')
+    if hasattr(type(value), "rows") and hasattr(type(value), "reduce"):
+        taken = f"take points of it: {name}.rows(indices)"
+        raise ArgumentTypeError(name, f"expected an array, got {value!r}, which is not in memory", taken)
     if library == "scipy" and hasattr(value, "toarray"):
         raise ArgumentTypeError(
             name, f"expected an array, got a sparse {type(value).__name__}", f"pass {name}.toarray()"

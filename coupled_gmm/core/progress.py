@@ -138,6 +138,27 @@ class TaskBar:
             self._bar.update(self._task, completed=self._done, description=text)
 
 
+class CountBar:
+    """A context manager to call with how many tasks are ``done``, and ``of`` how many: in a terminal a bar, elsewhere nothing."""
+
+    def __init__(self, what: str, total: int, console: Console | None = None):
+        self._bar = _bar(console or Console())
+        self._task = self._bar.add_task(what, total=total)
+
+    def __enter__(self) -> "CountBar":
+        if self._bar.console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        self._bar.update(self._task, completed=row["done"])
+
+
 def _bar(console: Console) -> Progress:
     """With the number done and the time left; it goes at the end."""
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn()

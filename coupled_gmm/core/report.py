@@ -63,6 +63,27 @@ def listening(progress: Any) -> Iterator[np.int32 | None]:
             raise listener.error
 
 
+@contextlib.contextmanager
+def counting(progress: Any, total: int, what: str) -> Iterator[Callable[[], Any]]:
+    """Count tasks as they are done: what is yielded is called after each.
+
+    Args:
+      progress: True draws a bar with the time left; a callable gets a dict of ``done`` and ``of``; False or None is nobody.
+      what: is being done, for the bar.
+    """
+    if progress is not None and not isinstance(progress, bool) and not callable(progress):
+        raise TypeError(f"progress: expected True, False or a callable of a row, got {type(progress).__name__}")
+    with contextlib.ExitStack() as stack:
+        show = progress
+        if progress is True:
+            with installation.needed("cli", "progress"):
+                from coupled_gmm.core.progress import CountBar
+
+            show = stack.enter_context(CountBar(what, total))
+        numbers = itertools.count(1)
+        yield lambda: show({"done": next(numbers), "of": total}) if callable(show) else None
+
+
 def emit(listener: Any, values: dict[str, Any]) -> None:
     """From inside a program: one row, with what its listener needs to show it. Rows past the last are not delivered.
 

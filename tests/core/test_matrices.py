@@ -210,7 +210,18 @@ class Examples:
 
 
 # What other libraries, files and the host do.
-ELSEWHERE = {"BuresCost", "from_ott", "from_sklearn", "load", "open_cloud", "save", "to_ott", "to_pot", "to_sklearn"}
+ELSEWHERE = {
+    "BuresCost",
+    "from_ott",
+    "from_sklearn",
+    "load",
+    "mw2_matrix",
+    "open_cloud",
+    "save",
+    "to_ott",
+    "to_pot",
+    "to_sklearn",
+}
 # Or of the host, or of OTT.
 INTERNAL = {"check_densities", "fitted", "geometry", "message", "raise_if_failed", "status_name", "summary"}
 

@@ -11,6 +11,7 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 import chunk_sums
+import jax
 import numpy as np
 import polars as pl
 import pytest
@@ -617,3 +618,12 @@ def test_memory_is_that_of_chunks(tmp_path, kind):
     end = subprocess.run([sys.executable, "-c", MEMORY, path], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert end.returncode == 0, end.stderr
     assert float(end.stdout) < 120
+
+
+def test_what_wants_an_array_refuses_an_open_cloud_by_name(tmp_path):
+    np.save(tmp_path / "cloud.npy", np.eye(3))
+    cloud = cg.open_cloud(tmp_path / "cloud.npy")
+    with pytest.raises(
+        TypeError, match=r"x: expected an array, got OpenCloud\(.*not in memory; take points of it: x.rows"
+    ):
+        cg.fit_gmm(cloud, 2, key=jax.random.key(0))

@@ -1,0 +1,71 @@
+"""Tasks, done in this process or by any executor of `concurrent.futures`' kind: Dask's, a process pool, `mpi4py.futures`, loky.
+
+What an executor loses, since a worker died or the task raised there, comes back as its exception; nothing else is lost with it.
+"""
+
+import concurrent.futures
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from coupled_gmm.core.errors import ArgumentTypeError
+
+_AT_ONCE = 64  # tasks that an executor holds: their arguments are copies
+
+
+def check(executor: Any) -> None:
+    if executor is not None and not callable(getattr(executor, "submit", None)):
+        raise ArgumentTypeError(
+            "executor",
+            f"expected an Executor, with a method submit, got {type(executor).__name__}",
+            "pass None, or one",
+        )
+
+
+def outcomes(function: Callable[..., Any], tasks: Sequence[tuple], executor: Any = None) -> Iterator[tuple[int, Any]]:
+    """The number and result of each task as it is done; of one that an executor lost, its exception in place of the result.
+
+    Args:
+      function: of a module, so that it can be pickled; of trees of NumPy arrays, as results are.
+      tasks: arguments of each.
+      executor: None does them here, in order, and lets exceptions pass.
+    """
+    if executor is None:
+        yield from ((number, function(*task)) for number, task in enumerate(tasks))
+        return
+    exactly, waiting, running = bool(jax.config.read("jax_enable_x64")), iter(enumerate(tasks)), {}
+    try:
+        while True:
+            for number, task in waiting:
+                try:
+                    running[executor.submit(_there, exactly, function, task)] = number
+                except Exception as error:  # a pool that is broken takes no more
+                    yield number, error
+                if len(running) == _AT_ONCE:
+                    break
+            if not running:
+                return
+            done = next(iter(_completed(running)))
+            number = running.pop(done)
+            try:
+                yield number, done.result()
+            except Exception as error:
+                yield number, error
+    finally:
+        for future in running:
+            future.cancel()
+
+
+def _completed(running: dict[Any, int]) -> Any:
+    """Those of some futures that are done, of which there is one at least."""
+    if all(isinstance(future, concurrent.futures.Future) for future in running):
+        return concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED).done
+    return [next(iter(running))]  # of another library: `result` waits
+
+
+def _there(exactly: bool, function: Callable[..., Any], task: tuple) -> Any:
+    """A task where the executor does it, in the precision of who asked for it."""
+    with jax.enable_x64(exactly):
+        return jax.tree.map(np.asarray, function(*task))
