@@ -12,6 +12,7 @@ from coupled_gmm.barycenters.barycenter import BarycenterFit, barycenter
 from coupled_gmm.barycenters.flow import FlowFit, flow
 from coupled_gmm.barycenters.reduction import reduce_gmm
 from coupled_gmm.batch.distances import mw2_matrix
+from coupled_gmm.batch.pairs import PairFits, fit_pairs
 from coupled_gmm.core.status import FitError, Status
 from coupled_gmm.data.opening import open_cloud
 from coupled_gmm.data.saving import load, save
@@ -44,6 +45,7 @@ __all__ = [
     "MixtureFit",
     "MixtureGraph",
     "PairFit",
+    "PairFits",
     "Plan",
     "Status",
     "barycenter",
@@ -51,6 +53,7 @@ __all__ = [
     "fit_gmm",
     "fit_graph",
     "fit_pair",
+    "fit_pairs",
     "fit_path",
     "flow",
     "from_ott",

@@ -43,6 +43,7 @@ class Chunks:
     points: Float[AnyArray, "C d B"]
     weights: Float[AnyArray, "C B"]
     ends: Int[AnyArray, " V"]
+    first: Int[AnyArray, ""] | int = 0  # where those of the first cloud begin: a batch has all its clouds in one buffer
 
     @property
     def count(self) -> Int[AnyArray, ""]:

@@ -29,6 +29,7 @@ class Status(enum.IntEnum):
     STARVED = 8
     SINGULAR = 9
     MEAN_NOT_CONVERGED = 10
+    LOST = 11
 
     @property
     def message(self) -> str:
@@ -72,6 +73,7 @@ _MESSAGES = {
         "a mean of covariances had not settled after 100 steps, since they are so thin, in different directions: add a small "
         "multiple of the identity to them"
     ),
+    Status.LOST: "the executor lost it, so that nothing was fitted (reasons says why): give it to fit_pair, or run the batch again",
 }
 # From the least to the worst; the numbers, which files hold, say nothing of that. After the ends that are none of a failure come
 # those with a result that is usable but not as good as asked for, then those whose result is wrong in part, then those with none.
@@ -87,6 +89,7 @@ SEVERITY = (
     Status.PLAN_NOT_CONVERGED,
     Status.SINGULAR,
     Status.NOT_FINITE,
+    Status.LOST,
 )
 # A solver that reads its end asks from the worst to the least, so that what spoils a number comes before what that number says: a
 # plan that missed its marginals is named before the fall of an objective that it may have caused. Only whether the tolerance was

@@ -137,19 +137,24 @@ def go_on(
     task = prepare(problem, sight, controls, options)
 
     def em_step(underway: Underway) -> Underway:
-        before, history = underway
-        state, row = m_step(task, before, e_step(task, before))
-        history = jax.tree.map(lambda h, r: h.at[before.step].set(jnp.where(state.running, r, jnp.nan)), history, row)
-        if options.progress:
-            counts = {"running": state.running, "em_steps": controls.em_steps, "step": before.step}
-            report.emit(controls.listener, {**counts, **row.columns})
-        return Underway(state, history)
+        return advanced(task, underway, e_step(task, underway.state))
 
     def unfinished(underway: Underway) -> Bool[Array, ""]:
         return underway.state.running & (underway.state.step < until)
 
     underway = jax.lax.while_loop(unfinished, em_step, underway)
     return underway, finish(task, *underway)
+
+
+def advanced(task: Task, underway: Underway, sums: statistics.Sums) -> Underway:
+    """After the M-step that the whole clouds' sums lead to."""
+    before, history = underway
+    state, row = m_step(task, before, sums)
+    history = jax.tree.map(lambda h, r: h.at[before.step].set(jnp.where(state.running, r, jnp.nan)), history, row)
+    if task.options.progress:
+        counts = {"running": state.running, "em_steps": task.controls.em_steps, "step": before.step}
+        report.emit(task.controls.listener, {**counts, **row.columns})
+    return Underway(state, history)
 
 
 def prepare(problem: MixtureGraph, sight: Sight, controls: Controls, options: FitOptions) -> Task:

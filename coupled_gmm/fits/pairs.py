@@ -54,10 +54,10 @@ def _go_on_with_pair(
 ) -> tuple[em.Underway, PairFit]:
     problem = MixtureGraph.from_pair(pair, transport_weight, frozen)
     underway, end = em.go_on(problem, sight, controls, options, underway, until)
-    return underway, _pair_fit(problem, end)
+    return underway, pair_fit(problem, end)
 
 
-def _pair_fit(problem: MixtureGraph, end: em.Solution) -> PairFit:
+def pair_fit(problem: MixtureGraph, end: em.Solution) -> PairFit:
     fit = graph_fit(problem, end, jnp.zeros(1, jnp.int32))
     whole = trimmed(take(fit.plans, 0), *fit.gmms)
     went = fit.penalized_log_likelihood, fit.status, fit.n_steps, fit.history, fit.log_likelihoods
@@ -83,7 +83,7 @@ def _fit_pairs(
     schedule = contest.Schedule.along(len(transport_weights), len(pairs.epsilon))
     weights = transport_weights[:, None].astype(problem.edge_weights.dtype)
     ends = contest.best_ends(problem, starts, weights, schedule, sight, controls, options)
-    return jax.vmap(lambda end: _pair_fit(problem, end))(ends)
+    return jax.vmap(lambda end: pair_fit(problem, end))(ends)
 
 
 def penalized_log_likelihood(
