@@ -167,7 +167,9 @@ def additive_sums(
 
         return last, jax.lax.fori_loop(first, last, add, (zeros, zeros))[0]
 
-    _, totals = jax.lax.scan(of_node, jnp.asarray(chunks.first, chunks.ends.dtype), (chunks.ends, components, reference))
+    _, totals = jax.lax.scan(
+        of_node, jnp.asarray(chunks.first, chunks.ends.dtype), (chunks.ends, components, reference)
+    )
     return jax.vmap(unravel)(totals)
 
 

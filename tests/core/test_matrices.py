@@ -211,6 +211,7 @@ class Examples:
 
 # What other libraries, files and the host do.
 ELSEWHERE = {
+    "fit_pairs",
     "BuresCost",
     "from_ott",
     "from_sklearn",
