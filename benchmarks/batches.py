@@ -1,6 +1,6 @@
-"""Ragged pairs through `fit_pairs`, 64 of them, beside a loop of `fit_pair` over them: `python benchmarks/batches.py`, some two minutes.
+"""Ragged pairs through `fit_pairs`, beside a loop of `fit_pair`: `python benchmarks/batches.py`, some two minutes.
 
-500 to 5,000 points a cloud, 2 to 6 components, d 2, tol 1e-5. First calls are those of a fresh process, warm ones the
+64 pairs, 500 to 5,000 points a cloud, 2 to 6 components, d 2, tol 1e-5. First calls are those of a fresh process, warm ones the
 best of five, by turns.
 """
 
