@@ -23,7 +23,7 @@ from coupled_gmm.core.chunks import Chunks
 from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.programs import program
 from coupled_gmm.core.status import Outcome, Status
-from coupled_gmm.core.tree import AnyArray, counted, number, pytree, static, take
+from coupled_gmm.core.tree import AnyArray, counted, number, pytree, saved, static, take
 from coupled_gmm.fits import em
 from coupled_gmm.fits.frame import Sight
 from coupled_gmm.fits.graph import MixtureGraph, unpadded
@@ -34,6 +34,7 @@ from coupled_gmm.gaussians.mixture import alike
 from coupled_gmm.transport.pair import stated
 
 
+@saved
 @pytree
 class PairFits(Outcome):
     """Fits of many pairs: `fits[i]` is what `fit_pair` returns of the i-th; status, J and steps are those of all, (B,)."""

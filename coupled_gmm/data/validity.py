@@ -85,7 +85,7 @@ class _Object:
     def _finite(self) -> bool:
         status = self.array("status")
         self.require("status", np.isin(status, list(Status)), "is no status")
-        return not np.any(status == Status.NOT_FINITE)
+        return not np.any(np.isin(status, [Status.NOT_FINITE, Status.LOST]))
 
     def _typed(self, name: str, value: Any, hint: Any) -> None:
         origin, inner = typing.get_origin(hint), typing.get_args(hint)
@@ -113,8 +113,10 @@ class _Object:
     def _instance(self, name: str, value: Any, cls: type) -> None:
         self.require(name, type(value) is cls, f"is of type {type(value).__name__}, not {cls.__name__}")
 
-    def _below(self, name: str) -> Shape:
-        """The axes that a field of this object is stacked on."""
+    def _below(self, name: str) -> Shape | None:
+        """The axes that a field of this object is stacked on; None where these are its own."""
+        if self.name == "PairFits":
+            return None
         axis = _STACKED.get((self.name, name))
         lead = self.lead or ()
         return lead if axis is None else (*lead, self._size(axis))
@@ -235,6 +237,18 @@ def _pair_fit(o: _Object) -> None:
     o.require("history", columns == (2, 1), f"has {columns} columns for nodes and edges, not (2, 1)")
 
 
+def _pair_fits(o: _Object) -> None:
+    """Every pair has a row of a part, and mixtures no larger than those of that."""
+    stacks, places, sizes = o.held("stacks"), o.array("places"), o.array("sizes")
+    o.require("reasons", len(o.held("reasons")) == len(stacks), "says nothing of some parts, or of more than there are")
+    o.require("stacks", [np.ndim(part.status) == 1 for part in stacks], "holds what is not stacked on one axis")
+    room = [(len(part.status), *_components(part.pair)) for part in stacks]
+    for (part, row), size in zip(places.tolist(), sizes.tolist(), strict=True):
+        o.require("places", 0 <= part < len(room) and 0 <= row < room[part][0], "names a row that is in no part")
+        fits = all(1 <= k <= most for k, most in zip(size, room[part][1:], strict=True))
+        o.require("sizes", fits, "has more components than its part")
+
+
 def _graph_fit(o: _Object) -> None:
     _steps(o)
     gmms, pair = o.held("gmms"), o.held("plans").pair
@@ -290,6 +304,7 @@ _RELATIONS: dict[str, Callable[[_Object], None]] = {
     "MixtureFit": _steps,
     "MixtureGraph": _graph,
     "PairFit": _pair_fit,
+    "PairFits": _pair_fits,
     "Plan": _plan_sizes,
 }
 _VALUES: dict[str, Callable[[_Object], None]] = {

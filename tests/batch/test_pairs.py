@@ -1,6 +1,7 @@
 """`fit_pairs` beside `fit_pair`, pair by pair."""
 
 import concurrent.futures
+import dataclasses
 
 import jax
 import numpy as np
@@ -49,7 +50,7 @@ def cohort():
     return [clouds[0] for clouds, _ in made], [clouds[1] for clouds, _ in made], starts
 
 
-def test_each_is_what_fit_pair_returns(cohort):
+def test_each_is_what_fit_pair_returns(cohort, tmp_path):
     weights = [None, np.random.default_rng(0).random(300) * (np.arange(300) > 20), None, None, None]
     rows = []
     fits = cg.fit_pairs(*cohort, point_weights0=weights, progress=rows.append, **OPTIONS)
@@ -62,7 +63,10 @@ def test_each_is_what_fit_pair_returns(cohort):
         assert float(fits.penalized_log_likelihood[i]) == float(fit.penalized_log_likelihood)
         assert int(fits.status[i]) == int(fit.status) and int(fits.n_steps[i]) == int(fit.n_steps)
     assert "5 pairs" in repr(fits) and fits.status_name and not fits.reason(0)
-    assert len(jax.tree.leaves(jax.tree.map(lambda leaf: leaf, fits)))
+    cg.save(tmp_path / "fits.npz", fits)
+    again = cg.load(tmp_path / "fits.npz")
+    assert jax.tree.structure(again) == jax.tree.structure(fits)
+    assert all(np.array_equal(*both, equal_nan=True) for both in zip(jax.tree.leaves(again), jax.tree.leaves(fits)))
 
 
 def test_far_clouds_in_float64_and_fits_in_float64():
@@ -114,7 +118,7 @@ class Losing(concurrent.futures.ThreadPoolExecutor):
         return super().submit(fn, *args, **kwargs)
 
 
-def test_an_executor_gives_the_same_and_what_it_loses_is_marked(cohort):
+def test_an_executor_gives_the_same_and_what_it_loses_is_marked(cohort, tmp_path):
     alone = cg.fit_pairs(*cohort, **OPTIONS)
     with Losing(2) as pool, pytest.warns(UserWarning, match="a worker died"):
         fits = cg.fit_pairs(*cohort, executor=pool, **OPTIONS)
@@ -124,6 +128,7 @@ def test_an_executor_gives_the_same_and_what_it_loses_is_marked(cohort):
         if lost[i]:
             assert fits.reason(i) == "a worker died" and np.isnan(fit.penalized_log_likelihood)
             assert jax.tree.structure(fit) == jax.tree.structure(other)
+            assert np.array_equal(fit.pair.gmm0.means, cohort[2][i].gmm0.means)
             with pytest.raises(cg.FitError, match="the executor lost it"):
                 fit.raise_if_failed()
         else:
@@ -131,6 +136,11 @@ def test_an_executor_gives_the_same_and_what_it_loses_is_marked(cohort):
             check_same(fit, other)
     with pytest.raises(cg.FitError):
         fits.raise_if_failed()
+    cg.save(tmp_path / "fits.npz", fits)
+    assert cg.load(tmp_path / "fits.npz").reasons == fits.reasons
+    wrong = dataclasses.replace(fits, places=fits.places + 3)
+    with pytest.raises(ValueError, match="places: names a row that is in no part"):
+        cg.save(tmp_path / "wrong.npz", wrong)
 
 
 def test_refusals_name_the_pair():
