@@ -1,5 +1,6 @@
-"""Tasks for executors, in a module that their processes can import."""
+"""Executors and tasks for them, in a module that their processes can import."""
 
+import concurrent.futures
 import os
 import signal
 import time
@@ -23,3 +24,13 @@ def deadly(x):
 
 def precision(x):
     return jax.numpy.asarray(x).dtype == np.float64
+
+
+class Losing(concurrent.futures.ThreadPoolExecutor):
+    """Loses its first task."""
+
+    def submit(self, fn, /, *args, **kwargs):
+        first, self.lost = not getattr(self, "lost", False), True
+        if first:
+            raise concurrent.futures.BrokenExecutor("a worker died")
+        return super().submit(fn, *args, **kwargs)

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from coupled_gmm.batch import executors
 from coupled_gmm.core import checks, matrices, report
-from coupled_gmm.core.errors import ArgumentError
+from coupled_gmm.core.errors import ArgumentError, reason
 from coupled_gmm.core.programs import program
 from coupled_gmm.core.status import FitError
 from coupled_gmm.gaussians import bures
@@ -99,8 +99,8 @@ def mw2_matrix(
     if not checks.known(gmms, found):
         raise ArgumentError("gmms", "are traced", "call it outside of jit, vmap and grad; there map over mw2_squared")
     executors.check(executor)
-    (rows, columns), unit, dtype = _cohorts(gmms, found)
-    columns = rows if alone else columns
+    cohorts, unit, dtype = _cohorts([gmms] if alone else [gmms, found])
+    rows, columns = cohorts[0], cohorts[-1]
     places = [(a, b) for a, b in itertools.product(rows.groups(), columns.groups()) if not alone or a[0] <= b[0]]
     parts = [(rows.part(*a), columns.part(*b)) for a, b in places]
     side = -(-max(len(one.means) for pair in parts for one in pair) // _ROUND) * _ROUND  # one shape for all
@@ -129,43 +129,37 @@ def _done(tasks: list[tuple], executor: Any, progress: Any) -> Iterator[tuple[in
     with report.counting(progress, len(tasks), "comparing") as advance:
         for number, tile in executors.outcomes(_tile, tasks, executor):
             if isinstance(tile, Exception):
-                reason = (str(tile).strip() or type(tile).__name__).splitlines()[0]
-                warnings.warn(f"executor: it lost a part of the work, which is done here ({reason})", stacklevel=3)
+                warnings.warn(
+                    f"executor: it lost a part of the work, which is done here ({reason(tile)})", stacklevel=3
+                )
                 tile = _tile(*tasks[number])
             yield number, tile
             advance()
 
 
-def _cohorts(gmms: list[GaussianMixture], others: list[GaussianMixture]) -> tuple[list[_Cohort], float, Any]:
-    """Both lists in the same coordinates, which float64 computes; their unit, a power of two; and the precision to work in."""
-    read = [[jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), gmm) for gmm in some] for some in (gmms, others)]
-    every = [gmm for some in read for gmm in some]
-    means = [gmm.means + (0 if gmm.remainders is None else gmm.remainders) for gmm in every]
-    present = [mean[gmm.weights > 0] for mean, gmm in zip(means, every, strict=True)]
-    centre = np.concatenate(present).mean(0)
-    spread = max(np.abs(mean - centre).max() for mean in present)
-    width = max(gmm.covariances[gmm.weights > 0].max() for gmm in every) ** 0.5
-    size = max(spread, width)
-    unit, dtype = (
-        2.0 ** np.round(np.log2(size)) if size > 0 else 1.0,
-        jnp.result_type(*(g.dtype for g in gmms + others)),
-    )
-    moved = iter(means)
+def _cohorts(lists: list[list[GaussianMixture]]) -> tuple[list[_Cohort], float, np.dtype]:
+    """Lists of mixtures in the same coordinates, by float64; their unit, a power of two; and the precision to work in."""
+    read = [[_components(gmm) for gmm in some] for some in lists]
+    means, covariances = (np.concatenate([gmm[i] for some in read for gmm in some]) for i in (0, 1))
+    centre = means.mean(0)
+    size = max(np.abs(means - centre).max(), covariances.max() ** 0.5)
+    unit = 2.0 ** np.round(np.log2(size)) if size > 0 else 1.0
+    dtype = np.dtype(jnp.result_type(*(gmm.dtype for some in lists for gmm in some)))
 
-    def cohort(some: list[GaussianMixture]) -> _Cohort:
-        # Components without mass are left out: nothing is carried to or from them.
-        kept = [np.asarray(gmm.weights > 0) for gmm in some]
-        parts = [
-            ((next(moved) - centre)[keep] / unit, gmm.covariances[keep] / unit / unit, gmm.weights[keep])
-            for gmm, keep in zip(some, kept, strict=True)
-        ]
-        means, covariances, weights = (np.concatenate(arrays).astype(dtype) for arrays in zip(*parts, strict=True))
-        return _Cohort(means, covariances, weights, np.cumsum([keep.sum() for keep in kept]))
+    def cohort(some: list[tuple[np.ndarray, ...]]) -> _Cohort:
+        means, covariances, weights = (np.concatenate(arrays) for arrays in zip(*some, strict=True))
+        arrays = (means - centre) / unit, covariances / unit / unit, weights
+        means, covariances, weights = (array.astype(dtype) for array in arrays)
+        return _Cohort(means, covariances, weights, np.cumsum([len(weights) for _, _, weights in some]))
 
-    return [cohort(some) if some else _NOTHING for some in read], float(unit), np.dtype(dtype)
+    return [cohort(some) for some in read], float(unit), dtype
 
 
-_NOTHING = _Cohort(np.zeros((0, 1)), np.zeros((0, 1, 1)), np.zeros(0), np.zeros(0, int))
+def _components(gmm: GaussianMixture) -> tuple[np.ndarray, ...]:
+    """Means, covariances and weights in float64, without components that have no mass: nothing is carried to or from them."""
+    gmm = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), gmm)
+    means = gmm.means if gmm.remainders is None else gmm.means + gmm.remainders
+    return tuple(np.asarray(leaf)[np.asarray(gmm.weights) > 0] for leaf in (means, gmm.covariances, gmm.weights))
 
 
 def _tile(rows: _Cohort, columns: _Cohort, alone: bool, side: int) -> np.ndarray:

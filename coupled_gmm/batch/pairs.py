@@ -20,14 +20,14 @@ from coupled_gmm.batch import executors, lanes, parts
 from coupled_gmm.batch.parts import Part, Problem
 from coupled_gmm.core import chunks, report
 from coupled_gmm.core.chunks import Chunks
-from coupled_gmm.core.errors import ArgumentError
+from coupled_gmm.core.errors import ArgumentError, reason
 from coupled_gmm.core.programs import program
 from coupled_gmm.core.status import Outcome, Status
 from coupled_gmm.core.tree import AnyArray, counted, number, pytree, saved, static, take
 from coupled_gmm.fits import em
 from coupled_gmm.fits.frame import Sight
 from coupled_gmm.fits.graph import MixtureGraph, unpadded
-from coupled_gmm.fits.pairs import pair_fit
+from coupled_gmm.fits.pairs import frozen_sides, pair_fit
 from coupled_gmm.fits.request import Controls, FitOptions, FitRequest
 from coupled_gmm.fits.results import PairFit, trimmed
 from coupled_gmm.gaussians.mixture import alike
@@ -150,14 +150,14 @@ def fit_pairs(
         if np.ndim(leaf):
             raise ArgumentError(name, f"expected one number for all pairs, got shape {np.shape(leaf)}", "pass one")
     executors.check(executor)
-    frozen = np.array([name in freeze for name in ("gmm0", "gmm1")])
+    frozen = frozen_sides(freeze)
     given = parts.checked(
         clouds0,
         clouds1,
         pairs,
         transport_weight,
         (point_weights0, point_weights1),
-        freeze,
+        frozen,
         request.controls.ridge,
         method,
     )
@@ -178,7 +178,7 @@ def fit_pairs(
     with report.counting(progress, len(tasks), "fitting pairs") as advance:
         for index, fits in _done(tasks, executor):
             if isinstance(fits, Exception):
-                reasons[index] = (str(fits).strip() or type(fits).__name__).splitlines()[0]
+                reasons[index] = reason(fits)
                 warnings.warn(f"executor: it lost {tasks[index][0].count} pairs ({reasons[index]})", stacklevel=2)
                 fits = _lost(*tasks[index])
             count = int(tasks[index][0].count)

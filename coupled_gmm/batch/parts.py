@@ -13,8 +13,8 @@ import numpy as np
 from coupled_gmm.core import checks, chunks
 from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.tree import unchecked
-from coupled_gmm.fits import frame
 from coupled_gmm.fits.frame import Frame, View
+from coupled_gmm.fits.pairs import check_densities
 from coupled_gmm.fits.request import GivenCloud, view_of
 from coupled_gmm.gaussians.mixture import GaussianMixture
 from coupled_gmm.transport import solvers
@@ -71,7 +71,7 @@ class Given(NamedTuple):
 
 
 def checked(
-    clouds0: Any, clouds1: Any, pairs: Any, weight: Any, weights: tuple, freeze: Any, ridge: Any, method: str
+    clouds0: Any, clouds1: Any, pairs: Any, weight: Any, weights: tuple, frozen: np.ndarray, ridge: Any, method: str
 ) -> list[Given]:
     """Every pair with its clouds, in the frame that its fit sees them in."""
     clouds = [checks.sequence(name, some) for name, some in (("clouds0", clouds0), ("clouds1", clouds1))]
@@ -89,17 +89,12 @@ def checked(
     weight = np.asarray(checks.scalar("transport_weight", weight, at_least=0, batched=True))
     if weight.shape not in ((), (n,)):
         raise ArgumentError("transport_weight", f"expected one number or ({n},), got shape {weight.shape}")
-    names = ("gmm0", "gmm1")
-    if not isinstance(freeze, (tuple, list, set, frozenset)) or any(name not in names for name in freeze):
-        raise ArgumentError("freeze", f"expected a collection of 'gmm0' and 'gmm1', got {checks.brief(freeze)}")
     given = []
     for i, (pair, *cloud, w0, w1) in enumerate(zip(pairs, *clouds, *lists, strict=True)):
         checks.instance(f"pairs[{i}]", pair, GaussianMixturePair)
         if not checks.known(pair, cloud, w0, w1, weight):
             raise ArgumentError("clouds0", "arguments are traced", "call it outside of jit; there map over fit_pair")
-        for name, gmm in zip(names, (pair.gmm0, pair.gmm1), strict=True):
-            if name in freeze or not frame.raises(ridge):
-                gmm.check_densities(f"pairs[{i}].{name}")
+        check_densities(f"pairs[{i}]", pair, frozen, ridge)
         seen = [
             GivenCloud(f"clouds{side}[{i}]", x, f"point_weights{side}[{i}]", w)
             for side, (x, w) in enumerate(zip(cloud, (w0, w1), strict=True))
@@ -157,11 +152,8 @@ def _part(some: list[Given], size: int, length: int, total: int, room: int) -> P
         first, ends = last, []
         place = jax.tree.map(np.asarray, one.view.frame)
         for x, w in zip(one.view.clouds, one.view.weights, strict=True):
-            x, begin = np.asarray(x), last
-            last += -(-len(x) // length)
-            chunks.fill(points[begin:last], x, place.points_on_host)
-            w = None if w is None else np.asarray(w, np.float64)
-            shares[begin:last].reshape(-1)[: len(x)] = 1 / len(x) if w is None else w / w.sum()
+            begin, last = last, last + -(-len(x) // length)
+            chunks.lay(points[begin:last], shares[begin:last], np.asarray(x), w, place.points_on_host)
             ends.append(last)
         pair = one.pair.replace(*(_padded(gmm, size) for gmm in (one.pair.gmm0, one.pair.gmm1)))
         seen = (np.asarray(one.view.variances), np.asarray(one.view.pooled))

@@ -129,11 +129,16 @@ def _packed_on_host(clouds: Any, weights: Any, counts: list[int], size: int, dty
     ends = np.cumsum(counts, dtype=np.int32)
     for cloud, weight, count, last in zip(clouds, weights, counts, ends, strict=True):
         if cloud is not None:
-            n, first, weight = len(cloud), last - count, None if weight is None else np.asarray(weight, np.float64)
-            fill(points[first:last], np.asarray(cloud), None if frame is None else frame.points_on_host)
-            flat = shares[first:last].reshape(-1)
-            flat[:n] = 1 / n if weight is None else weight / weight.sum()
+            place = None if frame is None else frame.points_on_host
+            lay(points[last - count : last], shares[last - count : last], np.asarray(cloud), weight, place)
     return Chunks(*jax.device_put((points, shares, ends)))
+
+
+def lay(points: np.ndarray, shares: np.ndarray, cloud: np.ndarray, weights: Any, place: Any) -> None:
+    """A cloud and its weights, None for equal ones, into chunks of points and of parts of its mass, on the host."""
+    weights = None if weights is None else np.asarray(weights, np.float64)
+    fill(points, cloud, place)
+    shares.reshape(-1)[: len(cloud)] = 1 / len(cloud) if weights is None else weights / weights.sum()
 
 
 @program("size", "total", "dtype")

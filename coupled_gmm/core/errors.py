@@ -5,6 +5,11 @@ exception, not from its text.
 """
 
 
+def reason(error: BaseException) -> str:
+    """The first line of what an exception says; its kind, where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class _Refusal(Exception):
     """``argument: problem; remedy``.
 

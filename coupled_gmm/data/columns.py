@@ -95,9 +95,9 @@ def values(path: Path, name: str, column: pl.Series, first: int | None = None) -
     return found
 
 
-def counts_rows(column: pl.Series, first: int = 0) -> bool:
-    """Whether cells are 0, 1, 2 ... or 1, 2, 3 ..., from row `first` (counted from 0) on."""
-    return any(counts_from(column, start + first) for start in (0, 1))
+def counts_rows(column: pl.Series) -> bool:
+    """Whether cells are 0, 1, 2 ... or 1, 2, 3 ..."""
+    return any(counts_from(column, start) for start in (0, 1))
 
 
 def counts_from(column: pl.Series, start: int) -> bool:
@@ -109,12 +109,6 @@ def counts_from(column: pl.Series, start: int) -> bool:
 
 def _called(table: Table, i: int) -> str:
     return repr(table.names[i]) if table.names[i] else "the column without a name"
-
-
-def _place(path: Path, table: Table, name: str) -> int:
-    if name not in table.names:
-        raise ValueError(f"{path}: there is no column {name!r}; it has {', '.join(map(repr, table.names))}")
-    return table.names.index(name)
 
 
 def _index(path: Path, table: Table, counting: Callable[[int], bool]) -> dict[int, str]:

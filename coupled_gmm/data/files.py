@@ -6,6 +6,8 @@ from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
 
+from coupled_gmm.core.errors import reason
+
 TEXT = (".csv", ".tsv", ".txt", ".csv.gz", ".tsv.gz", ".txt.gz")
 TABLES = (*TEXT, ".parquet")
 FORMATS = (".npy", ".npz", ".csv", ".parquet", *TEXT[1:])
@@ -45,12 +47,10 @@ def unreadable(path: Path, error: BaseException) -> ValueError:
         return ValueError(f"{path}: may not be read; ask for permission to, or change it")
     if isinstance(error, MemoryError):
         return ValueError(f"{path}: does not fit into memory; save fewer points, or float32")
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    if ending(path) in TEXT and isinstance(error, ValueError) and "; " in reason:  # with a remedy of its own
-        return ValueError(f"{path}: can't be read as {ending(path)}: {reason}")
-    return ValueError(
-        f"{path}: can't be read as {ending(path)} ({reason}); save it again, or check that it is complete"
-    )
+    said = reason(error)
+    if ending(path) in TEXT and isinstance(error, ValueError) and "; " in said:  # with a remedy of its own
+        return ValueError(f"{path}: can't be read as {ending(path)}: {said}")
+    return ValueError(f"{path}: can't be read as {ending(path)} ({said}); save it again, or check that it is complete")
 
 
 class Stamp(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from coupled_gmm.core import checks
 from coupled_gmm.core.errors import ArgumentError
@@ -278,6 +278,21 @@ def fit_path(
     return dataclasses.replace(asked.fit(_fit_pairs, asked.starts(), weights), transport_weights=weights)
 
 
+def frozen_sides(freeze: Any) -> Bool[np.ndarray, "2"]:
+    """Which mixtures of a pair are left as they are."""
+    names = ("gmm0", "gmm1")
+    if not isinstance(freeze, (tuple, list, set, frozenset)) or any(name not in names for name in freeze):
+        raise ArgumentError("freeze", f"expected a collection of 'gmm0' and 'gmm1', got {checks.brief(freeze)}")
+    return np.array([name in freeze for name in names])
+
+
+def check_densities(called: str, pair: GaussianMixturePair, frozen: np.ndarray, ridge: Any) -> None:
+    """Refuse a start without a density, where no ridge gives it one; `called` is what to call the pair."""
+    for name, gmm, still in zip(("gmm0", "gmm1"), (pair.gmm0, pair.gmm1), frozen, strict=True):
+        if still or not frame.raises(ridge):
+            gmm.check_densities(f"{called}.{name}")
+
+
 class _PairRequest(NamedTuple):
     """What is asked of fits of a pair, checked, and the clouds as they are to be seen."""
 
@@ -301,17 +316,12 @@ class _PairRequest(NamedTuple):
         key: Any,
     ) -> "_PairRequest":
         checks.instance("pair", pair, GaussianMixturePair)
-        names = ("gmm0", "gmm1")
-        if not isinstance(freeze, (tuple, list, set, frozenset)) or any(name not in names for name in freeze):
-            raise ArgumentError("freeze", f"expected a collection of 'gmm0' and 'gmm1', got {checks.brief(freeze)}")
-        ridge = request.controls.ridge
-        for name, gmm in zip(names, (pair.gmm0, pair.gmm1), strict=True):
-            if name in freeze or not frame.raises(ridge):
-                gmm.check_densities(f"pair.{name}")
+        frozen, ridge = frozen_sides(freeze), request.controls.ridge
+        check_densities("pair", pair, frozen, ridge)
         n_init = checks.integer("n_init", n_init, 1, checks.MOST_STARTS)
         if (key is None) != (n_init == 1):
             raise ArgumentError("key", "goes with an n_init above 1, whose starts it decides", "pass both, or neither")
-        solver, frozen = solvers.solver_for(method, pair), np.array([name in freeze for name in names])
+        solver = solvers.solver_for(method, pair)
         view = view_of(clouds, [pair.gmm0, pair.gmm1], ridge)
         return cls(request, pair, view, frozen, solver, n_init, None if key is None else checks.key("key", key))
 

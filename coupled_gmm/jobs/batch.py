@@ -31,6 +31,7 @@ from coupled_gmm.jobs.sections import (
     MistakesError,
     Section,
     check,
+    is_utf8,
     read,
     refusal,
     refuse,
@@ -252,7 +253,7 @@ def _task(
     values = config.model_dump(exclude={"output"}, exclude_none=True)
     text = json.dumps([job.command, name, values], sort_keys=True)
     for said in (name, *map(str, flattened(values).values()), *map(str, row.kept.values())):
-        if not _is_utf8(said):
+        if not is_utf8(said):
             raise MistakesError(
                 [Mistake(manifest.NAME, f"{said!a} is not UTF-8 and can't be written down; rename it", False)]
             )
@@ -317,11 +318,3 @@ def _sets(given: Mapping[str, Any], key: str) -> bool:
 
 def _shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import polars as pl
 
 from coupled_gmm.core.checks import brief
+from coupled_gmm.core.errors import reason
 from coupled_gmm.data import archive
 from coupled_gmm.jobs.sections import ConfigError, Section, may_be_text
 
@@ -57,8 +58,8 @@ def of_manifest(path: Path, manifest: Path, keep: Sequence[str], model: type[Sec
     except ConfigError as error:
         raise ConfigError(f"{path}: jobs.manifest: {error}") from error
     except (Exception, pl.exceptions.PanicException) as error:  # a damaged file makes a reader raise anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        told = reason if reason.startswith(str(manifest)) else f"{manifest}: can't be read ({brief(reason)[1:-1]})"
+        said = reason(error)
+        told = said if said.startswith(str(manifest)) else f"{manifest}: can't be read ({brief(said)[1:-1]})"
         raise ConfigError(f"{path}: jobs.manifest: {told}") from error
     for fault in _faults(manifest, columns, cells, keep):
         raise ConfigError(f"{path}: jobs.manifest: {fault}")

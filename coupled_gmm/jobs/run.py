@@ -14,7 +14,7 @@ from coupled_gmm.jobs import folders
 from coupled_gmm.jobs.config import JobConfig
 from coupled_gmm.jobs.job import Job, JobResult
 from coupled_gmm.jobs.registry import JOBS, job_of
-from coupled_gmm.jobs.sections import ConfigError, at, dump
+from coupled_gmm.jobs.sections import ConfigError, at, dump, is_utf8
 
 FIT = "fit.npz"
 # All that runs of any job write, tables before pictures; the result comes last, so that where it is the rest is.
@@ -62,20 +62,12 @@ def reserve(path: Path, config: JobConfig) -> Iterator[RunFolder]:
       ConfigError: the run could not be written there; or its configuration, in UTF-8, could not at all.
     """
     folder = Path(config.output.directory or "")
-    if odd := [line for line in dump(config).splitlines() if not _is_utf8(line)]:
+    if odd := [line for line in dump(config).splitlines() if not is_utf8(line)]:
         raise ConfigError(f"{path}: {odd[0]!a}: a name that is not UTF-8 can't be written down; rename it")
     with contextlib.ExitStack() as stack:
         with at(path, "output.directory"):
             part = stack.enter_context(folders.reserved(folder, NAMES))
         yield RunFolder(folder, part)
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _write(folder: Path, job: Job[Any, Any, Any], config: JobConfig, result: JobResult, inputs: Any) -> None:

@@ -58,6 +58,15 @@ def possible(name: str) -> str:
     return name
 
 
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written down: a name of a file may hold bytes that are none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 File = Annotated[str, AfterValidator(absolute)]
 FileName = Annotated[str, AfterValidator(possible)]
 

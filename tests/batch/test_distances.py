@@ -1,11 +1,10 @@
 """`mw2_matrix` beside linear programmes of costs that eigenvalues give."""
 
-import concurrent.futures
-
 import jax
 import numpy as np
 import ot
 import pytest
+from tasks import Losing
 
 import coupled_gmm as cg
 from coupled_gmm.batch import distances
@@ -104,16 +103,6 @@ def test_more_components_than_fit_a_compiled_programme():
     gmms = [mixture(rng, 70, 2), mixture(rng, 3, 2)]
     squares = np.asarray(cg.mw2_matrix(gmms))
     np.testing.assert_allclose(squares[0, 1], twin(*gmms), rtol=1e-5)
-
-
-class Losing(concurrent.futures.ThreadPoolExecutor):
-    """Loses its first task."""
-
-    def submit(self, fn, /, *args, **kwargs):
-        first, self.lost = not getattr(self, "lost", False), True
-        if first:
-            raise concurrent.futures.BrokenExecutor("a worker died")
-        return super().submit(fn, *args, **kwargs)
 
 
 def test_an_executor_gives_the_same_and_what_it_loses_is_done_here(monkeypatch):

@@ -1,11 +1,11 @@
 """`fit_pairs` beside `fit_pair`, pair by pair."""
 
-import concurrent.futures
 import dataclasses
 
 import jax
 import numpy as np
 import pytest
+from tasks import Losing
 
 import coupled_gmm as cg
 from coupled_gmm.batch import pairs as batch
@@ -108,16 +108,6 @@ def test_more_pairs_than_lanes_share_one_program():
         check_same(fits[i], cg.fit_pair(clouds[0][i], clouds[1][i], starts[i], **OPTIONS))
 
 
-class Losing(concurrent.futures.ThreadPoolExecutor):
-    """Loses its first task."""
-
-    def submit(self, fn, /, *args, **kwargs):
-        first, self.lost = not getattr(self, "lost", False), True
-        if first:
-            raise concurrent.futures.BrokenExecutor("a worker died")
-        return super().submit(fn, *args, **kwargs)
-
-
 def test_an_executor_gives_the_same_and_what_it_loses_is_marked(cohort, tmp_path):
     alone = cg.fit_pairs(*cohort, **OPTIONS)
     with Losing(2) as pool, pytest.warns(UserWarning, match="a worker died"):
@@ -160,6 +150,7 @@ def test_refusals_name_the_pair():
         (([x], [x], pair), {"tol": [1e-5]}, "tol: expected one number"),
         (([x], [x], pair), {"point_weights1": [[1.0]]}, r"point_weights1\[0\]"),
         (([x], [x], pair), {"freeze": ["gmm2"]}, "freeze"),
+        (([x], [x], pair), {"freeze": 3}, "freeze: expected a collection"),
         (([x], [x], pair), {"executor": 3}, "executor"),
     ):
         with pytest.raises((ValueError, TypeError), match=named):
