@@ -30,7 +30,7 @@ def as_array(name: str, value: Any) -> np.ndarray:
     library = _library(value)
     if hasattr(type(value), "obsm"):  # AnnData, MuData: X may be sparse, of 30,000 genes
         raise ArgumentTypeError(name, f"expected an array, got {type(value).__name__}", 'pass adata.obsm["X_pca"], say')
-    if hasattr(type(value), "rows") and hasattr(type(value), "reduce"):
+    if is_open(value):
         taken = f"take points of it: {name}.rows(indices)"
         raise ArgumentTypeError(name, f"expected an array, got {value!r}, which is not in memory", taken)
     if library == "scipy" and hasattr(value, "toarray"):
@@ -51,8 +51,15 @@ def as_array(name: str, value: Any) -> np.ndarray:
         raise ArgumentError(name, "expected an array, got rows of unequal length") from error
 
 
+def is_open(value: Any) -> bool:
+    """Whether a cloud is not in memory: it gives its points in chunks, some rows of them, and sums over them."""
+    return all(hasattr(type(value), method) for method in ("chunks", "rows", "reduce"))
+
+
 def names(value: Any) -> tuple[str, ...] | None:
     """The names of a table's columns; None where they are mere positions, or there are none."""
+    if is_open(value):
+        return None if are_positions(value.names) else value.names
     if (library := _library(value)) not in ("pandas", "polars", "pyarrow"):
         return None
     columns = getattr(value, "column_names" if library == "pyarrow" else "columns", None)
