@@ -51,15 +51,17 @@ class Chunks:
         return self.ends[-1]
 
 
-def length(sizes: Sequence[int], numbers: int, chunk_size: int | None = None, shared: bool = True) -> int:
+def length(
+    sizes: Sequence[int], numbers: int, chunk_size: int | None = None, shared: bool = True, at_once: int = 1
+) -> int:
     """Points in a chunk, for clouds of these sizes and so many numbers a point.
 
     Shared with other clouds, from a short list: as few points and chunks as may be. Otherwise as few chunks as fit the cache,
-    evenly filled.
+    evenly filled. It is the chunks that a program works on at once that fill an accelerator.
     """
     on_cpu, largest = jax.default_backend() == "cpu", max(sizes)
-    floats, price = (_CPU_FLOATS, _CPU_PRICE) if on_cpu else (_GPU_FLOATS, _GPU_PRICE)
-    lengths = _CPU_LENGTHS if on_cpu else _GPU_LENGTHS
+    floats, price = (_CPU_FLOATS, _CPU_PRICE) if on_cpu else (_GPU_FLOATS // at_once, _GPU_PRICE // at_once)
+    lengths = _CPU_LENGTHS if on_cpu else _GPU_LENGTHS if at_once == 1 else _CPU_LENGTHS + _GPU_LENGTHS
     if chunk_size is not None and shared:
         return min(chunk_size, rounded(largest))
     if not shared:
