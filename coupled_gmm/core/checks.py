@@ -199,7 +199,8 @@ def own_weights(name: str, value: Any, size: int) -> Any:
 
 def _in_working_precision(value: Any) -> jax.Array:
     with np.errstate(over="ignore"):
-        return jax.device_put(value.astype(jax.dtypes.canonicalize_dtype(value.dtype)))
+        result = value.astype(jax.dtypes.canonicalize_dtype(value.dtype))
+    return result if isinstance(result, jax.Array) else jax.device_put(result)
 
 
 def scalar(

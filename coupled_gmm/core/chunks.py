@@ -11,7 +11,7 @@ is cut into chunks on each of them.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -157,11 +157,9 @@ def _packed_on_mesh(mesh: Mesh, clouds: Any, weights: Any, size: int, dtype: Any
             cloud = (host if frame is None else frame.points_on_host(host)).astype(dtype)
         own.append((None, None) if cloud is None else meshes.cut(mesh, cloud, weight))
         frames.append(None if in_memory else frame)
-    ends = np.cumsum(
-        [0 if cloud is None else -(-(len(cloud) // mesh.size) // size) for cloud, _ in own], dtype=np.int32
-    )
-    points, shares = _packed_on_each(own, frames, mesh, size, capacity(int(ends[-1])), dtype)
-    return Chunks(points, shares, ends, mesh=mesh)
+    counts = [0 if cloud is None else -(-(len(cloud) // mesh.size) // size) for cloud, _ in own]
+    points, shares = _packed_on_each(own, frames, mesh, size, capacity(sum(counts)), dtype)
+    return Chunks(points, shares, cast(Any, np.cumsum(counts, dtype=np.int32)), mesh=mesh)
 
 
 @program("mesh", "size", "total", "dtype")

@@ -203,7 +203,7 @@ class View(NamedTuple):
         sizes = [len(x) if mesh is None else -(-len(x) // mesh.size) for x in self.clouds if x is not None]
         size = chunks.length(sizes, numbers, chunk_size, shared=checks.known(self.clouds, self.weights))
         packed = chunks.pack(self.clouds, self.weights, size, self.pooled.dtype, self.frame)
-        has_cloud = np.array([cloud is not None for cloud in self.clouds])
+        has_cloud: Any = np.array([cloud is not None for cloud in self.clouds])
         has_cloud = jax.device_put(has_cloud) if mesh is None else has_cloud
         return Sight(packed, self.frame, self.variances, self.pooled, has_cloud, self.far)
 
