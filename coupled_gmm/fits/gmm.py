@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from coupled_gmm.core import checks
+from coupled_gmm.core import checks, meshes
 from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.programs import program
 from coupled_gmm.core.status import Outcome, Status
 from coupled_gmm.core.tree import counted, number, pytree, saved, take
-from coupled_gmm.fits import em, frame, starts
+from coupled_gmm.fits import em, frame, shards, starts
 from coupled_gmm.fits.frame import Sight, View
 from coupled_gmm.fits.graph import MixtureGraph
 from coupled_gmm.fits.request import Controls, FitOptions, FitRequest, GivenCloud, view_of
@@ -57,7 +57,7 @@ def init_gmm(
     n_init = checks.integer("n_init", n_init, 1, checks.MOST_STARTS)
     ridge = checks.scalar("ridge", ridge, at_least=0)
     view = view_of([_cloud(x, point_weights)], [], ridge)
-    _check_distinct(view, n_components)
+    _check_distinct(key, view, n_components)
     return _init(key, _represented(key, view, n_components), ridge, n_components, n_init, None)
 
 
@@ -65,8 +65,10 @@ def _cloud(x: Any, point_weights: Any) -> GivenCloud:
     return GivenCloud("x", x, "point_weights", point_weights)
 
 
-def _check_distinct(view: View, n_components: int) -> None:
+def _check_distinct(key: Array, view: View, n_components: int) -> None:
     """Refuse more components than distinct points; a small sample usually settles it."""
+    if meshes.is_spread(view.clouds[0]):
+        view = _representatives(key, view)
     (x,), (w,) = view.clouds, view.weights
     if not checks.known(x, w):
         return
@@ -93,11 +95,15 @@ def _represented(key: Array, view: View, n_components: int) -> Sight:
 
 
 def _representatives(key: Array, view: View) -> View:
-    """All points, or so many of them, drawn by their weights."""
+    """All points, or so many of them, drawn by their weights; in memory."""
     (x,), (w,), n = view.clouds, view.weights, starts.MOST_POINTS
+    sharded = meshes.is_spread(x)
     if len(x) <= n:
-        return view
+        return view._replace(clouds=[shards.rows(x)], weights=[w if w is None else shards.rows(w)]) if sharded else view
     draws = jax.random.uniform(jax.random.fold_in(key, 0), (n,))
+    if sharded:
+        places = (np.arange(n) + np.asarray(draws, np.float64)) / n
+        return view._replace(clouds=[shards.drawn(x, w, places)], weights=[None])
     xp = np if checks.at_hand(x, w, draws) else jnp
     x, draws = xp.asarray(x), xp.asarray(draws)
     # One in each of as many equal parts of the mass.
@@ -207,7 +213,7 @@ def fit_gmm(
         key, n_init = _check_draws(key, n_init)
         n_components = checks.integer("init", int(init), 1)
         view = view_of([_cloud(x, point_weights)], [], ridge)
-        _check_distinct(view, n_components)
+        _check_distinct(key, view, n_components)
         inits = draws(key, view, ridge, n_components, n_init, n_init)
     else:
         inits = _given(init, key, n_init, ridge)

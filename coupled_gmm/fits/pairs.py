@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from coupled_gmm.core import checks
+from coupled_gmm.core import checks, meshes
 from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.programs import program
 from coupled_gmm.core.tree import take
@@ -111,7 +111,13 @@ def penalized_log_likelihood(
     pair.gmm0.check_densities("pair.gmm0")
     pair.gmm1.check_densities("pair.gmm1")
     view = view_of(_two_clouds(x0, x1, point_weights0, point_weights1), [pair.gmm0, pair.gmm1], ridge)
-    return _value(stated(pair, balanced=False), transport_weight, view.in_chunks(_numbers(pair), chunk_size), ridge)
+    sight = view.in_chunks(_numbers(pair), chunk_size)
+    asked = stated(pair, balanced=False), transport_weight
+    if sight.chunks.mesh is None:
+        return _value(*asked, sight, ridge)
+    asked, ridge = meshes.whole((asked, ridge))
+    found = _value(*asked, sight, ridge)
+    return jax.device_put(meshes.whole(found))
 
 
 def _two_clouds(x0: Any, x1: Any, weights0: Any, weights1: Any) -> list[GivenCloud]:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from coupled_gmm.core import checks, chunks, foreign, report
+from coupled_gmm.core import checks, chunks, foreign, meshes, report
 from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.tree import take
 from coupled_gmm.fits import frame
@@ -134,12 +134,15 @@ class FitRequest(NamedTuple):
         """
         sight = view.in_chunks(numbers, self.chunk_size)
         options = FitOptions(chunks.rows(self.em_steps), solver, self.optimizer, progress=False)
-        asked = (*problem, sight, self.controls, options)
+        sharded = sight.chunks.mesh is not None
+        problem, controls = meshes.whole((problem, self.controls)) if sharded else (problem, self.controls)
+        asked = (*problem, sight, controls, options)
         if isinstance(program, Stretches):
             with report.listening(self.progress) as listener:
                 fit = self._in_stretches(program, asked, listener)
         else:
             fit = program(*asked)
+        fit = jax.device_put(meshes.whole(fit)) if sharded else fit  # where whatever comes next may use it
         return dataclasses.replace(fit, history=chunks.first(fit.history, self.em_steps))
 
     def _in_stretches(self, program: Stretches, asked: tuple, listener: Any) -> Any:
