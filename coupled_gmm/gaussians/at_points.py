@@ -1,8 +1,8 @@
 """A mixture at the points of a cloud, in memory or not: densities, and how well it explains them all.
 
 Points meet the mixture in its own precision, about a point near both. A cloud that is not in memory is gone through chunk by chunk.
-The mean over it needs no array of as many numbers, and of a Dask array nothing but sums travels. `gmm` is a `GaussianMixture`, whose
-methods these are.
+The mean over it needs no array of as many numbers, and of a Dask array nothing but sums travels. `gmm` is always a
+`GaussianMixture`, whose methods these are.
 """
 
 import functools
@@ -17,7 +17,6 @@ from coupled_gmm.core import checks, chunks, foreign, matrices, passes
 from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.tree import AnyArray
 from coupled_gmm.gaussians.density import densities
-
 
 _MOST_WEIGHT = 1e290  # times log-densities it is still a number
 
