@@ -4,14 +4,13 @@ A part's clouds lie one after the other in one buffer of chunks, and each pair k
 largest of their part with components of weight zero.
 """
 
-import os
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from coupled_gmm.batch import lanes
-from coupled_gmm.core import checks, chunks
+from coupled_gmm.core import checks, chunks, host
 from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.tree import unchecked
 from coupled_gmm.fits.frame import Frame, View
@@ -141,9 +140,7 @@ def parts(some: list[Given], chunk_size: int | None, executor: Any) -> list[tupl
 
 def threads() -> int:
     """Programs at once: one for each core, and one on an accelerator."""
-    if jax.default_backend() != "cpu":
-        return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return host.n_cores() if jax.default_backend() == "cpu" else 1
 
 
 def _part(some: list[Given], size: int, length: int, total: int, room: int) -> Part:

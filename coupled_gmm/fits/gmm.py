@@ -16,9 +16,11 @@ from coupled_gmm.core.programs import program
 from coupled_gmm.core.status import Outcome, Status
 from coupled_gmm.core.tree import counted, number, pytree, saved, take
 from coupled_gmm.fits import em, frame, shards, starts
+from coupled_gmm.fits.external import External
 from coupled_gmm.fits.frame import Sight, View
 from coupled_gmm.fits.graph import MixtureGraph
-from coupled_gmm.fits.request import Controls, FitOptions, FitRequest, GivenCloud, view_of
+from coupled_gmm.fits.request import Controls, FitOptions, FitRequest, GivenCloud, Stretches, view_of
+from coupled_gmm.fits.statistics import Sums
 from coupled_gmm.gaussians.mixture import GaussianMixture, stack
 from coupled_gmm.transport import solvers
 
@@ -67,7 +69,7 @@ def _cloud(x: Any, point_weights: Any) -> GivenCloud:
 
 def _check_distinct(key: Array, view: View, n_components: int) -> None:
     """Refuse more components than distinct points; a small sample usually settles it."""
-    if meshes.is_spread(view.clouds[0]):
+    if meshes.is_spread(view.clouds[0]) or view.external:
         view = _representatives(key, view)
     (x,), (w,) = view.clouds, view.weights
     if not checks.known(x, w):
@@ -98,12 +100,16 @@ def _representatives(key: Array, view: View) -> View:
     """All points, or so many of them, drawn by their weights; in memory."""
     (x,), (w,), n = view.clouds, view.weights, starts.MOST_POINTS
     sharded = meshes.is_spread(x)
+    if isinstance(x, External) and len(x) <= n:
+        x, w = x.all()
+        return view._replace(clouds=[x], weights=[w])
     if len(x) <= n:
         return view._replace(clouds=[shards.rows(x)], weights=[w if w is None else shards.rows(w)]) if sharded else view
     draws = jax.random.uniform(jax.random.fold_in(key, 0), (n,))
-    if sharded:
+    if sharded or isinstance(x, External):
         places = (np.arange(n) + np.asarray(draws, np.float64)) / n
-        return view._replace(clouds=[shards.drawn(x, w, places)], weights=[None])
+        found = x.drawn(places) if isinstance(x, External) else shards.drawn(x, w, places)
+        return view._replace(clouds=[found], weights=[None])
     xp = np if checks.at_hand(x, w, draws) else jnp
     x, draws = xp.asarray(x), xp.asarray(draws)
     # One in each of as many equal parts of the mass.
@@ -218,8 +224,12 @@ def fit_gmm(
     else:
         inits = _given(init, key, n_init, ridge)
         view = view_of([_cloud(x, point_weights)], [inits], ridge)
-    numbers = inits.n_components * inits.n_features
-    return request.fit(_fit, inits, view=view, numbers=numbers, solver=solvers.ENTROPIC)
+    seen = {"view": view, "numbers": inits.n_components * inits.n_features, "solver": solvers.ENTROPIC}
+    if not view.external:
+        return request.fit(_fit, inits, **seen)
+    ends = [request.fit(Stretches(_begin_fit, _go_on_with_fit), init, **seen) for init in inits]
+    best = _best(np.array([float(end.penalized_log_likelihood) for end in ends]))
+    return dataclasses.replace(ends[best], start=jax.device_put(np.int32(best)))
 
 
 def _given(init: Any, key: Any, n_init: Any, ridge: Array) -> GaussianMixture:
@@ -254,16 +264,44 @@ def _check_draws(key: Any, n_init: Any) -> tuple[Array, int]:
 def _fit(inits: GaussianMixture, sight: Sight, controls: Controls, options: FitOptions) -> MixtureFit:
     def one(init: GaussianMixture) -> MixtureFit:
         problem = MixtureGraph.single(init)
-        end = em.run(problem, sight, controls, options)
-        (gmm,) = problem.split(end.nodes)
-        log_likelihoods = end.history.log_likelihoods
-        assert log_likelihoods is not None
-        history = MixtureHistory(log_likelihoods[:, 0], end.history.penalized_log_likelihood)
-        return MixtureFit(gmm, end.log_likelihoods[0], end.status, end.n_steps, history, end.value)
+        return _mixture_fit(problem, em.run(problem, sight, controls, options))
 
     if len(inits.weights) == 1:
         return dataclasses.replace(one(take(inits, 0)), start=jnp.zeros((), jnp.int32))
     ends = jax.lax.map(one, inits)
-    values = jnp.where(jnp.isfinite(ends.penalized_log_likelihood), ends.penalized_log_likelihood, -jnp.inf)
-    best = jnp.argmax(values)
+    best = _best(ends.penalized_log_likelihood)
     return dataclasses.replace(take(ends, best), start=best)
+
+
+@program("options", over_matrices=True)
+def _begin_fit(init: GaussianMixture, sight: Sight, controls: Controls, options: FitOptions) -> em.Underway:
+    return em.begin(MixtureGraph.single(init), sight, controls, options)
+
+
+@program("options", over_matrices=True)
+def _go_on_with_fit(
+    init: GaussianMixture,
+    sight: Sight,
+    controls: Controls,
+    options: FitOptions,
+    underway: em.Underway,
+    until: Array,
+    sums: Sums | None = None,
+) -> tuple[em.Underway, MixtureFit]:
+    problem = MixtureGraph.single(init)
+    underway, end = em.go_on(problem, sight, controls, options, underway, until, sums)
+    return underway, _mixture_fit(problem, end)
+
+
+def _mixture_fit(problem: MixtureGraph, end: em.Solution) -> MixtureFit:
+    (gmm,) = problem.split(end.nodes)
+    log_likelihoods = end.history.log_likelihoods
+    assert log_likelihoods is not None
+    history = MixtureHistory(log_likelihoods[:, 0], end.history.penalized_log_likelihood)
+    return MixtureFit(gmm, end.log_likelihoods[0], end.status, end.n_steps, history, end.value)
+
+
+def _best(values: Any) -> Any:
+    """The highest of some values, of which some may be none."""
+    xp = np if isinstance(values, np.ndarray) else jnp
+    return xp.argmax(xp.where(xp.isfinite(values), values, -xp.inf))

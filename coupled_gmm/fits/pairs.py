@@ -24,6 +24,7 @@ from coupled_gmm.fits.gmm import draws
 from coupled_gmm.fits.graph import MixtureGraph
 from coupled_gmm.fits.request import Controls, FitOptions, FitRequest, GivenCloud, Stretches, view_of
 from coupled_gmm.fits.results import PairFit, trimmed
+from coupled_gmm.fits.statistics import Sums
 from coupled_gmm.gaussians.mixture import GaussianMixture, stack
 from coupled_gmm.transport import solvers
 from coupled_gmm.transport.pair import GaussianMixturePair, stated
@@ -51,9 +52,10 @@ def _go_on_with_pair(
     options: FitOptions,
     underway: em.Underway,
     until: Array,
+    sums: Sums | None = None,
 ) -> tuple[em.Underway, PairFit]:
     problem = MixtureGraph.from_pair(pair, transport_weight, frozen)
-    underway, end = em.go_on(problem, sight, controls, options, underway, until)
+    underway, end = em.go_on(problem, sight, controls, options, underway, until, sums)
     return underway, pair_fit(problem, end)
 
 
