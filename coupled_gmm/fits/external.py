@@ -1,6 +1,6 @@
 """What a fit asks of clouds that are not in memory, before its program runs: their extremes, moments, some of their points.
 
-Each is a pass by the cloud's own `reduce`, two where points are drawn by weights: functions go where the points lie, chunk by chunk,
+Each is a pass by the cloud's own `reduce`, two where points are drawn by weights: functions go where points lie, chunk by chunk,
 and what comes back does not grow with the points.
 """
 
@@ -73,23 +73,24 @@ class External:
         """Means and variances of features, in float64; a feature that is constant has a variance of exactly 0."""
         return self.moments.mean, self.moments.square / self.moments.mass
 
-    def all(self) -> tuple[np.ndarray, np.ndarray | None]:
-        """All points, of a cloud that is small, and their weights."""
-        blocks = list(self.cloud.chunks())
-        weights = None if blocks[0][1] is None else np.concatenate([w for _, w in blocks])
-        return np.concatenate([x for x, _ in blocks]), weights
 
-    def drawn(self, places: Float[np.ndarray, " m"]) -> np.ndarray:
-        """The points (m, d) at some sorted places in [0, 1) of the mass, row after row."""
-        table = self.cloud.reduce(mass_of_chunk, combine=joined)
-        first, masses, weighted = np.asarray(table, np.float64).T
-        if not weighted.any():
-            return self.cloud.rows((places * len(self)).astype(np.int64))
-        order = np.argsort(first)
-        upto = np.cumsum(masses[order])
-        places = np.minimum(places * upto[-1], np.nextafter(upto[-1], 0))
-        before = np.stack([first[order], upto - masses[order], upto], axis=1)
-        return np.asarray(self.cloud.reduce(drawn_of_chunk, before, places, combine=joined)).astype(self.dtype)
+def all_of(x: External, w: None) -> tuple[np.ndarray, np.ndarray | None]:
+    """All points of a cloud that is small, and their weights, which it has in itself."""
+    blocks = list(x.cloud.chunks())
+    weights = w if blocks[0][1] is None else np.concatenate([weights for _, weights in blocks])
+    return np.concatenate([points for points, _ in blocks]), weights
+
+
+def drawn(x: External, w: None, places: Float[np.ndarray, " m"]) -> np.ndarray:
+    """The points (m, d) at some sorted places in [0, 1) of the mass, row after row."""
+    del w
+    first, masses, weighted = np.asarray(x.cloud.reduce(mass_of_chunk, combine=joined), np.float64).T
+    if not weighted.any():
+        return x.cloud.rows((places * len(x)).astype(np.int64))
+    upto = np.cumsum(masses)
+    before = np.stack([first, upto - masses, upto], axis=1)
+    places = np.minimum(places * upto[-1], np.nextafter(upto[-1], 0))
+    return np.asarray(x.cloud.reduce(drawn_of_chunk, before, places, combine=joined)).astype(x.dtype)
 
 
 def moments_of_chunk(points: np.ndarray, weights: np.ndarray | None, first: int) -> Moments:

@@ -15,7 +15,7 @@ from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.programs import program
 from coupled_gmm.core.status import Outcome, Status
 from coupled_gmm.core.tree import counted, number, pytree, saved, take
-from coupled_gmm.fits import em, frame, shards, starts
+from coupled_gmm.fits import em, external, frame, shards, starts
 from coupled_gmm.fits.external import External
 from coupled_gmm.fits.frame import Sight, View
 from coupled_gmm.fits.graph import MixtureGraph
@@ -96,23 +96,27 @@ def _represented(key: Array, view: View, n_components: int) -> Sight:
     return _representatives(key, view).in_chunks(n_components * len(view.pooled))
 
 
+def sampled(key: Array, view: View) -> View:
+    """The same view of all clouds, where of those that are not in memory representatives are."""
+    seen = [view._replace(clouds=[x], weights=[w]) for x, w in zip(view.clouds, view.weights, strict=True)]
+    seen = [_representatives(key, one) if one.external else one for one in seen]
+    return view._replace(clouds=[one.clouds[0] for one in seen], weights=[one.weights[0] for one in seen])
+
+
 def _representatives(key: Array, view: View) -> View:
-    """All points, or so many of them, drawn by their weights; in memory."""
+    """All points of a cloud, or so many of them, drawn by their weights; in memory."""
     (x,), (w,), n = view.clouds, view.weights, starts.MOST_POINTS
-    sharded = meshes.is_spread(x)
-    if isinstance(x, External) and len(x) <= n:
-        x, w = x.all()
-        return view._replace(clouds=[x], weights=[w])
+    elsewhere = shards if meshes.is_spread(x) else external if isinstance(x, External) else None
     if len(x) <= n:
-        return view._replace(clouds=[shards.rows(x)], weights=[w if w is None else shards.rows(w)]) if sharded else view
+        x, w = elsewhere.all_of(x, w) if elsewhere else (x, w)
+        return view._replace(clouds=[x], weights=[w])
     draws = jax.random.uniform(jax.random.fold_in(key, 0), (n,))
-    if sharded or isinstance(x, External):
+    # One in each of as many equal parts of the mass.
+    if elsewhere:
         places = (np.arange(n) + np.asarray(draws, np.float64)) / n
-        found = x.drawn(places) if isinstance(x, External) else shards.drawn(x, w, places)
-        return view._replace(clouds=[found], weights=[None])
+        return view._replace(clouds=[elsewhere.drawn(x, w, places)], weights=[None])
     xp = np if checks.at_hand(x, w, draws) else jnp
     x, draws = xp.asarray(x), xp.asarray(draws)
-    # One in each of as many equal parts of the mass.
     places = (xp.arange(n) + draws) / n
     if w is None:
         index = (places * len(x)).astype(int)
@@ -228,7 +232,7 @@ def fit_gmm(
     if not view.external:
         return request.fit(_fit, inits, **seen)
     ends = [request.fit(Stretches(_begin_fit, _go_on_with_fit), init, **seen) for init in inits]
-    best = _best(np.array([float(end.penalized_log_likelihood) for end in ends]))
+    best = highest(np.array([float(end.penalized_log_likelihood) for end in ends]))
     return dataclasses.replace(ends[best], start=jax.device_put(np.int32(best)))
 
 
@@ -269,7 +273,7 @@ def _fit(inits: GaussianMixture, sight: Sight, controls: Controls, options: FitO
     if len(inits.weights) == 1:
         return dataclasses.replace(one(take(inits, 0)), start=jnp.zeros((), jnp.int32))
     ends = jax.lax.map(one, inits)
-    best = _best(ends.penalized_log_likelihood)
+    best = highest(ends.penalized_log_likelihood)
     return dataclasses.replace(take(ends, best), start=best)
 
 
@@ -301,7 +305,7 @@ def _mixture_fit(problem: MixtureGraph, end: em.Solution) -> MixtureFit:
     return MixtureFit(gmm, end.log_likelihoods[0], end.status, end.n_steps, history, end.value)
 
 
-def _best(values: Any) -> Any:
+def highest(values: Any) -> Any:
     """The highest of some values, of which some may be none."""
     xp = np if isinstance(values, np.ndarray) else jnp
     return xp.argmax(xp.where(xp.isfinite(values), values, -xp.inf))
