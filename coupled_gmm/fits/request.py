@@ -151,7 +151,8 @@ class FitRequest(NamedTuple):
         else:
             fit = program(*asked)
         fit = jax.device_put(meshes.whole(fit)) if sharded else fit  # where whatever comes next may use it
-        return dataclasses.replace(fit, history=chunks.first(fit.history, self.em_steps))
+        # Of several fits, stacked, each has its rows.
+        return dataclasses.replace(fit, history=chunks.first(fit.history, *fit.status.shape, self.em_steps))
 
     def _in_stretches(self, program: Stretches, asked: tuple, listener: Any) -> Any:
         """A fit whose rows are shown as they come: step by step, and in longer stretches where steps are quick."""

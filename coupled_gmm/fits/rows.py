@@ -93,14 +93,14 @@ def sums_of_chunk(points: np.ndarray, weights: np.ndarray | None, first: int, as
     dtype, n = floor.dtype, len(points)
     if points.dtype.itemsize > dtype.itemsize:
         points, frame = frame.points_on_host(points).astype(dtype), None
-    room = n if n == most else chunks.rounded(max(n, size))
+    room = n if n == most and n >= size else chunks.rounded(max(n, size))
     if room > n:
         points = meshes.padded(points, room)
     share = np.asarray(1 / mass, dtype)
     if weights is not None:  # of their mass, before they lose digits
         weights, share = meshes.padded((weights / mass).astype(dtype), room, 0), np.ones((), dtype)
     with jax.enable_x64(x64):  # which threads and processes don't take over from each other
-        rows = Rows(points, weights, share, np.int32(n), frame, size)  # pyright: ignore[reportCallIssue]
+        rows = Rows(points, weights, share, np.asarray(n, np.int32), frame, size)
         return jax.tree.map(np.asarray, _sums(rows, base, floor, reference))
 
 
