@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int, Integer, Shaped
 
 from coupled_gmm.core import checks
 from coupled_gmm.core.programs import program
@@ -109,7 +109,7 @@ def draws(key: Array, n: int, each: int, dtype: Any, first_row: int = 0) -> Any:
 
 
 @program("shape", "dtype")
-def _uniform(key: Array, blocks: Int[Array, " m"], shape: tuple[int, int], dtype: Any) -> Float[Array, "m n e"]:
+def _uniform(key: Array, blocks: Integer[Array, " m"], shape: tuple[int, int], dtype: Any) -> Float[Array, "m n e"]:
     return jax.vmap(lambda block: jax.random.uniform(jax.random.fold_in(key, block), shape, dtype))(blocks)
 
 
