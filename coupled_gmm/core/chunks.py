@@ -104,8 +104,10 @@ def draws(key: Array, n: int, each: int, dtype: Any, first_row: int = 0) -> Any:
     size = _DRAWN if len(blocks) > 1 or skipped else rounded(n) if on_host else n
     if not on_host:
         return _uniform(key, blocks, (size, each), dtype).reshape(-1, each)[skipped : skipped + n]
-    drawn = [np.asarray(_uniform(key, blocks[i : i + 1], (size, each), dtype))[0] for i in range(len(blocks))]
-    return np.concatenate(drawn)[skipped : skipped + n]
+    drawn = [_uniform(key, blocks[i : i + 1], (size, each), dtype) for i in range(len(blocks))]
+    if not checks.at_hand(drawn):  # a known key in somebody else's program
+        return jnp.concatenate(drawn, axis=1)[0, skipped : skipped + n]
+    return np.concatenate([np.asarray(part)[0] for part in drawn])[skipped : skipped + n]
 
 
 @program("shape", "dtype")

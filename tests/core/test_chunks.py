@@ -136,6 +136,8 @@ def test_draws_are_those_of_the_row():
     for count in (100, block + 9):
         compiled = jax.jit(lambda key, count=count: chunks.draws(key, count, 2, np.float32))
         np.testing.assert_array_equal(compiled(key), whole[:count])
+        compiled = jax.jit(lambda count=count: chunks.draws(key, count, 2, np.float32))
+        np.testing.assert_array_equal(compiled(), whole[:count])
     assert (whole[:block] != whole[block : 2 * block]).mean() > 0.99
     assert (whole != chunks.draws(jax.random.key(3), n, 2, np.float32)).mean() > 0.99
 
