@@ -102,7 +102,7 @@ def test_weights_go_along(tmp_path, cloud):
     assert not (tmp_path / "lost.npy").exists()
     FRAME.rename({"v": "weight"}).with_columns(mass=W).write_parquet(tmp_path / "body.parquet")
     found = cg.open_cloud(tmp_path / "body.parquet", weights="mass").write(tmp_path / "4.parquet")
-    assert pl.read_parquet_schema(tmp_path / "4.parquet").names() == ["u", "weight", "w", "weight_2"]
+    assert list(pl.read_parquet_schema(tmp_path / "4.parquet")) == ["u", "weight", "w", "weight_2"]
     np.testing.assert_array_equal(weights_of(found), W)
     np.testing.assert_array_equal(gathered(found), X)
 
