@@ -15,6 +15,7 @@ from coupled_gmm.batch.distances import mw2_matrix
 from coupled_gmm.batch.pairs import PairFits, fit_pairs
 from coupled_gmm.core.status import FitError, Status
 from coupled_gmm.data.opening import open_cloud
+from coupled_gmm.data.placement import shard_cloud
 from coupled_gmm.data.saving import load, save
 from coupled_gmm.fits.coupled import GraphFit, fit_graph
 from coupled_gmm.fits.gmm import MixtureFit, fit_gmm, init_gmm
@@ -69,6 +70,7 @@ __all__ = [
     "plan_density",
     "reduce_gmm",
     "save",
+    "shard_cloud",
     "solve_plan",
     "to_ott",
     "to_pot",

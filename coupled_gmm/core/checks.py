@@ -14,7 +14,7 @@ import optax
 from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from coupled_gmm.core import foreign
+from coupled_gmm.core import foreign, meshes
 from coupled_gmm.core.errors import ArgumentError, ArgumentTypeError
 
 MOST_STEPS = 1_000_000  # of any loop: each has a row in a history, and some a mixture in a path
@@ -92,7 +92,7 @@ def _shaped(name: str, value: Any, *shape: int | str) -> Any:
     """A JAX array, or one of NumPy, of real numbers in this shape."""
     wanted = "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"
     try:
-        result = _ours(value) if isinstance(value, jax.Array) else foreign.as_array(name, value)
+        result = _ours(name, value) if isinstance(value, jax.Array) else foreign.as_array(name, value)
     except ValueError as error:
         if not str(error).endswith("rows of unequal length"):
             raise
@@ -115,11 +115,15 @@ def _representable_dtype(dtype: Any) -> bool:
     return jax.dtypes.canonicalize_dtype(dtype) == dtype if isinstance(dtype, np.dtype) else True
 
 
-def _ours(value: jax.Array) -> jax.Array | np.ndarray:
+def _ours(name: str, value: jax.Array) -> jax.Array | np.ndarray:
     """An array of JAX that its present settings let programs take: float64 where that is disabled is NumPy's."""
     if not known(value):
         return value
-    return _sharded_by_jax(value) if _representable_dtype(value.dtype) else np.asarray(value)
+    if _representable_dtype(value.dtype):
+        return _sharded_by_jax(value)
+    if meshes.is_spread(value):
+        held(name, value)
+    return np.asarray(value)
 
 
 def _sharded_by_jax(value: jax.Array) -> jax.Array:
@@ -137,23 +141,26 @@ def _sharded_by_jax(value: jax.Array) -> jax.Array:
 def finite(name: str, value: Any, remedy: str = "remove or replace them") -> None:
     if known(value):
         # Counted where they lie: on the host by NumPy, without compilation; on an accelerator a copy of a cloud would cost more.
-        bad = value.size - int(np.isfinite(np.asarray(value)).sum() if on_host(value) else jnp.isfinite(value).sum())
+        bad = int((~np.isfinite(np.asarray(value))).sum() if on_host(value) else (~jnp.isfinite(value)).sum())
         if bad:
             raise ArgumentError(name, f"{bad} of {value.size} values are NaN or infinite", remedy)
 
 
 def on_host(value: Any) -> bool:
-    """Whether NumPy sees the array without a copy from an accelerator."""
-    return not isinstance(value, jax.Array) or all(device.platform == "cpu" for device in value.devices())
+    """Whether NumPy sees the array without a copy: not one from an accelerator, nor of pieces from several devices."""
+    if not isinstance(value, jax.Array):
+        return True
+    in_one = len(value.devices()) == 1 or value.is_fully_replicated
+    return in_one and all(device.platform == "cpu" for device in value.devices())
 
 
 def at_hand(*arrays: Any) -> bool:
-    """Whether arrays are values on the host, so that NumPy may read them without a copy from an accelerator."""
+    """Whether arrays are values on the host, so that NumPy may read them without a copy."""
     return known(*arrays) and all(on_host(leaf) for leaf in jax.tree.leaves(arrays))
 
 
 def where_it_lies(value: Any) -> tuple[Any, Any]:
-    """An array and the module to read it with: the host's memory by NumPy, an accelerator's by JAX, without a copy."""
+    """An array and the module to read it with: the host's memory by NumPy, that of devices by JAX, without a copy."""
     return (np.asarray(value), np) if on_host(value) else (value, jnp)
 
 
@@ -182,17 +189,18 @@ def own_weights(name: str, value: Any, size: int) -> Any:
     w = own_array(name, value, size)
     finite(name, w)
     if known(w):
-        host = np.asarray(w)
-        if (host < 0).any():
-            raise ArgumentError(name, f"{(host < 0).sum()} weights are negative", "weights must be at least 0")
-        if not host.any():
+        values, _ = where_it_lies(w)
+        if (values < 0).any():
+            raise ArgumentError(name, f"{(values < 0).sum()} weights are negative", "weights must be at least 0")
+        if not values.any():
             raise ArgumentError(name, "all weights are zero", "at least one must be positive")
     return w
 
 
 def _in_working_precision(value: Any) -> jax.Array:
     with np.errstate(over="ignore"):
-        return jax.device_put(value.astype(jax.dtypes.canonicalize_dtype(value.dtype)))
+        result = value.astype(jax.dtypes.canonicalize_dtype(value.dtype))
+    return result if isinstance(result, jax.Array) else jax.device_put(result)
 
 
 def scalar(

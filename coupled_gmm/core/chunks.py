@@ -5,21 +5,23 @@ memory maps of the 65,530 that a process may have. Points therefore lie feature 
 buffer whose number of chunks grows by factors; how many are used is a number that the program reads. Nothing is computed
 for the rest.
 
-Under a transformation, where arrays are part of somebody's own program, chunks fit exactly.
+Under a transformation, where arrays are part of somebody's own program, chunks fit exactly. A cloud that lies on several devices
+is cut into chunks on each of them.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Integer, Shaped
 
-from coupled_gmm.core import checks
+from coupled_gmm.core import checks, meshes
 from coupled_gmm.core.programs import program
-from coupled_gmm.core.tree import AnyArray, pytree
+from coupled_gmm.core.tree import AnyArray, pytree, static
 
 T = TypeVar("T")
 _CPU_FLOATS, _GPU_FLOATS = 2**21, 2**26  # numbers a chunk may hold: what stays in cache, or fills a GPU
@@ -45,22 +47,29 @@ class Chunks:
     weights: Float[AnyArray, "C B"]
     ends: Int[AnyArray, " V"]
     first: Int[AnyArray, ""] | int = 0  # where those of the first cloud begin: a batch has all its clouds in one buffer
+    mesh: Mesh | None = static(default=None)  # of the devices that each have chunks of every cloud, with the same ends
 
     @property
     def count(self) -> Int[AnyArray, ""]:
         """How many are in use."""
         return self.ends[-1]
 
+    def at(self, index: Int[Array, ""]) -> tuple[Float[Array, "d B"], Float[Array, " B"]]:
+        """Points and weights of one."""
+        return self.points[index], self.weights[index]
 
-def length(sizes: Sequence[int], numbers: int, chunk_size: int | None = None, shared: bool = True) -> int:
+
+def length(
+    sizes: Sequence[int], numbers: int, chunk_size: int | None = None, shared: bool = True, at_once: int = 1
+) -> int:
     """Points in a chunk, for clouds of these sizes and so many numbers a point.
 
     Shared with other clouds, from a short list: as few points and chunks as may be. Otherwise as few chunks as fit the cache,
-    evenly filled.
+    evenly filled. It is the chunks that a program works on at once that fill an accelerator.
     """
     on_cpu, largest = jax.default_backend() == "cpu", max(sizes)
-    floats, price = (_CPU_FLOATS, _CPU_PRICE) if on_cpu else (_GPU_FLOATS, _GPU_PRICE)
-    lengths = _CPU_LENGTHS if on_cpu else _GPU_LENGTHS
+    floats, price = (_CPU_FLOATS, _CPU_PRICE) if on_cpu else (_GPU_FLOATS // at_once, _GPU_PRICE // at_once)
+    lengths = _CPU_LENGTHS if on_cpu else _GPU_LENGTHS if at_once == 1 else _CPU_LENGTHS + _GPU_LENGTHS
     if chunk_size is not None and shared:
         return min(chunk_size, rounded(largest))
     if not shared:
@@ -68,6 +77,12 @@ def length(sizes: Sequence[int], numbers: int, chunk_size: int | None = None, sh
         return -(-largest // -(-largest // most))
     fitting = [each for each in lengths if each * numbers <= floats] or lengths[:1]
     return min(fitting, key=lambda each: sum(-(-n // each) for n in sizes) * (each + price))
+
+
+def none(n_clouds: int, d: int, dtype: Any) -> Chunks:
+    """Of so many clouds, no chunk in use."""
+    empty = np.zeros((1, d, _LEAST), dtype), np.zeros((1, _LEAST), dtype), np.zeros(n_clouds, np.int32)
+    return Chunks(*jax.device_put(empty))
 
 
 def capacity(count: int, least: int = _MANY) -> int:
@@ -124,6 +139,9 @@ def pack(clouds: Sequence[Any], weights: Sequence[Any], size: int, dtype: Any, f
       dtype: of the chunks.
       frame: None, or what brings the points into other coordinates first: a tree with methods `points` and `points_on_host`.
     """
+    mesh = meshes.of(clouds, weights)
+    if mesh is not None:
+        return _packed_on_mesh(mesh, clouds, weights, size, dtype, frame)
     counts = [0 if cloud is None else -(-len(cloud) // size) for cloud in clouds]
     if checks.at_hand(*clouds, *weights):
         return _packed_on_host(clouds, weights, counts, size, dtype, frame)
@@ -150,15 +168,57 @@ def lay(points: np.ndarray, shares: np.ndarray, cloud: np.ndarray, weights: Any,
     shares.reshape(-1)[: len(cloud)] = 1 / len(cloud) if weights is None else weights / weights.sum()
 
 
+def _packed_on_mesh(mesh: Mesh, clouds: Any, weights: Any, size: int, dtype: Any, frame: Any) -> Chunks:
+    """Clouds of which some lie over a mesh: each device's rows in chunks of its own. Others are cut, brought into place before."""
+    own, frames = [], []
+    for cloud, weight in zip(clouds, weights, strict=True):
+        in_memory = cloud is not None and not meshes.is_spread(cloud)
+        if in_memory:
+            host = np.asarray(cloud)
+            cloud = (host if frame is None else frame.points_on_host(host)).astype(dtype)
+        own.append((None, None) if cloud is None else meshes.cut(mesh, cloud, weight))
+        frames.append(None if in_memory else frame)
+    counts = [0 if cloud is None else -(-(len(cloud) // mesh.size) // size) for cloud, _ in own]
+    points, shares = _packed_on_each(own, frames, mesh, size, capacity(sum(counts)), dtype)
+    return Chunks(points, shares, cast(Any, np.cumsum(counts, dtype=np.int32)), mesh=mesh)
+
+
+@program("mesh", "size", "total", "dtype")
+def _packed_on_each(own: Any, frames: Any, mesh: Mesh, size: int, total: int, dtype: Any) -> tuple[Array, Array]:
+    def packed(own: Any, frames: Any) -> tuple[Array, Array]:
+        clouds, shares = [], []
+        for (cloud, weight), frame in zip(own, frames, strict=True):
+            if cloud is not None:
+                cloud = cloud if frame is None else frame.points(cloud)
+                n = mesh.size * len(cloud)
+                weight = jnp.full(len(cloud), 1 / n, dtype) if weight is None else weight / meshes.total(weight)
+            clouds.append(cloud)
+            shares.append(weight)
+        joined = _joined(clouds, shares, size, total, dtype)
+        return joined.points, joined.weights
+
+    return meshes.on_each(mesh, packed, by_rows=True)(own, frames)
+
+
 @program("size", "total", "dtype")
 def _packed(clouds: Any, weights: Any, frame: Any, size: int, total: int, dtype: Any) -> Chunks:
-    points, shares, ends = [], [], []
+    placed, shares = [], []
     for cloud, weight in zip(clouds, weights, strict=True):
         if cloud is not None:
-            n = len(cloud)
-            weight = jnp.full(n, 1 / n, dtype) if weight is None else weight / jnp.sum(weight)
-            points.append(_laid_out(cloud if frame is None else frame.points(cloud), size).astype(dtype))
-            shares.append(jnp.pad(weight.astype(dtype), (0, -n % size)).reshape(-1, size))
+            weight = jnp.full(len(cloud), 1 / len(cloud), dtype) if weight is None else weight / jnp.sum(weight)
+            cloud = cloud if frame is None else frame.points(cloud)
+        placed.append(cloud)
+        shares.append(weight)
+    return _joined(placed, shares, size, total, dtype)
+
+
+def _joined(clouds: Sequence[Any], parts: Sequence[Any], size: int, total: int, dtype: Any) -> Chunks:
+    """Clouds in a program, and each point's part of the mass, one after the other in a buffer of so many chunks."""
+    points, shares, ends = [], [], []
+    for cloud, part in zip(clouds, parts, strict=True):
+        if cloud is not None:
+            points.append(_laid_out(cloud, size).astype(dtype))
+            shares.append(jnp.pad(part.astype(dtype), (0, -len(cloud) % size)).reshape(-1, size))
         ends.append(sum(map(len, points)))
     unused = total - ends[-1]
     return Chunks(

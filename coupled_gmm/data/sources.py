@@ -2,13 +2,15 @@
 
 import contextlib
 import dataclasses
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from os import PathLike
 from typing import Any, Self
 
 import numpy as np
 
-from coupled_gmm.core import checks
+from coupled_gmm.core import checks, host
 from coupled_gmm.core.errors import ArgumentError, ArgumentTypeError
 from coupled_gmm.data import files, streams, writing
 from coupled_gmm.data.streams import Block, Stream
@@ -70,7 +72,9 @@ class OpenCloud:
         """
         return self.stream.rows(self._checked_indices(indices))
 
-    def reduce(self, function: Callable[..., Any], *arguments: Any, combine: Combine | None = None) -> Any:
+    def reduce(
+        self, function: Callable[..., Any], *arguments: Any, combine: Combine | None = None, threads: bool = False
+    ) -> Any:
         """The sum over all chunks of ``function(points, weights, first_row, *arguments)``.
 
         Sums are in float64, what rounding takes from them is kept and added at the end. A chunk is read while the function works
@@ -81,11 +85,25 @@ class OpenCloud:
           *arguments: trees of NumPy arrays.
           combine: what to do with two values in place of adding them, such as minima and maxima: associative, of a module too.
             The first belongs to the rows before those of the second.
+          threads: whether the function may be called on several threads at once, of as many chunks as there are cores. The sum is
+            the same: values are added in the order of their chunks.
         """
-        total, first = Total(combine), 0
-        for points, weights in self.chunks():
-            total.add(function(points, weights, first, *arguments))
-            first += len(points)
+        total, first, n_threads = Total(combine), 0, host.n_cores() if threads else 1
+        if n_threads == 1 or len(self) <= self.chunk_size:
+            for points, weights in self.chunks():
+                total.add(function(points, weights, first, *arguments))
+                first += len(points)
+            return total.value
+        with ThreadPoolExecutor(n_threads, "coupled_gmm-sums") as pool, contextlib.closing(self.chunks()) as chunks:
+            under_way: deque[Future] = deque()
+            for points, weights in chunks:
+                under_way.append(pool.submit(function, points, weights, first, *arguments))
+                first += len(points)
+                del points, weights
+                if len(under_way) == n_threads or first == self.chunk_size:  # alone the first: it may compile
+                    total.add(under_way.popleft().result())
+            for value in under_way:
+                total.add(value.result())
         return total.value
 
     def reordered(self, order: Sequence[int]) -> Self:

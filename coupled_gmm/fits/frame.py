@@ -17,18 +17,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from coupled_gmm.core import checks, chunks, matrices
+from coupled_gmm.core import checks, chunks, foreign, matrices, meshes
 from coupled_gmm.core.chunks import Chunks
 from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.expansions import two_sum
 from coupled_gmm.core.programs import program
 from coupled_gmm.core.tree import AnyArray, pytree, static, unchecked
+from coupled_gmm.fits import shards
+from coupled_gmm.fits.external import External
 from coupled_gmm.fits.statistics import Parameters
 from coupled_gmm.gaussians.mixture import GaussianMixture
 
 _FAR = 32.0  # standard deviations from 0, beyond which means are kept in two floats
 _THIN = 2.0  # a start thinner than the floor by more than this gets the floor added
-_LOOK = 64  # points that settle, for most features, that they are not constant
 _BLOCK = 2**16  # points that the host reads at a time
 
 
@@ -109,12 +110,18 @@ def scales(clouds: Sequence[Any], weights: Sequence[Any], xp: Any) -> Scales:
 
     Each cloud is read about one of its own points: a feature that is constant in it has a variance of exactly 0.
     """
-    means, variances = [], []
-    for x, w in zip(clouds, weights, strict=True):
-        reference = x[0 if w is None else xp.argmax(w)].astype(_exact(x, xp))
-        centred = sum(share @ (rows - reference) for rows, share in _blocks(x, w, xp))
-        means.append(reference + centred)
-        variances.append(sum(share @ ((rows - reference) - centred) ** 2 for rows, share in _blocks(x, w, xp)))
+    return _scales([_moments(x, w, xp) for x, w in zip(clouds, weights, strict=True)], xp)
+
+
+def _moments(x: Any, w: Any, xp: Any) -> tuple[Any, Any]:
+    """Means and variances of a cloud's features."""
+    reference = x[0 if w is None else xp.argmax(w)].astype(_exact(x, xp))
+    centred = sum(share @ (rows - reference) for rows, share in _blocks(x, w, xp))
+    return reference + centred, sum(share @ ((rows - reference) - centred) ** 2 for rows, share in _blocks(x, w, xp))
+
+
+def _scales(moments: Sequence[tuple[Any, Any]], xp: Any) -> Scales:
+    means, variances = [mean for mean, _ in moments], [variance for _, variance in moments]
     origin = sum(means) / len(means)
     pooled = sum(v + (m - origin) ** 2 for v, m in zip(variances, means, strict=True)) / len(means)
     largest = xp.max(pooled)
@@ -182,17 +189,44 @@ class View(NamedTuple):
         """All clouds as one, in which each counts as much as the others."""
         given = [(x, w) for x, w in zip(self.clouds, self.weights, strict=True) if x is not None]
         xp = np if checks.at_hand(*(x for x, _ in given), *(w for _, w in given)) else jnp
-        shares = [xp.full(len(x), 1 / len(x)) if w is None else xp.asarray(w) / xp.sum(xp.asarray(w)) for x, w in given]
-        cloud, weights = xp.concatenate([xp.asarray(x) for x, _ in given]), xp.concatenate(shares)
+        if meshes.of(given) is not None:
+            cloud, weights = shards.together(*zip(*given, strict=True))
+        else:
+            shares = [
+                xp.full(len(x), 1 / len(x)) if w is None else xp.asarray(w) / xp.sum(xp.asarray(w)) for x, w in given
+            ]
+            cloud, weights = xp.concatenate([xp.asarray(x) for x, _ in given]), xp.concatenate(shares)
         return self._replace(clouds=[cloud], weights=[weights], variances=self.pooled[None])
 
+    @property
+    def external(self) -> dict[int, External]:
+        """Nodes whose clouds are not in memory, and these."""
+        return {node: cloud for node, cloud in enumerate(self.clouds) if isinstance(cloud, External)}
+
+    def check_in_memory(self, *names: str, remedy: str) -> None:
+        """Refuse a cloud that is not, of clouds that are called so."""
+        for node, cloud in self.external.items():
+            raise ArgumentError(names[node], f"expected points in memory, got {cloud.cloud!r}", remedy)
+
     def in_chunks(self, numbers: int, chunk_size: int | None = None) -> Sight:
-        """What a program takes, for so many numbers that it holds of each point."""
-        sizes = [len(x) for x in self.clouds if x is not None]
-        size = chunks.length(sizes, numbers, chunk_size, shared=checks.known(self.clouds, self.weights))
-        packed = chunks.pack(self.clouds, self.weights, size, self.pooled.dtype, self.frame)
-        has_cloud = jax.device_put(np.array([cloud is not None for cloud in self.clouds]))
+        """What a program takes of those in memory, for so many numbers that it holds of each point."""
+        clouds = [None if isinstance(x, External) else x for x in self.clouds]
+        mesh = meshes.of(clouds)
+        sizes = [len(x) if mesh is None else -(-len(x) // mesh.size) for x in clouds if x is not None]
+        if sizes:
+            size = chunks.length(sizes, numbers, chunk_size, shared=checks.known(clouds, self.weights))
+            packed = chunks.pack(clouds, self.weights, size, self.pooled.dtype, self.frame)
+        else:
+            packed = chunks.none(len(clouds), self.pooled.shape[0], self.pooled.dtype)
+        has_cloud: Any = np.array([cloud is not None for cloud in self.clouds])
+        has_cloud = jax.device_put(has_cloud) if mesh is None else has_cloud
         return Sight(packed, self.frame, self.variances, self.pooled, has_cloud, self.far)
+
+
+@program()
+def floors(sight: Sight, ridge: Array) -> Float[Array, "V d"]:
+    """As of `Sight`, outside of a fit's program."""
+    return sight.floors(ridge)
 
 
 def raises(ridge: Any) -> bool:
@@ -211,16 +245,19 @@ def seen(
       ValueError: a variance that this precision can't hold; a constant feature where there is no ridge.
     """
     dtype = jnp.result_type(*(gmm.dtype for gmm in starts)) if starts else _working_precision(clouds)
+    clouds = [External.read(name, x) if foreign.is_open(x) else x for name, x in zip(names, clouds, strict=True)]
+    clouds, weights = shards.on_one_mesh(names, clouds, weights)
     for name, x in zip(names, clouds, strict=True):
         if x is not None and checks.known(x):
-            _check_range(name, x, dtype)
-            _name_constant_features(name, x, ridge)
+            least, largest = _extremes(x)
+            _check_range(name, least, largest, dtype)
+            _name_constant_features(name, least == largest, len(x), ridge)
     far = any(gmm.remainders is not None for gmm in starts)
     given = [(x, w) for x, w in zip(clouds, weights, strict=True) if x is not None]
     some, theirs = [x for x, _ in given], [w for _, w in given]
-    if checks.at_hand(*some, *theirs):
+    if checks.at_hand(*some, *theirs) or meshes.of(some) is not None or any(isinstance(x, External) for x in some):
         xp, finer = np, any(np.dtype(x.dtype).itemsize > np.dtype(dtype).itemsize for x in some)
-        found = scales([np.asarray(x) for x in some], [None if w is None else np.asarray(w) for w in theirs], np)
+        found = _scales([_moments_of(x, w) for x, w in given], np)
         far = far or (finer and bool((np.abs(found.origin) > _FAR * np.sqrt(found.pooled)).any()))
         origin = found.origin.astype(dtype)
         remainder = (found.origin - origin if finer else np.zeros_like(origin)).astype(dtype)
@@ -233,6 +270,15 @@ def seen(
     return View(list(clouds), list(weights), frame, variances, (found.pooled / square).astype(dtype), far)
 
 
+def _moments_of(x: Any, w: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Of a cloud's features, in float64: by NumPy, by the devices on which it lies, or as they were found."""
+    if isinstance(x, External):
+        return x.scales
+    if meshes.is_spread(x):
+        return shards.moments(x, w)
+    return _moments(np.asarray(x), None if w is None else np.asarray(w), np)
+
+
 @program("dtype")
 def _scales_of_arrays(clouds: list[Array], weights: list[Any], dtype: Any) -> Scales:
     return scales([x.astype(dtype) for x in clouds], [None if w is None else w.astype(dtype) for w in weights], jnp)
@@ -243,11 +289,21 @@ def _working_precision(clouds: Sequence[Any]) -> Any:
     return jnp.result_type(jnp.float32, *dtypes)
 
 
-def _check_range(name: str, x: Any, dtype: Any) -> None:
-    """Refuse features whose variance is no number of this precision."""
+def _extremes(x: Any) -> tuple[Any, Any]:
+    """The least and the largest value of each feature."""
+    if isinstance(x, External):
+        return x.extremes
+    if meshes.is_spread(x):
+        return shards.extremes(x)
     x, xp = checks.where_it_lies(x)
     columns = np.ascontiguousarray(x.T) if xp is np else x.T  # NumPy reads columns of two numbers twenty times slower
-    ranges, limits = np.asarray(xp.max(columns, axis=1) - xp.min(columns, axis=1), np.float64), np.finfo(dtype)
+    return np.asarray(xp.min(columns, axis=1)), np.asarray(xp.max(columns, axis=1))
+
+
+def _check_range(name: str, least: np.ndarray, largest: np.ndarray, dtype: Any) -> None:
+    """Refuse features whose variance is no number of this precision."""
+    with np.errstate(over="ignore"):
+        ranges, limits = (largest - least).astype(np.float64), np.finfo(dtype)
     held = (np.sqrt(float(limits.tiny)) < ranges) & (ranges < np.sqrt(float(limits.max)))
     wrong = np.flatnonzero((ranges > 0) & ~held)
     if wrong.size:
@@ -259,13 +315,10 @@ def _check_range(name: str, x: Any, dtype: Any) -> None:
         )
 
 
-def _name_constant_features(name: str, x: Any, ridge: Any) -> None:
+def _name_constant_features(name: str, is_constant: np.ndarray, n: int, ridge: Any) -> None:
     """Say which features have one value only: their variance will be the floor alone."""
-    x, xp = checks.where_it_lies(x)
-    few = np.asarray(x[:: max(1, len(x) // _LOOK)])
-    candidates = np.flatnonzero((few == few[0]).all(0))
-    constant = [int(j) for j in candidates if bool(xp.all(x[:, j] == x[0, j]))]
-    if not constant or len(x) == 1:
+    constant = np.flatnonzero(is_constant).tolist()
+    if not constant or n == 1:
         return
     if not raises(ridge):
         raise ArgumentError(name, f"features {constant} are constant, and ridge is 0", "drop them, or give a ridge")

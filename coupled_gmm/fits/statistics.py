@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
-from coupled_gmm.core import checks, matrices
+from coupled_gmm.core import checks, matrices, meshes
 from coupled_gmm.core.chunks import Chunks
 from coupled_gmm.core.tree import pytree, take
 from coupled_gmm.gaussians.density import LOG_2PI
@@ -152,14 +152,27 @@ def additive_sums(
     one = take(components, 0)
     zero = one.penalties[0]
     flat, unravel = ravel_pytree(Sums(zero, zero, one.constants, one.offsets, one.whitening))
-    zeros = jnp.zeros_like(flat)
+    if chunks.mesh is None:
+        return jax.vmap(unravel)(_totals(chunks, (components, reference), jnp.zeros_like(flat)))
 
-    def of_node(first: Array, node: tuple[Array, _Component, Array]) -> tuple[Array, Array]:
-        last, component, reference = node
+    def own_sums(points: tuple[Array, Array], shared: tuple) -> Array:  # all that devices tell each other in an E-step
+        ends, nodes, zeros = shared
+        return meshes.over_devices(_totals(Chunks(*points, ends), nodes, zeros))
+
+    shared = chunks.ends, (components, reference), jnp.zeros_like(flat)
+    totals = meshes.on_each(chunks.mesh, own_sums)((chunks.points, chunks.weights), shared)
+    return jax.vmap(unravel)(totals)
+
+
+def _totals(chunks: Chunks, nodes: tuple[_Component, Array], zeros: Float[Array, " P"]) -> Float[Array, "V P"]:
+    """Sums over the chunks of each of some nodes, components and reference, in a row."""
+
+    def of_node(first: Array, node: tuple[Array, tuple[_Component, Array]]) -> tuple[Array, Array]:
+        last, (component, reference) = node
 
         def add(index: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             total, lost = carry
-            sums, _ = ravel_pytree(_chunk_sums(chunks.points[index], chunks.weights[index], component, reference))
+            sums, _ = ravel_pytree(_chunk_sums(*chunks.at(index), component, reference))
             # Kahan's sum: thousands of chunks in float32 would lose what the M-step must gain.
             sums = sums - lost
             after = total + sums
@@ -167,10 +180,8 @@ def additive_sums(
 
         return last, jax.lax.fori_loop(first, last, add, (zeros, zeros))[0]
 
-    _, totals = jax.lax.scan(
-        of_node, jnp.asarray(chunks.first, chunks.ends.dtype), (chunks.ends, components, reference)
-    )
-    return jax.vmap(unravel)(totals)
+    first = jnp.asarray(chunks.first, chunks.ends.dtype)
+    return jax.lax.scan(of_node, first, (chunks.ends, nodes))[1]
 
 
 def _components(base: Base, floors: Array) -> _Component:
