@@ -106,7 +106,7 @@ def sampled(key: Array, view: View) -> View:
 def _representatives(key: Array, view: View) -> View:
     """All points of a cloud, or so many of them, drawn by their weights; in memory."""
     (x,), (w,), n = view.clouds, view.weights, starts.MOST_POINTS
-    elsewhere = shards if meshes.is_spread(x) else external if isinstance(x, External) else None
+    elsewhere: Any = shards if meshes.is_spread(x) else external if isinstance(x, External) else None
     if len(x) <= n:
         x, w = elsewhere.all_of(x, w) if elsewhere else (x, w)
         return view._replace(clouds=[x], weights=[w])
