@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -131,7 +131,7 @@ class GaussianMixture(Stackable):
         self._warn_of_rounding()
         numbers = self.n_components * self.n_features
         parameters = means, self.covariances, self.weights
-        return chunks.over_points(functools.partial(densities, what=what), x, numbers, parameters, values)
+        return chunks.over_points(_densities(what), x, numbers, parameters, values)
 
     def _seen(self, x: Any, name: str = "x") -> tuple[Float[AnyArray, "n d"], Float[AnyArray, "K d"]]:
         """Points and means in the mixture's precision, about a common point where that says more of them.
@@ -286,6 +286,12 @@ class GaussianMixture(Stackable):
         if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= axis < self.n_features for axis in chosen):
             raise ArgumentError("axes", f"expected distinct features between 0 and {self.n_features - 1}, got {chosen}")
         return chosen
+
+
+@functools.cache
+def _densities(what: str) -> Callable[..., Array]:
+    """The same object for the same thing: by that `chunks.over_points` knows its programs."""
+    return functools.partial(densities, what=what)
 
 
 @program("n")
