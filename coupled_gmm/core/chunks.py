@@ -284,6 +284,19 @@ def _over_own_points(x: Array, arguments: Any, function: Callable[..., Array], s
     return meshes.on_each(mesh, values, by_rows=True)(x, arguments)
 
 
+def mean(values: Any) -> Any:
+    """The mean of values (n,): in float64 where they are known, whatever their own precision."""
+    mesh = meshes.of(values)
+    if mesh is not None:
+        return np.float64(meshes.whole(_total(values, mesh))) / len(values)
+    return np.asarray(values, np.float64).mean() if checks.known(values) else jnp.mean(values)
+
+
+@program("mesh")
+def _total(values: Array, mesh: Mesh) -> Array:
+    return meshes.on_each(mesh, lambda own, _: meshes.total(own))(values, None)
+
+
 @program("size", "total")
 def _buffer(x: Array, size: int, total: int) -> Array:
     points = _laid_out(x, size)

@@ -168,8 +168,7 @@ class GaussianMixture(Stackable):
     @single
     def score(self, x: Any) -> Any:
         """Mean log-density of points (n, d): in float64 where they are known, whatever the mixture's precision."""
-        log_prob = self._density(x, "mixture")
-        return np.asarray(log_prob, np.float64).mean() if checks.known(log_prob) else jnp.mean(log_prob)
+        return chunks.mean(self._density(x, "mixture"))
 
     @property
     def n_parameters(self) -> Any:
