@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Int
 
 from coupled_gmm.core.tree import take
 
-_CPU_LANES, _GPU_LANES = 4, 1024  # on a CPU more wait for each other longer than they save
+_CPU_LANES, _GPU_LANES = 4, 4096  # on a CPU more wait for each other longer than they save
 
 
 class Work(NamedTuple):
@@ -31,10 +31,15 @@ class _Lanes(NamedTuple):
     ends: Any
 
 
+def lanes_for(size: int) -> int:
+    """Lanes that so many problems are dealt to."""
+    return min(size, _CPU_LANES if jax.default_backend() == "cpu" else _GPU_LANES)
+
+
 def ends(work: Work, problems: Any, count: Any) -> Any:
     """Where the first `count` of some stacked problems end, stacked; zero for the others."""
     size = len(jax.tree.leaves(problems)[0])
-    n_lanes = min(size, _CPU_LANES if jax.default_backend() == "cpu" else _GPU_LANES)
+    n_lanes = lanes_for(size)
 
     def of(numbers: Array) -> Any:
         return take(problems, jnp.minimum(numbers, size - 1))

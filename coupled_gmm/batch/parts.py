@@ -4,13 +4,13 @@ A part's clouds lie one after the other in one buffer of chunks, and each pair k
 largest of their part with components of weight zero.
 """
 
-import os
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from coupled_gmm.core import checks, chunks
+from coupled_gmm.batch import lanes
+from coupled_gmm.core import checks, chunks, host
 from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.tree import unchecked
 from coupled_gmm.fits.frame import Frame, View
@@ -21,8 +21,8 @@ from coupled_gmm.transport import solvers
 from coupled_gmm.transport.pair import GaussianMixturePair, stated
 
 _ALIKE = 3  # times the components of another: mixtures of no larger ratio are padded to one size
-_MOST = 64  # pairs of a part
-_FLOATS = 2**25  # numbers in the clouds of a part, or one pair
+_CPU_MOST, _GPU_MOST = 64, 2**12  # pairs of a part
+_CPU_FLOATS, _GPU_FLOATS = 2**25, 2**29  # numbers in the clouds of a part, or one pair
 
 
 class Problem(NamedTuple):
@@ -89,11 +89,13 @@ def checked(
     weight = np.asarray(checks.scalar("transport_weight", weight, at_least=0, batched=True))
     if weight.shape not in ((), (n,)):
         raise ArgumentError("transport_weight", f"expected one number or ({n},), got shape {weight.shape}")
+    for i, pair in enumerate(pairs):
+        checks.instance(f"pairs[{i}]", pair, GaussianMixturePair)
+    if not checks.known(pairs, clouds, lists, weight):
+        raise ArgumentError("clouds0", "arguments are traced", "call it outside of jit; there map over fit_pair")
+    pairs = jax.device_get(pairs)  # at once: an accelerator would be waited for at every leaf
     given = []
     for i, (pair, *cloud, w0, w1) in enumerate(zip(pairs, *clouds, *lists, strict=True)):
-        checks.instance(f"pairs[{i}]", pair, GaussianMixturePair)
-        if not checks.known(pair, cloud, w0, w1, weight):
-            raise ArgumentError("clouds0", "arguments are traced", "call it outside of jit; there map over fit_pair")
         check_densities(f"pairs[{i}]", pair, frozen, ridge)
         seen = [
             GivenCloud(f"clouds{side}[{i}]", x, f"point_weights{side}[{i}]", w)
@@ -101,8 +103,7 @@ def checked(
         ]
         view = view_of(seen, [pair.gmm0, pair.gmm1], ridge)
         solver = solvers.solver_for(method, pair)
-        pair = jax.tree.map(np.asarray, stated(pair, balanced=False))
-        given.append(Given(i, pair, np.broadcast_to(weight, n)[i], view, solver))
+        given.append(Given(i, stated(pair, balanced=False), np.broadcast_to(weight, n)[i], view, solver))
     return given
 
 
@@ -125,10 +126,11 @@ def parts(some: list[Given], chunk_size: int | None, executor: Any) -> list[tupl
     """Pairs of one program in parts of like work and one shape, and which pairs they are."""
     size, d = some[0].size, some[0].pair.n_features
     lengths = [len(x) for one in some for x in one.view.clouds]
-    length = chunks.length(lengths, size * d, chunk_size)
+    length = chunks.length(lengths, size * d, chunk_size, at_once=lanes.lanes_for(len(some)))
     floats = sum(one.n_points for one in some) * d
     workers = 1 if executor is not None else threads()
-    n = max(min(workers, len(some)), -(-len(some) // _MOST), -(-floats // _FLOATS))
+    most, most_floats = (_CPU_MOST, _CPU_FLOATS) if jax.default_backend() == "cpu" else (_GPU_MOST, _GPU_FLOATS)
+    n = max(min(workers, len(some)), -(-len(some) // most), -(-floats // most_floats))
     ordered = sorted(some, key=lambda one: -one.n_points)  # the largest first: small ones fill what is left at the end
     dealt = [ordered[i::n] for i in range(n) if ordered[i::n]]
     total = chunks.capacity(max(sum(-(-len(x) // length) for one in part for x in one.view.clouds) for part in dealt))
@@ -138,9 +140,7 @@ def parts(some: list[Given], chunk_size: int | None, executor: Any) -> list[tupl
 
 def threads() -> int:
     """Programs at once: one for each core, and one on an accelerator."""
-    if jax.default_backend() != "cpu":
-        return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return host.n_cores() if jax.default_backend() == "cpu" else 1
 
 
 def _part(some: list[Given], size: int, length: int, total: int, room: int) -> Part:

@@ -75,8 +75,8 @@ def _refuse_explicit_axes(name: str, where: str, remedy: str) -> NoReturn:
     raise ArgumentError(name, f"is cut over a mesh of explicit axes, {where}", f"{remedy}, or {auto}")
 
 
-def representable(name: str, value: Any, dtype: Any) -> Any:
-    """`value` in another precision, none of whose finite numbers becomes infinite there."""
+def representable(name: str, value: Any, dtype: Any, whole: bool = True) -> Any:
+    """`value` in another precision, none of whose finite numbers becomes infinite there; where it is the whole, not all vanish."""
     with np.errstate(over="ignore"):
         result = value.astype(dtype)
     if isinstance(value, np.ndarray) and value.dtype.itemsize > np.dtype(dtype).itemsize:
@@ -88,7 +88,7 @@ def representable(name: str, value: Any, dtype: Any) -> Any:
                 f"{np.dtype(dtype)} holds ({np.finfo(dtype).max:.2g})",
                 "change the unit, or enable float64",
             )
-        if value.any() and not result.any():
+        if whole and value.any() and not result.any():
             raise ArgumentError(
                 name,
                 f"all values vanish in {np.dtype(dtype)}, the largest being {np.abs(value).max():.3g}",

@@ -172,7 +172,7 @@ def _totals(chunks: Chunks, nodes: tuple[_Component, Array], zeros: Float[Array,
 
         def add(index: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             total, lost = carry
-            sums, _ = ravel_pytree(_chunk_sums(chunks.points[index], chunks.weights[index], component, reference))
+            sums, _ = ravel_pytree(_chunk_sums(*chunks.at(index), component, reference))
             # Kahan's sum: thousands of chunks in float32 would lose what the M-step must gain.
             sums = sums - lost
             after = total + sums

@@ -9,6 +9,8 @@ import coupled_gmm as cg
 from coupled_gmm.core import chunks
 from coupled_gmm.gaussians.density import densities
 
+# An accelerator has other lengths of chunks, and a small program for each number of points.
+by_host = pytest.mark.skipif(jax.default_backend() != "cpu", reason="of clouds that the host packs")
 SIZES = (1, 2, 15, 16, 17, 511, 512, 513, 1500, 9000)
 
 
@@ -38,7 +40,7 @@ def test_every_point_is_there_once(precision, traced):
         assert len(packed.points) == packed.count == 4 + 3 + 1, "under a transformation chunks fit exactly"
     else:
         packed = pack(clouds, weights, 16, dtype)
-        assert len(packed.points) == 64 and packed.count == 8
+        assert len(packed.points) == (64 if jax.default_backend() == "cpu" else 8) and packed.count == 8
         np.testing.assert_array_equal(packed.weights[8:], 0)
     for owner, (x, w) in enumerate(zip(clouds, weights, strict=True)):
         points, shares = in_a_row(packed, owner)
@@ -70,6 +72,7 @@ def test_large_clouds_are_filled_block_by_block(monkeypatch):
         np.testing.assert_array_equal(points.swapaxes(1, 2).reshape(-1, 2)[:n], x + 1)
 
 
+@by_host
 @pytest.mark.parametrize("numbers", [1, 6, 200, 5000])
 def test_few_shapes_for_many_sizes(numbers):
     shapes = set()
@@ -96,6 +99,7 @@ def test_chunks_in_use_are_all_that_is_computed():
     assert np.isfinite(gradient).all()
 
 
+@by_host
 def test_sizes_of_a_bucket_share_every_program():
     """Fits, densities, draws and maps at other numbers of points and of steps compile nothing."""
     rng, key = np.random.RandomState(0), jax.random.key(0)

@@ -82,6 +82,7 @@ def test_a_program_alone_or_a_part_of_another():
         np.testing.assert_array_equal(found, alone, err_msg=name)
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the options are those of XLA for CPUs")
 def test_a_version_of_xla_without_such_an_option(monkeypatch):
     monkeypatch.setattr(programs, "_QUICK", {"xla_cpu_no_such_option_of_any_version": True})
     monkeypatch.setattr(programs, "_quick_options_are_known", True)

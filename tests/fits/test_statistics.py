@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from problems import random_covariances
 
-from coupled_gmm.core import chunks
+from coupled_gmm.core import chunks, matrices
 from coupled_gmm.fits import statistics
 from coupled_gmm.fits.statistics import Parameters
 
@@ -131,8 +131,8 @@ def test_clusters_far_apart_keep_their_covariances(distance):
             *(jnp.asarray(a, jnp.float32)[None] for a in (centres + shift, factors, np.log(np.full(3, 1 / 3))))
         )
         for _ in range(steps):
-            found = e_step(fitted, packed, floors)
-            fitted, _ = maximiser(found, floors)
+            found = matrices.precise(e_step)(fitted, packed, floors)  # as in a fit's program
+            fitted, _ = matrices.precise(maximiser)(found, floors)
         np.testing.assert_allclose(found.masses[0], 1 / 3, rtol=1e-5)
         np.testing.assert_allclose(found.scatters[0] / scale, truth / scale, atol=1e-3)
         np.testing.assert_allclose(
