@@ -8,7 +8,6 @@ waits for the slowest. On a CPU parts go to a thread for each core.
 import dataclasses
 import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -177,7 +176,7 @@ def fit_pairs(
         places[numbers] = np.stack([np.full(len(numbers), index), np.arange(len(numbers))], axis=1)
     with report.counting(progress, len(tasks), "fitting pairs") as advance:
         for index, fits in _done(tasks, executor):
-            if isinstance(fits, Exception):
+            if isinstance(fits, BaseException):
                 reasons[index] = reason(fits)
                 warnings.warn(f"executor: it lost {tasks[index][0].count} pairs ({reasons[index]})", stacklevel=2)
                 fits = _lost(*tasks[index])
@@ -200,11 +199,7 @@ def _done(tasks: list[tuple], executor: Any) -> Iterator[tuple[int, Any]]:
         shapes.setdefault(str(jax.tree.map(np.shape, task[0])) + repr(task[3:]), task)
     for part, *rest in shapes.values():
         fit_part(part._replace(count=np.int32(0)), *rest)
-    with ThreadPoolExecutor(parts.threads()) as pool:
-        for number_, fits in executors.outcomes(fit_part, tasks, pool):
-            if isinstance(fits, Exception):
-                raise fits
-            yield number_, fits
+    yield from executors.outcomes(fit_part, tasks)
 
 
 def fit_part(part: Part, frozen: np.ndarray, controls: Controls, options: FitOptions, far: bool) -> PairFit:

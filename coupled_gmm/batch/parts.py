@@ -4,13 +4,12 @@ A part's clouds lie one after the other in one buffer of chunks, and each pair k
 largest of their part with components of weight zero.
 """
 
-import os
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from coupled_gmm.batch import lanes
+from coupled_gmm.batch import executors, lanes
 from coupled_gmm.core import checks, chunks
 from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.tree import unchecked
@@ -129,21 +128,12 @@ def parts(some: list[Given], chunk_size: int | None, executor: Any) -> list[tupl
     lengths = [len(x) for one in some for x in one.view.clouds]
     length = chunks.length(lengths, size * d, chunk_size, at_once=lanes.lanes_for(len(some)))
     floats = sum(one.n_points for one in some) * d
-    workers = 1 if executor is not None else threads()
-    most, most_floats = (_CPU_MOST, _CPU_FLOATS) if jax.default_backend() == "cpu" else (_GPU_MOST, _GPU_FLOATS)
-    n = max(min(workers, len(some)), -(-len(some) // most), -(-floats // most_floats))
+from coupled_gmm.batch import executors, lanes
     ordered = sorted(some, key=lambda one: -one.n_points)  # the largest first: small ones fill what is left at the end
     dealt = [ordered[i::n] for i in range(n) if ordered[i::n]]
     total = chunks.capacity(max(sum(-(-len(x) // length) for one in part for x in one.view.clouds) for part in dealt))
     room = 2 ** (max(map(len, dealt)) - 1).bit_length()
     return [(_part(part, size, length, total, room), [one.number for one in part]) for part in dealt]
-
-
-def threads() -> int:
-    """Programs at once: one for each core, and one on an accelerator."""
-    if jax.default_backend() != "cpu":
-        return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _part(some: list[Given], size: int, length: int, total: int, room: int) -> Part:
