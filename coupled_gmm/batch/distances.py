@@ -44,8 +44,8 @@ def mw2_matrix(
       gmms: B mixtures over the same features, of any numbers of components.
       others: None compares `gmms` with themselves; or B' mixtures over the same features.
       progress: True draws a bar; a callable gets a dict of what is ``done`` and ``of`` how many, in tiles of 512 components a side.
-      executor: None is a thread for each core of this process; or a `concurrent.futures.Executor`, which gets tiles. What it loses is
-        done here, with a warning.
+      executor: None is a thread for each core, in this process; or a `concurrent.futures.Executor`, which gets tiles. What it loses
+        is done here, with a warning.
 
     Raises:
       TypeError, ValueError: not mixtures, features that disagree, traced mixtures, an empty list.
