@@ -8,7 +8,7 @@ import pytest
 from tasks import Losing
 
 import coupled_gmm as cg
-from coupled_gmm.batch import pairs as batch
+from coupled_gmm.batch import stacks as batch
 from coupled_gmm.core.status import Status
 
 OPTIONS = {"transport_weight": 0.05, "em_steps": 25, "tol": 1e-5}
