@@ -138,11 +138,11 @@ def _done(tasks: list[tuple], executor: Any) -> Iterator[tuple[int, Any]]:
 
 def fit_part(kind: Kind, part: Part, controls: Controls, options: FitOptions, far: bool) -> Any:
     """The fits of a part, stacked, by its program."""
-    return jax.block_until_ready(_fit(kind, part, controls, options, far))
+    return jax.block_until_ready(_fits(kind, part, controls, options, far))
 
 
 @program("kind", "options", "far", over_matrices=True)
-def _fit(kind: Kind, part: Part, controls: Controls, options: FitOptions, far: bool) -> Any:
+def _fits(kind: Kind, part: Part, controls: Controls, options: FitOptions, far: bool) -> Any:
     def task(problem: Problem) -> tuple[MixtureGraph, Sight]:
         graph = kind.graph(*problem.start)
         packed = Chunks(part.points, part.weights, problem.ends, problem.first)
@@ -191,7 +191,7 @@ def _lost(kind: Kind, part: Part, controls: Controls, options: FitOptions, far: 
             return gmm
         return dataclasses.replace(gmm, remainders=jnp.zeros_like(gmm.means))
 
-    shapes = jax.eval_shape(lambda part, controls: _fit(kind, part, controls, options, far), part, controls)
+    shapes = jax.eval_shape(lambda part, controls: _fits(kind, part, controls, options, far), part, controls)
     nothing = jax.device_put(jax.tree.map(blank, shapes))
     nothing = dataclasses.replace(nothing, status=jnp.full_like(nothing.status, Status.LOST))
     return kind.lost(nothing, parts.over_mixtures(start, jax.device_put(part.problems.start)))
