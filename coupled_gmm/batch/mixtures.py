@@ -134,13 +134,11 @@ def init_gmms(
 
 def _drawn(tasks: list[tuple]) -> Iterator[tuple[int, GaussianMixture]]:
     """The number and start of each; first one of each shape, so that of threads not each compiles its program."""
-    shapes = {_shape(view, size): number for number, (_, view, _, size, *_) in reversed([*enumerate(tasks)])}
+    shapes = {_shape(view, size): number for number, (_, view, _, size, *_) in enumerate(tasks)}
     first = sorted(shapes.values())
-    for number in first:
-        yield number, gmm.draws(*tasks[number])
-    others = [number for number in range(len(tasks)) if number not in set(first)]
-    for index, start in executors.outcomes(gmm.draws, [tasks[number] for number in others]):
-        yield others[index], start
+    for numbers in (first, sorted({*range(len(tasks))} - {*first})):
+        for index, start in executors.outcomes(gmm.draws, [tasks[number] for number in numbers]):
+            yield numbers[index], start
 
 
 def _shape(view: View, size: int) -> tuple:

@@ -129,10 +129,11 @@ def _done(tasks: list[tuple], executor: Any) -> Iterator[tuple[int, Any]]:
     """The number and fits of each part; here an exception is an error of ours, there it stands for what is lost."""
     if executor is None:
         shapes = {}
-        for task in tasks:  # compiled once for each shape, by a call that fits nothing: threads would each compile it
-            shapes.setdefault(str(jax.tree.map(np.shape, task[1])) + repr(task[3:]), task)
-        for kind, part, *rest in shapes.values():
-            fit_part(kind, part._replace(count=np.int32(0)), *rest)
+        for kind, part, *rest in tasks:  # compiled once for each shape, by a call that fits nothing
+            blank = kind, part._replace(count=np.int32(0)), *rest
+            shapes.setdefault(str(jax.tree.map(np.shape, part)) + repr(rest[1:]), blank)
+        for _ in executors.outcomes(fit_part, list(shapes.values())):
+            pass
     return executors.outcomes(fit_part, tasks, executor)
 
 
