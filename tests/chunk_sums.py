@@ -54,3 +54,17 @@ def threads(points, weights, first):
 def drawn(block, rows):
     """Points of a block that its number decides: a graph of these can be made again."""
     return np.random.RandomState(int(block[0])).randn(rows, 4)
+
+
+CENTRES = np.array([[0.0, 0.0, 1.0, 0.0], [4.0, 1.0, 0.0, 2.0], [1.0, 5.0, 2.0, 0.0]])
+
+
+def clusters(seed, rows, d, offset=0.0):
+    """Points of three clusters, in float32."""
+    rng = np.random.default_rng(seed)
+    x = CENTRES[rng.integers(3, size=rows), :d] + rng.standard_normal((rows, d), np.float32)
+    return (offset + x).astype(np.float32)
+
+
+def clusters_of(block, rows, d, offset):
+    return clusters(int(block[0]), rows, d, offset)
