@@ -407,6 +407,7 @@ def check_refusals():
     pair, half = cg.GaussianMixturePair(init, init, 0.1), Mesh(np.array(jax.devices()[:4]), ("a",))
     other = jax.device_put(x, NamedSharding(half, P("a")))
     refused("x1: lies on 4 devices", cg.fit_pair, points, other, pair, transport_weight=0.1)
+    refused(r"clouds0\[0\]: lies on several devices", cg.fit_pairs, [points], [x], pair, transport_weight=0.1)
     refused(
         "explicit axes", jax.jit(lambda x: cg.fit_gmm(x, init).gmm), cg.shard_cloud(x, jax.make_mesh((8,), ("a",)))[0]
     )

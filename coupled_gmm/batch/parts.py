@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from coupled_gmm.batch import lanes
-from coupled_gmm.core import checks, chunks, host
+from coupled_gmm.core import checks, chunks, host, meshes
 from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.tree import unchecked
 from coupled_gmm.fits.frame import Frame, View
@@ -101,6 +101,11 @@ def checked(
             GivenCloud(f"clouds{side}[{i}]", x, f"point_weights{side}[{i}]", w)
             for side, (x, w) in enumerate(zip(cloud, (w0, w1), strict=True))
         ]
+        for one in seen:
+            if meshes.is_spread(one.points):
+                raise ArgumentError(
+                    one.name, "lies on several devices, and a batch keeps each cloud in memory", "take fit_pair"
+                )
         view = view_of(seen, [pair.gmm0, pair.gmm1], ridge)
         solver = solvers.solver_for(method, pair)
         given.append(Given(i, stated(pair, balanced=False), np.broadcast_to(weight, n)[i], view, solver))
