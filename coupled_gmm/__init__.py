@@ -12,6 +12,7 @@ from coupled_gmm.barycenters.barycenter import BarycenterFit, barycenter
 from coupled_gmm.barycenters.flow import FlowFit, flow
 from coupled_gmm.barycenters.reduction import reduce_gmm
 from coupled_gmm.batch.distances import mw2_matrix
+from coupled_gmm.batch.mixtures import MixtureFits, fit_gmms, init_gmms
 from coupled_gmm.batch.pairs import PairFits, fit_pairs
 from coupled_gmm.core.status import FitError, Status
 from coupled_gmm.data.opening import open_cloud
@@ -44,6 +45,7 @@ __all__ = [
     "GaussianMixturePair",
     "GraphFit",
     "MixtureFit",
+    "MixtureFits",
     "MixtureGraph",
     "PairFit",
     "PairFits",
@@ -52,6 +54,7 @@ __all__ = [
     "barycenter",
     "bures_cost_matrix",
     "fit_gmm",
+    "fit_gmms",
     "fit_graph",
     "fit_pair",
     "fit_pairs",
@@ -60,6 +63,7 @@ __all__ = [
     "from_ott",
     "from_sklearn",
     "init_gmm",
+    "init_gmms",
     "interpolate",
     "load",
     "map_points",

@@ -3,6 +3,7 @@
 import concurrent.futures
 import os
 import signal
+import sys
 import time
 
 import jax
@@ -19,6 +20,12 @@ def deadly(x):
     if x == 2:
         time.sleep(0.5)  # until what was done before has come back
         os.kill(os.getpid(), signal.SIGKILL)
+    return x
+
+
+def exits(x):
+    if x == 0:
+        sys.exit("the worker's own")
     return x
 
 

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import coupled_gmm as cg
+from coupled_gmm.batch import stacks, tiles
 from coupled_gmm.fits import coupled, gmm, pairs
 from coupled_gmm.transport import maps, solvers
 
@@ -28,6 +29,8 @@ PROGRAMS = [
     (coupled, "_go_on_with_graph"),
     (gmm, "_fit"),
     (gmm, "_init"),
+    (stacks, "_fits"),
+    (tiles, "_costs"),
     (solvers, "_solve_plan"),
     (solvers, "_solve_exactly"),
     (solvers, "_mw2_squared"),
@@ -83,6 +86,21 @@ def init(**changes):
 def fit_gmm(**changes):
     arguments = {"x": X, "init": good().mixture, **changes}
     return cg.fit_gmm(**arguments)
+
+
+def fit_gmms(**changes):
+    arguments = {"clouds": [X, X], "inits": good().mixture, **changes}
+    return cg.fit_gmms(**arguments)
+
+
+def init_gmms(**changes):
+    arguments = {"key": good().key, "clouds": [X, X], "n_components": 3, **changes}
+    return cg.init_gmms(**arguments)
+
+
+def fit_pairs(**changes):
+    arguments = {"clouds0": [X], "clouds1": [X], "pairs": good().pair, "transport_weight": 0.1, **changes}
+    return cg.fit_pairs(**arguments)
 
 
 def make_pair(epsilon=1.0, tau=1.0, gmm0=None, gmm1=None):
@@ -604,6 +622,37 @@ GRAPHS = [
 ]
 
 
+BATCHES = [
+    ("none", lambda: fit_gmms(clouds=[]), ValueError, "^clouds: the list is empty"),
+    ("cloud", lambda: fit_gmms(clouds=[X, x_with(NAN)]), ValueError, r"^clouds\[1\]: 1 of 40 .*remove those points"),
+    ("features", lambda: fit_gmms(clouds=[X, X[:, :1]]), ValueError, r"^clouds\[1\]: expected shape"),
+    ("inits", lambda: fit_gmms(inits=[good().mixture]), ValueError, "^inits: expected one for each of the 2 clouds"),
+    ("kind", lambda: fit_gmms(inits=[good().mixture, 3]), TypeError, r"^inits\[1\]: expected a GaussianMixture"),
+    ("number", lambda: fit_gmms(inits=3), TypeError, "^inits: expected a list, got int"),
+    ("singular", lambda: fit_gmms(inits=good().singular, ridge=0), ValueError, r"^inits\[0\]: .*singular"),
+    ("weights", lambda: fit_gmms(point_weights=[ONES]), ValueError, "^point_weights: expected one for each of the 2"),
+    (
+        "weight",
+        lambda: fit_gmms(point_weights=[None, weights_with(-1)]),
+        ValueError,
+        r"^point_weights\[1\]: 1 weights are neg",
+    ),
+    ("steps", lambda: fit_gmms(max_steps=0), ValueError, "^max_steps: must be at least 1"),
+    ("tol", lambda: fit_gmms(tol=[0.1, 0.1]), ValueError, "^tol: expected one number for all clouds"),
+    ("ridge", lambda: fit_gmms(ridge=-1), ValueError, "^ridge: must be finite and at least 0"),
+    ("executor", lambda: fit_gmms(executor=3), TypeError, "^executor: expected an Executor"),
+    ("traced", lambda: jax.jit(lambda x: fit_gmms(clouds=[x, x]))(X), ValueError, "^clouds: arguments are traced"),
+    ("key", lambda: init_gmms(key=3), TypeError, "^key: expected a random key"),
+    ("counts", lambda: init_gmms(n_components=[3]), ValueError, "^n_components: expected one for each of the 2 clouds"),
+    ("count", lambda: init_gmms(n_components=[3, 0]), ValueError, r"^n_components\[1\]: must be at least 1"),
+    ("true", lambda: init_gmms(n_components=[True, 2]), TypeError, r"^n_components\[0\]: expected an integer"),
+    ("distinct", lambda: init_gmms(n_components=21), ValueError, r"^n_components: 21 .*clouds\[0\] has 20"),
+    ("n_init", lambda: init_gmms(n_init=0), ValueError, "^n_init: must be at least 1"),
+    ("pair", lambda: fit_pairs(pairs=[3]), TypeError, r"^pairs\[0\]: expected a GaussianMixturePair"),
+    ("price", lambda: fit_pairs(transport_weight=[1.0, 2.0]), ValueError, "^transport_weight: expected one number"),
+]
+
+
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")
 @pytest.mark.parametrize(
     ("call", "error", "message"),
@@ -617,6 +666,7 @@ GRAPHS = [
             ("maps", MAPS),
             ("fits", FITS),
             ("graphs", GRAPHS),
+            ("batches", BATCHES),
         ]
         for case_name, *case in cases
     ],
@@ -644,6 +694,7 @@ def test_every_program_is_watched():
     calls |= {"_solve_exactly": lambda: solve(method="exact"), "_map_barycentric": map_points}
     calls |= {"_map_random": lambda: map_points(method="random", key=good().key)}
     calls |= {"_fit_pairs": lambda: fit_pair(n_init=2, key=good().key)}
+    calls |= {"_fits": fit_gmms, "_costs": lambda: cg.mw2_matrix([good().mixture])}
     calls |= {"_interpolate": lambda: interpolate(0.5), "_plan_density": density}
 
     def enter(*args, **kwargs):

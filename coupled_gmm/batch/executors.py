@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from coupled_gmm.core import host
 from coupled_gmm.core.errors import ArgumentTypeError
 
 _AT_ONCE = 64  # tasks that an executor holds: their arguments are copies
@@ -30,11 +31,27 @@ def outcomes(function: Callable[..., Any], tasks: Sequence[tuple], executor: Any
     Args:
       function: of a module, so that it can be pickled; of trees of NumPy arrays, as results are.
       tasks: arguments of each.
-      executor: None does them here, in order, and lets exceptions pass.
+      executor: None does them here, in a thread for each core, and raises what one raises. Programs that they share should be
+        compiled before: each thread would compile them.
     """
-    if executor is None:
+    if executor is not None:
+        yield from _submitted(function, tasks, executor)
+    elif min(threads(), len(tasks)) < 2:
         yield from ((number, function(*task)) for number, task in enumerate(tasks))
-        return
+    else:
+        with concurrent.futures.ThreadPoolExecutor(threads()) as pool:
+            for number, found in _submitted(function, tasks, pool):
+                if isinstance(found, BaseException):
+                    raise found
+                yield number, found
+
+
+def threads() -> int:
+    """Programs at once in this process: one for each core, and one on an accelerator."""
+    return host.n_cores() if jax.default_backend() == "cpu" else 1
+
+
+def _submitted(function: Callable[..., Any], tasks: Sequence[tuple], executor: Any) -> Iterator[tuple[int, Any]]:
     exactly, waiting, running = bool(jax.config.read("jax_enable_x64")), iter(enumerate(tasks)), {}
     try:
         while True:
@@ -50,9 +67,10 @@ def outcomes(function: Callable[..., Any], tasks: Sequence[tuple], executor: Any
             done = next(iter(_completed(running)))
             number = running.pop(done)
             try:
-                yield number, done.result()
-            except Exception as error:
-                yield number, error
+                found = done.result()
+            except (Exception, SystemExit) as error:  # a worker that exits must not end who asks for its result
+                found = error
+            yield number, found
     finally:
         for future in running:
             future.cancel()

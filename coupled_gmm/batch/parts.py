@@ -1,35 +1,32 @@
-"""Pairs of clouds in parts of a batch: which share a program, and how their points and mixtures lie in one shape.
+"""Problems in parts of a batch: which share a program, and how their points and mixtures lie in one shape.
 
-A part's clouds lie one after the other in one buffer of chunks, and each pair knows where its own are. Mixtures are padded to the
-largest of their part with components of weight zero.
+A part's clouds lie one after the other in one buffer of chunks, and each problem knows where its own are. Mixtures are padded to
+the largest of their part with components of weight zero.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from coupled_gmm.batch import lanes
-from coupled_gmm.core import checks, chunks, host, meshes
+from coupled_gmm.batch import executors, lanes
+from coupled_gmm.core import checks, chunks, meshes
 from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.tree import unchecked
 from coupled_gmm.fits.frame import Frame, View
-from coupled_gmm.fits.pairs import check_densities
-from coupled_gmm.fits.request import GivenCloud, view_of
 from coupled_gmm.gaussians.mixture import GaussianMixture
 from coupled_gmm.transport import solvers
-from coupled_gmm.transport.pair import GaussianMixturePair, stated
 
 _ALIKE = 3  # times the components of another: mixtures of no larger ratio are padded to one size
-_CPU_MOST, _GPU_MOST = 64, 2**12  # pairs of a part
-_CPU_FLOATS, _GPU_FLOATS = 2**25, 2**29  # numbers in the clouds of a part, or one pair
+_CPU_MOST, _GPU_MOST = 64, 2**12  # problems of a part
+_CPU_FLOATS, _GPU_FLOATS = 2**25, 2**29  # numbers in the clouds of a part, or one problem
 
 
 class Problem(NamedTuple):
-    """A pair of a part, as its program takes it; its points lie in the part's buffer."""
+    """One of a part, as its program takes it; its points lie in the part's buffer."""
 
-    pair: GaussianMixturePair  # padded
-    transport_weight: Any
+    start: tuple  # what its graph is made of; mixtures are padded
     ends: Any
     first: Any
     frame: Frame
@@ -47,17 +44,20 @@ class Part(NamedTuple):
 
 
 class Given(NamedTuple):
-    """What was asked for of one pair, checked."""
+    """What was asked for of one problem, checked."""
 
     number: int
-    pair: GaussianMixturePair  # of NumPy's arrays
-    transport_weight: np.ndarray
+    start: tuple  # of NumPy's arrays
     view: View
     solver: solvers.PlanSolver
 
     @property
+    def gmms(self) -> list[GaussianMixture]:
+        return [leaf for leaf in jax.tree.leaves(self.start, is_leaf=_is_mixture) if _is_mixture(leaf)]
+
+    @property
     def size(self) -> int:
-        return max(self.pair.gmm0.n_components, self.pair.gmm1.n_components)
+        return max(gmm.n_components for gmm in self.gmms)
 
     @property
     def n_points(self) -> int:
@@ -65,55 +65,54 @@ class Given(NamedTuple):
 
     @property
     def kind(self) -> tuple:
-        """What pairs of one program share, but for their sizes."""
-        leaves, tree = jax.tree.flatten(self.pair)
-        return tree, leaves[0].dtype, self.pair.n_features, self.pair.rho.shape, self.view.far, self.solver
+        """What problems of one program share, but for their sizes."""
+        tree, gmm = jax.tree.structure(self.start), self.gmms[0]
+        others = [np.shape(leaf) for leaf in jax.tree.leaves(over_mixtures(lambda gmm: None, self.start))]
+        return tree, *others, gmm.dtype, gmm.n_features, self.view.far, self.solver
 
 
-def checked(
-    clouds0: Any, clouds1: Any, pairs: Any, weight: Any, weights: tuple, frozen: np.ndarray, ridge: Any, method: str
-) -> list[Given]:
-    """Every pair with its clouds, in the frame that its fit sees them in."""
-    clouds = [checks.sequence(name, some) for name, some in (("clouds0", clouds0), ("clouds1", clouds1))]
-    n = len(clouds[0])
-    if not n:
-        raise ArgumentError("clouds0", "the list is empty", "give at least one cloud")
-    pairs = [pairs] * n if isinstance(pairs, GaussianMixturePair) else checks.sequence("pairs", pairs)
-    lists = [
-        [None] * n if some is None else checks.sequence(f"point_weights{i}", some) for i, some in enumerate(weights)
-    ]
-    named = {"clouds1": clouds[1], "pairs": pairs, "point_weights0": lists[0], "point_weights1": lists[1]}
-    for name, some in named.items():
-        if len(some) != n:
-            raise ArgumentError(name, f"expected one for each of the {n} clouds of clouds0, got {len(some)}")
-    weight = np.asarray(checks.scalar("transport_weight", weight, at_least=0, batched=True))
-    if weight.shape not in ((), (n,)):
-        raise ArgumentError("transport_weight", f"expected one number or ({n},), got shape {weight.shape}")
-    for i, pair in enumerate(pairs):
-        checks.instance(f"pairs[{i}]", pair, GaussianMixturePair)
-    if not checks.known(pairs, clouds, lists, weight):
-        raise ArgumentError("clouds0", "arguments are traced", "call it outside of jit; there map over fit_pair")
-    pairs = jax.device_get(pairs)  # at once: an accelerator would be waited for at every leaf
-    given = []
-    for i, (pair, *cloud, w0, w1) in enumerate(zip(pairs, *clouds, *lists, strict=True)):
-        check_densities(f"pairs[{i}]", pair, frozen, ridge)
-        seen = [
-            GivenCloud(f"clouds{side}[{i}]", x, f"point_weights{side}[{i}]", w)
-            for side, (x, w) in enumerate(zip(cloud, (w0, w1), strict=True))
-        ]
-        for one in seen:
-            if meshes.is_spread(one.points):
-                raise ArgumentError(
-                    one.name, "lies on several devices, and a batch keeps each cloud in memory", "take fit_pair"
-                )
-        view = view_of(seen, [pair.gmm0, pair.gmm1], ridge)
-        solver = solvers.solver_for(method, pair)
-        given.append(Given(i, stated(pair, balanced=False), np.broadcast_to(weight, n)[i], view, solver))
-    return given
+def at_least_one(name: str, clouds: Any) -> list:
+    """A list of one cloud at least."""
+    clouds = checks.sequence(name, clouds)
+    if not clouds:
+        raise ArgumentError(name, "the list is empty", "give at least one cloud")
+    return clouds
+
+
+def one_each(name: str, values: Any, n: int, clouds: str, alone: Any = None) -> list:
+    """One for each of n clouds; one of a kind that may stand alone is for all."""
+    if alone is not None and isinstance(values, alone):
+        return [values] * n
+    values = checks.sequence(name, values)
+    if len(values) != n:
+        raise ArgumentError(name, f"expected one for each of the {n} clouds of {clouds}, got {len(values)}")
+    return values
+
+
+def check_known(name: str, single: str, *values: Any) -> None:
+    if not checks.known(values):
+        raise ArgumentError(name, "arguments are traced", f"call it outside of jit; there map over {single}")
+
+
+def over_mixtures(function: Callable[[Any], Any], start: Any) -> Any:
+    """What a problem starts from, after a function of each mixture in it."""
+    return jax.tree.map(lambda leaf: function(leaf) if _is_mixture(leaf) else leaf, start, is_leaf=_is_mixture)
+
+
+def _is_mixture(leaf: Any) -> bool:
+    return isinstance(leaf, GaussianMixture)
+
+
+def check_in_memory(view: View, names: list[str], single: str) -> None:
+    """Refuse a cloud that is in files or on several devices, of clouds that are called so: batches take them whole."""
+    view.check_in_memory(*names, remedy=f"{single} takes it")
+    for name, x in zip(names, view.clouds, strict=True):
+        if meshes.is_spread(x):
+            raise ArgumentError(name, "lies on several devices, and a batch keeps clouds whole", f"{single} takes it")
 
 
 def alike(given: list[Given]) -> list[list[Given]]:
-    """Pairs that share a program: of one kind, and of mixtures that are padded to the largest of them."""
+    """Problems that share a program: of one kind, and of mixtures that are padded to the largest of them."""
     kinds: dict[tuple, list[Given]] = {}
     for one in given:
         kinds.setdefault(one.kind, []).append(one)
@@ -128,12 +127,12 @@ def alike(given: list[Given]) -> list[list[Given]]:
 
 
 def parts(some: list[Given], chunk_size: int | None, executor: Any) -> list[tuple[Part, list[int]]]:
-    """Pairs of one program in parts of like work and one shape, and which pairs they are."""
-    size, d = some[0].size, some[0].pair.n_features
+    """Problems of one program in parts of like work and one shape, and which they are."""
+    size, d = some[0].size, len(some[0].view.pooled)
     lengths = [len(x) for one in some for x in one.view.clouds]
     length = chunks.length(lengths, size * d, chunk_size, at_once=lanes.lanes_for(len(some)))
     floats = sum(one.n_points for one in some) * d
-    workers = 1 if executor is not None else threads()
+    workers = 1 if executor is not None else executors.threads()
     most, most_floats = (_CPU_MOST, _CPU_FLOATS) if jax.default_backend() == "cpu" else (_GPU_MOST, _GPU_FLOATS)
     n = max(min(workers, len(some)), -(-len(some) // most), -(-floats // most_floats))
     ordered = sorted(some, key=lambda one: -one.n_points)  # the largest first: small ones fill what is left at the end
@@ -143,14 +142,9 @@ def parts(some: list[Given], chunk_size: int | None, executor: Any) -> list[tupl
     return [(_part(part, size, length, total, room), [one.number for one in part]) for part in dealt]
 
 
-def threads() -> int:
-    """Programs at once: one for each core, and one on an accelerator."""
-    return host.n_cores() if jax.default_backend() == "cpu" else 1
-
-
 def _part(some: list[Given], size: int, length: int, total: int, room: int) -> Part:
     """Clouds one after the other in a buffer, and problems that know where theirs lie."""
-    d, dtype = some[0].pair.n_features, some[0].pair.gmm0.dtype
+    d, dtype = len(some[0].view.pooled), some[0].gmms[0].dtype
     points, shares = chunks.zeros((total, d, length), dtype), chunks.zeros((total, length), dtype)
     problems, last = [], 0
     for one in some:
@@ -160,10 +154,10 @@ def _part(some: list[Given], size: int, length: int, total: int, room: int) -> P
             begin, last = last, last + -(-len(x) // length)
             chunks.lay(points[begin:last], shares[begin:last], np.asarray(x), w, place.points_on_host)
             ends.append(last)
-        pair = one.pair.replace(*(_padded(gmm, size) for gmm in (one.pair.gmm0, one.pair.gmm1)))
+        start = over_mixtures(lambda gmm: _padded(gmm, size), one.start)
         seen = (np.asarray(one.view.variances), np.asarray(one.view.pooled))
         where = np.array(ends, np.int32), np.int32(first)
-        problems.append(Problem(pair, one.transport_weight.astype(dtype), *where, place, *seen))
+        problems.append(Problem(start, *where, place, *seen))
     problems += [problems[-1]] * (room - len(problems))
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *problems)
     return Part(stacked, np.int32(len(some)), points, shares)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int, Integer, Shaped
 
 from coupled_gmm.core import checks, meshes
 from coupled_gmm.core.programs import program
@@ -119,12 +119,14 @@ def draws(key: Array, n: int, each: int, dtype: Any, first_row: int = 0) -> Any:
     size = _DRAWN if len(blocks) > 1 or skipped else rounded(n) if on_host else n
     if not on_host:
         return _uniform(key, blocks, (size, each), dtype).reshape(-1, each)[skipped : skipped + n]
-    drawn = [np.asarray(_uniform(key, blocks[i : i + 1], (size, each), dtype))[0] for i in range(len(blocks))]
-    return np.concatenate(drawn)[skipped : skipped + n]
+    drawn = [_uniform(key, blocks[i : i + 1], (size, each), dtype) for i in range(len(blocks))]
+    if not checks.at_hand(drawn):  # a known key in somebody else's program
+        return jnp.concatenate(drawn, axis=1)[0, skipped : skipped + n]
+    return np.concatenate([np.asarray(part)[0] for part in drawn])[skipped : skipped + n]
 
 
 @program("shape", "dtype")
-def _uniform(key: Array, blocks: Int[Array, " m"], shape: tuple[int, int], dtype: Any) -> Float[Array, "m n e"]:
+def _uniform(key: Array, blocks: Integer[Array, " m"], shape: tuple[int, int], dtype: Any) -> Float[Array, "m n e"]:
     return jax.vmap(lambda block: jax.random.uniform(jax.random.fold_in(key, block), shape, dtype))(blocks)
 
 

@@ -73,7 +73,7 @@ _MESSAGES = {
         "a mean of covariances had not settled after 100 steps, since they are so thin, in different directions: add a small "
         "multiple of the identity to them"
     ),
-    Status.LOST: "the executor lost it, so that nothing was fitted (reasons says why): give it to fit_pair, or run the batch again",
+    Status.LOST: "the executor lost it, so that nothing was fitted (reasons says why): run the batch again, or fit it by itself",
 }
 # From the least to the worst; the numbers, which files hold, say nothing of that. After the ends that are none of a failure come
 # those with a result that is usable but not as good as asked for, then those whose result is wrong in part, then those with none.

@@ -124,9 +124,9 @@ class OpenCloud:
         nothing, and a file that stood there as it was.
 
         Args:
-          path: a .npy, or a .parquet, which keeps the features' names. Weights are a column "weight" of a .parquet ("weight_2", if a
-            feature is called so). A .npy holds none: the cloud that is returned has those that this one was given in an array or in
-            files of their own, and weights that lie beside their points are refused.
+          path: a .npy, or a .parquet, which keeps the features' names, and weights in a column "weight" ("weight_2", if a feature
+            is called so). A .npy holds no weights: the cloud that is returned has those that this one was given in an array or in
+            files of their own, and others, which lie beside their points, are refused.
           function: of points (m, d) and the row of the first; returns points (m, d), of the same features. None is these points.
 
         Raises:

@@ -115,7 +115,7 @@ class _Object:
 
     def _below(self, name: str) -> Shape | None:
         """The axes that a field of this object is stacked on; None where these are its own."""
-        if self.name == "PairFits":
+        if self.name in ("MixtureFits", "PairFits"):
             return None
         axis = _STACKED.get((self.name, name))
         lead = self.lead or ()
@@ -237,16 +237,22 @@ def _pair_fit(o: _Object) -> None:
     o.require("history", columns == (2, 1), f"has {columns} columns for nodes and edges, not (2, 1)")
 
 
-def _pair_fits(o: _Object) -> None:
-    """Every pair has a row of a part, and mixtures no larger than those of that."""
-    stacks, places, sizes = o.held("stacks"), o.array("places"), o.array("sizes")
-    o.require("reasons", len(o.held("reasons")) == len(stacks), "says nothing of some parts, or of more than there are")
-    o.require("stacks", [np.ndim(part.status) == 1 for part in stacks], "holds what is not stacked on one axis")
-    room = [(len(part.status), *_components(part.pair)) for part in stacks]
-    for (part, row), size in zip(places.tolist(), sizes.tolist(), strict=True):
-        o.require("places", 0 <= part < len(room) and 0 <= row < room[part][0], "names a row that is in no part")
-        fits = all(1 <= k <= most for k, most in zip(size, room[part][1:], strict=True))
-        o.require("sizes", fits, "has more components than its part")
+def _stacked_fits(mixtures: Callable[[Any], list[Any]]) -> Callable[[_Object], None]:
+    """Every fit has a row of a part, and mixtures no larger than those of that."""
+
+    def relations(o: _Object) -> None:
+        stacks, places, sizes = o.held("stacks"), o.array("places"), o.array("sizes")
+        o.require(
+            "reasons", len(o.held("reasons")) == len(stacks), "says nothing of some parts, or of more than there are"
+        )
+        o.require("stacks", [np.ndim(part.status) == 1 for part in stacks], "holds what is not stacked on one axis")
+        room = [(len(part.status), *(gmm.means.shape[-2] for gmm in mixtures(part))) for part in stacks]
+        for (part, row), size in zip(places.tolist(), sizes.tolist(), strict=True):
+            o.require("places", 0 <= part < len(room) and 0 <= row < room[part][0], "names a row that is in no part")
+            fits = all(1 <= k <= most for k, most in zip(size, room[part][1:], strict=True))
+            o.require("sizes", fits, "has more components than its part")
+
+    return relations
 
 
 def _graph_fit(o: _Object) -> None:
@@ -302,9 +308,10 @@ _RELATIONS: dict[str, Callable[[_Object], None]] = {
     "GaussianMixturePair": _pair_sizes,
     "GraphFit": _graph_fit,
     "MixtureFit": _steps,
+    "MixtureFits": _stacked_fits(lambda fit: [fit.gmm]),
     "MixtureGraph": _graph,
     "PairFit": _pair_fit,
-    "PairFits": _pair_fits,
+    "PairFits": _stacked_fits(lambda fit: [fit.pair.gmm0, fit.pair.gmm1]),
     "Plan": _plan_sizes,
 }
 _VALUES: dict[str, Callable[[_Object], None]] = {

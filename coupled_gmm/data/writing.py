@@ -95,7 +95,7 @@ def _settle(file: BinaryIO) -> None:
 def _sink(file: BinaryIO, frames: Iterator[Any], group: int) -> None:
     """Frames into a Parquet file, in row groups of so many rows.
 
-    polars asks for them on threads of its own. They are made on this one, whose settings of JAX, and whose Ctrl-C, are the caller's.
+    polars asks for them on threads of its own. They are made on this one, with the caller's settings of JAX and Ctrl-C.
     """
     from polars.io.plugins import register_io_source
 

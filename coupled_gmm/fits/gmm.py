@@ -59,16 +59,16 @@ def init_gmm(
     n_init = checks.integer("n_init", n_init, 1, checks.MOST_STARTS)
     ridge = checks.scalar("ridge", ridge, at_least=0)
     view = view_of([_cloud(x, point_weights)], [], ridge)
-    _check_distinct(key, view, n_components)
-    return _init(key, _represented(key, view, n_components), ridge, n_components, n_init, None)
+    check_distinct("x", key, view, n_components)
+    return draws(key, view, ridge, n_components, n_init, None)
 
 
 def _cloud(x: Any, point_weights: Any) -> GivenCloud:
     return GivenCloud("x", x, "point_weights", point_weights)
 
 
-def _check_distinct(key: Array, view: View, n_components: int) -> None:
-    """Refuse more components than distinct points; a small sample usually settles it."""
+def check_distinct(name: str, key: Array, view: View, n_components: int) -> None:
+    """Refuse more components than a cloud has distinct points; a small sample usually settles it."""
     if meshes.is_spread(view.clouds[0]) or view.external:
         view = _representatives(key, view)
     (x,), (w,) = view.clouds, view.weights
@@ -81,13 +81,13 @@ def _check_distinct(key: Array, view: View, n_components: int) -> None:
             return
     raise ArgumentError(
         "n_components",
-        f"{n_components} components need as many distinct points of positive weight, x has {n_distinct}",
+        f"{n_components} components need as many distinct points of positive weight, {name} has {n_distinct}",
         "lower n_components",
     )
 
 
-def draws(key: Array, view: View, ridge: Array, n_components: int, n_init: int, n: int) -> GaussianMixture:
-    """The n best of n_init starts, stacked."""
+def draws(key: Array, view: View, ridge: Array, n_components: int, n_init: int, n: int | None) -> GaussianMixture:
+    """The n best of n_init starts, stacked; None is the best alone."""
     return _init(key, _represented(key, view, n_components), ridge, n_components, n_init, n)
 
 
@@ -106,7 +106,7 @@ def sampled(key: Array, view: View) -> View:
 def _representatives(key: Array, view: View) -> View:
     """All points of a cloud, or so many of them, drawn by their weights; in memory."""
     (x,), (w,), n = view.clouds, view.weights, starts.MOST_POINTS
-    elsewhere = shards if meshes.is_spread(x) else external if isinstance(x, External) else None
+    elsewhere: Any = shards if meshes.is_spread(x) else external if isinstance(x, External) else None
     if len(x) <= n:
         x, w = elsewhere.all_of(x, w) if elsewhere else (x, w)
         return view._replace(clouds=[x], weights=[w])
@@ -223,7 +223,7 @@ def fit_gmm(
         key, n_init = _check_draws(key, n_init)
         n_components = checks.integer("init", int(init), 1)
         view = view_of([_cloud(x, point_weights)], [], ridge)
-        _check_distinct(key, view, n_components)
+        check_distinct("x", key, view, n_components)
         inits = draws(key, view, ridge, n_components, n_init, n_init)
     else:
         inits = _given(init, key, n_init, ridge)
@@ -246,12 +246,17 @@ def _given(init: Any, key: Any, n_init: Any, ridge: Array) -> GaussianMixture:
         raise ArgumentError("init", "the list is empty", "give at least one start")
     for i, gmm in enumerate(gmms):
         name = "init" if alone else f"init[{i}]"
-        checks.instance(name, gmm, GaussianMixture)
+        check_start(name, gmm, ridge)
         if (gmm.n_components, gmm.n_features) != (gmms[0].n_components, gmms[0].n_features):
             raise ArgumentError(name, "differs from init[0] in its number of components or features", "give them alike")
-        if not frame.raises(ridge):
-            gmm.check_densities(name)
     return stack(gmms)
+
+
+def check_start(name: str, gmm: Any, ridge: Any) -> None:
+    """Refuse what is no mixture, or has no density where no ridge gives it one."""
+    checks.instance(name, gmm, GaussianMixture)
+    if not frame.raises(ridge):
+        gmm.check_densities(name)
 
 
 def _check_draws(key: Any, n_init: Any) -> tuple[Array, int]:
@@ -268,10 +273,10 @@ def _check_draws(key: Any, n_init: Any) -> tuple[Array, int]:
 def _fit(inits: GaussianMixture, sight: Sight, controls: Controls, options: FitOptions) -> MixtureFit:
     def one(init: GaussianMixture) -> MixtureFit:
         problem = MixtureGraph.single(init)
-        return _mixture_fit(problem, em.run(problem, sight, controls, options))
+        return mixture_fit(problem, em.run(problem, sight, controls, options))
 
     if len(inits.weights) == 1:
-        return dataclasses.replace(one(take(inits, 0)), start=jnp.zeros((), jnp.int32))
+        return one(take(inits, 0))
     ends = jax.lax.map(one, inits)
     best = highest(ends.penalized_log_likelihood)
     return dataclasses.replace(take(ends, best), start=best)
@@ -294,15 +299,17 @@ def _go_on_with_fit(
 ) -> tuple[em.Underway, MixtureFit]:
     problem = MixtureGraph.single(init)
     underway, end = em.go_on(problem, sight, controls, options, underway, until, sums)
-    return underway, _mixture_fit(problem, end)
+    return underway, mixture_fit(problem, end)
 
 
-def _mixture_fit(problem: MixtureGraph, end: em.Solution) -> MixtureFit:
+def mixture_fit(problem: MixtureGraph, end: em.Solution) -> MixtureFit:
+    """What a program returns of a graph of one node."""
     (gmm,) = problem.split(end.nodes)
     log_likelihoods = end.history.log_likelihoods
     assert log_likelihoods is not None
     history = MixtureHistory(log_likelihoods[:, 0], end.history.penalized_log_likelihood)
-    return MixtureFit(gmm, end.log_likelihoods[0], end.status, end.n_steps, history, end.value)
+    only = jnp.zeros((), jnp.int32)
+    return MixtureFit(gmm, end.log_likelihoods[0], end.status, end.n_steps, history, end.value, only)
 
 
 def highest(values: Any) -> Any:

@@ -4,7 +4,7 @@ A chunk enters the program as it was read, row by row; the program brings some p
 no copy of the chunk is made. In memory or not, what is summed is the same (`statistics.additive_sums`).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from coupled_gmm.core import chunks, meshes
 from coupled_gmm.core.chunks import Chunks
 from coupled_gmm.core.programs import program
-from coupled_gmm.core.tree import AnyArray, pytree, static, take
+from coupled_gmm.core.tree import AnyArray, pytree, static, take, unchecked
 from coupled_gmm.fits import statistics
 from coupled_gmm.fits.frame import Frame, View
 from coupled_gmm.fits.statistics import Base, Sums
@@ -22,7 +22,7 @@ from coupled_gmm.fits.statistics import Base, Sums
 
 @pytree
 class Rows:
-    """Points as they were read, to be seen as `chunks.Chunks` of one cloud; those past `count` fill up."""
+    """Points of one cloud as they were read, a source for an E-step; those past `count` fill up."""
 
     points: Float[AnyArray, "m d"]
     weights: Float[AnyArray, " m"] | None
@@ -31,7 +31,6 @@ class Rows:
     frame: Frame | None  # None: they are in its coordinates already
     size: int = static()  # points in a chunk, at most m
     first = 0
-    mesh = None
 
     @property
     def ends(self) -> Int[Array, "1"]:
@@ -54,8 +53,8 @@ class _Asked(NamedTuple):
     """What an E-step asks of every chunk: under which parameters of one node, and how points become those of the fit."""
 
     base: Base
-    floor: Float[np.ndarray, " d"]
-    reference: Float[np.ndarray, ""]
+    floor: Any  # (d,)
+    reference: Any
     frame: Frame
     mass: float
     size: int
@@ -100,7 +99,9 @@ def sums_of_chunk(points: np.ndarray, weights: np.ndarray | None, first: int, as
     if weights is not None:  # of their mass, before they lose digits
         weights, share = meshes.padded((weights / mass).astype(dtype), room, 0), np.ones((), dtype)
     with jax.enable_x64(x64):  # which threads and processes don't take over from each other
-        rows = Rows(points, weights, share, np.asarray(n, np.int32), frame, size)
+        rows = unchecked(
+            Rows, points=points, weights=weights, share=share, count=np.asarray(n, np.int32), frame=frame, size=size
+        )
         return jax.tree.map(np.asarray, _sums(rows, base, floor, reference))
 
 

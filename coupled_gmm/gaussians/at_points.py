@@ -6,6 +6,7 @@ The mean over it needs no array of as many numbers, and of a Dask array nothing 
 """
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,8 +17,10 @@ from jaxtyping import Array, Float
 from coupled_gmm.core import checks, chunks, foreign, matrices, passes
 from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.tree import AnyArray
+from coupled_gmm.gaussians.covariances import rounding_errors
 from coupled_gmm.gaussians.density import densities
 
+_MOST_ROUNDING = 0.03  # nats, of a log-density
 _MOST_WEIGHT = 1e290  # times log-densities it is still a number
 
 
@@ -39,9 +42,8 @@ def score(gmm: Any, x: Any) -> Score:
     """Of points (n, d), in float64 where they are known; where they have weights the weighted mean, of those above zero."""
     if not foreign.is_open(x):
         return Score(chunks.mean(density(gmm, x, "mixture")), len(x))
-    arrays = jax.tree.map(np.asarray, gmm)
-    settings = np.asarray(jax.config.read("jax_enable_x64"))
-    total, mass, count = _checked(gmm, x).reduce(log_prob_sums, arrays, settings)
+    x, x64 = _checked(gmm, x), np.asarray(jax.config.read("jax_enable_x64"))
+    total, mass, count = x.reduce(log_prob_sums, jax.tree.map(np.asarray, gmm), x64)
     if not mass < _MOST_WEIGHT:
         raise ArgumentError("x", f"its weights sum to {mass:.3g}, too much for float64", "divide them by the largest")
     return Score(total / mass, count)
@@ -80,12 +82,25 @@ def seen(
     return checks.representable(name, x, gmm.dtype, whole), means
 
 
+def warn_of_rounding(gmm: Any) -> None:
+    """Say where covariances, as this precision rounds them, do not tell log-densities to two digits."""
+    if checks.known(gmm):
+        errors = rounding_errors(np.asarray(gmm.covariances)) * (np.asarray(gmm.weights) > 0)
+        if (errors > _MOST_ROUNDING).any():
+            k = int(errors.argmax())
+            warnings.warn(
+                f"component {k} is so thin in some direction that its log-densities are off by some {errors[k]:.1g} in "
+                f"{gmm.dtype}; enable float64, or raise ridge",
+                stacklevel=4,
+            )
+
+
 def _checked(gmm: Any, x: Any) -> Any:
     """Points that have densities."""
     checks.held("gmm", gmm)
     x = passes.points("x", x, gmm.n_features, gmm)
     gmm.check_densities()
-    gmm.warn_of_rounding()
+    warn_of_rounding(gmm)
     return x
 
 

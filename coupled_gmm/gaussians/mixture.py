@@ -7,7 +7,6 @@ value or a gradient, whatever its other parameters are: mixtures of unequal size
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,10 +22,9 @@ from coupled_gmm.core.programs import program
 from coupled_gmm.core.tree import AnyArray, Stackable, mapped, pytree, saved, single, unchecked
 from coupled_gmm.gaussians import at_points
 from coupled_gmm.gaussians.conditional import conditionals
-from coupled_gmm.gaussians.covariances import check_covariances, rounding_errors, which_singular
+from coupled_gmm.gaussians.covariances import check_covariances, which_singular
 from coupled_gmm.gaussians.density import log_weights
 
-_MOST_ROUNDING = 0.03  # nats, of a log-density
 # Called outside of jit, a loop is compiled anew at every call.
 _cholesky = program()(matrices.cholesky)
 
@@ -229,7 +227,7 @@ class GaussianMixture(Stackable):
         checks.finite("values", values)
         observed = self.marginal(given)
         observed.check_densities(f"marginal over axes {given}")
-        observed.warn_of_rounding()
+        at_points.warn_of_rounding(observed)
         points, centres = at_points.seen(observed, values if many else values[None], "values")
         moments = self.means, self.covariances, self.weights, self.remainders
         found = conditionals(moments, chunks.filled(points), centres, tuple(given))
@@ -245,18 +243,6 @@ class GaussianMixture(Stackable):
                     name,
                     f"component {singular[0]} has a singular covariance and no density",
                     "add a small multiple of the identity to it, or drop the component",
-                )
-
-    def warn_of_rounding(self) -> None:
-        """Say where covariances, as this precision rounds them, do not tell log-densities to two digits."""
-        if checks.known(self):
-            errors = rounding_errors(np.asarray(self.covariances)) * (np.asarray(self.weights) > 0)
-            if (errors > _MOST_ROUNDING).any():
-                k = int(errors.argmax())
-                warnings.warn(
-                    f"component {k} is so thin in some direction that its log-densities are off by some {errors[k]:.1g} in "
-                    f"{self.dtype}; enable float64, or raise ridge",
-                    stacklevel=4,
                 )
 
     def _check_axes(self, axes: Sequence[int]) -> list[int]:

@@ -10,7 +10,7 @@ goes with. See Delon & Desolneux (2020), sections 4.4 and 6.
 
 import dataclasses
 from os import PathLike
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -36,13 +36,20 @@ class _Moves(NamedTuple):
     coupling: Float[Array, "n d d"]  # U
 
 
+@overload
 def map_points(
-    plan: Plan,
-    x: Any,
-    *,
-    method: str = "barycentric",
-    key: PRNGKeyArray | None = None,
-    out: str | PathLike[str] | None = None,
+    plan: Plan, x: Any, *, method: str = "barycentric", key: PRNGKeyArray | None = None, out: None = None
+) -> Float[Array, "n d"]: ...
+
+
+@overload
+def map_points(
+    plan: Plan, x: Any, *, method: str = "barycentric", key: PRNGKeyArray | None = None, out: str | PathLike[str]
+) -> Any: ...
+
+
+def map_points(
+    plan: Plan, x: Any, *, method: str = "barycentric", key: PRNGKeyArray | None = None, out: Any = None
 ) -> Any:
     r"""Images of points of gmm0 in gmm1.
 
@@ -54,13 +61,11 @@ def map_points(
     Args:
       plan: a solved plan.
       x: (n, d), data units. Worked through in chunks: memory does not grow with n beyond the points, their images and, if
-        random, two numbers each.
-        A cloud that is not in memory (`open_cloud`) is read in chunks, and its images go to `out`.
+        random, two numbers each. Of a cloud that is not in memory (`open_cloud`) all of these stay on disk, in `out`.
       method: "barycentric" or "random".
-      key: a random key, for "random". It decides the draw of each point by its row: that of a file is that of the same points in
-        memory.
-      out: for the images of a cloud that is not in memory, and for these only: a .npy or .parquet, written whole or not at all as by
-        its `write`, which says what becomes of weights.
+      key: a random key, for "random". It decides a point's draw by its row: points in a file go where they go from memory.
+      out: the file for the images of a cloud that is not in memory: a .npy or .parquet, written whole or not at all, as by the
+        cloud's `write`, which says what becomes of weights.
 
     Returns:
       The images (n, d), or the open cloud of those in `out`.
@@ -94,13 +99,13 @@ def map_points(
 def _images(plan: Plan, centre: Array | None, x: Any, first: int | None, key: Array | None) -> Float[Array, "n d"]:
     """Of checked points from row `first` on, None: of a whole cloud; of a plan about one point, at random if there is a key."""
     x = _moved(plan, centre, passes.rows("x", first, len(x)), x, whole=first is None)
-    centre = np.zeros(x.shape[1], x.dtype) if centre is None else centre
+    shift: Any = np.zeros(x.shape[1], x.dtype) if centre is None else centre
     numbers = plan.pair.gmm0.n_components * x.shape[1]
     if key is None:
-        return chunks.over_points(_map_barycentric, x, numbers, plan, centre)
+        return chunks.over_points(_map_barycentric, x, numbers, plan, shift)
     draws = chunks.draws(key, len(x), 2, x.dtype, first or 0)
     xp = np if checks.at_hand(x, draws) else jnp
-    return chunks.over_points(_map_random, xp.concatenate([x, xp.asarray(draws)], axis=1), numbers, plan, centre)
+    return chunks.over_points(_map_random, xp.concatenate([x, xp.asarray(draws)], axis=1), numbers, plan, shift)
 
 
 def _about_one_point(plan: Plan) -> tuple[Plan, Array | None]:

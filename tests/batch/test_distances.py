@@ -1,5 +1,8 @@
 """`mw2_matrix` beside linear programmes of costs that eigenvalues give."""
 
+import importlib.util
+import types
+
 import jax
 import numpy as np
 import ot
@@ -7,7 +10,7 @@ import pytest
 from tasks import Losing
 
 import coupled_gmm as cg
-from coupled_gmm.batch import distances
+from coupled_gmm.batch import tiles
 
 
 def mixture(rng, k, d, *, scale=1.0, offset=0.0, absent=0, rank=None, dtype=np.float32):
@@ -40,8 +43,10 @@ def twin(one, other):
 
 
 @pytest.mark.parametrize("d", [1, 2, 3, 8])
-@pytest.mark.parametrize("exactly", [False, True])
-def test_every_distance_is_the_linear_programme(d, exactly):
+@pytest.mark.parametrize(("exactly", "by_pot"), [(False, True), (False, False), (True, False)])
+def test_every_distance_is_the_linear_programme(d, exactly, by_pot, monkeypatch):
+    if not by_pot:
+        monkeypatch.setattr(tiles, "_pot_is_better", lambda dtype: False)
     rng = np.random.default_rng(d)
     with jax.enable_x64(exactly):
         dtype = np.float64 if exactly else np.float32
@@ -83,6 +88,72 @@ def test_an_offset_changes_nothing():
         np.testing.assert_allclose(np.asarray(cg.mw2_matrix(far)), np.asarray(cg.mw2_matrix(near)), rtol=1e-7)
 
 
+def test_far_mixtures_and_near_ones_in_one_list():
+    """In one frame a float32 would know the components of those that are near to 0.06 only."""
+    rng = np.random.default_rng(0)
+    gmms = [mixture(rng, 5, 3, offset=offset) for offset in (0, 0, 1e6, 1e6)]
+    gmms.append(cg.GaussianMixture.from_moments([[0.0] * 3, [1e6] * 3], [np.eye(3)] * 2, [0.5, 0.5]))
+    squares = np.asarray(cg.mw2_matrix(gmms))
+    expected = np.array([[twin(one, other) if one is not other else 0 for other in gmms] for one in gmms])
+    np.testing.assert_allclose(squares, expected, rtol=1e-6)
+
+
+def test_many_of_all_sizes_with_ties_tiny_weights_and_points():
+    rng = np.random.default_rng(1)
+    gmms = [mixture(rng, k, 3, absent=k // 4) for k in range(1, 31)]
+    gmms += [
+        cg.GaussianMixture.from_moments(rng.normal(size=(8, 3)), spread * np.array([np.eye(3)] * 8), w / w.sum())
+        for w in (np.ones(8), np.ones(8), 10.0 ** rng.uniform(-9, 0, 8))
+        for spread in (0, 0.1)
+    ]
+    squares = np.asarray(cg.mw2_matrix(gmms))
+    assert (squares == squares.T).all() and not squares.diagonal().any()
+    for i, j in [*rng.choice(len(gmms), (60, 2)), *np.argwhere(np.tri(6, k=-1)) + 30]:
+        if i != j:
+            np.testing.assert_allclose(squares[i, j], twin(gmms[i], gmms[j]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("fault", ["a plan that is not optimal", "a plan of other masses", "steps that ran out"])
+def test_what_pot_does_not_settle_is_solved_by_other_means(fault, monkeypatch):
+    gmms = [mixture(np.random.default_rng(s), 3, 2) for s in range(5)]
+    alone = np.asarray(cg.mw2_matrix(gmms))
+    calls = []
+
+    def emd(a, b, cost, steps, **options):
+        plan, log = ot.emd(a, b, cost, steps, **options)
+        calls.append(fault)
+        if fault == "a plan that is not optimal":
+            plan = np.outer(a, b)
+        elif fault == "a plan of other masses":
+            plan = plan * (1 - 1e-3)
+        else:
+            log["result_code"] = 3
+        return plan, log
+
+    monkeypatch.setattr(tiles, "_pot", lambda: types.SimpleNamespace(emd=emd))
+    np.testing.assert_allclose(np.asarray(cg.mw2_matrix(gmms)), alone, rtol=1e-6)
+    assert len(calls) == 10
+
+
+def test_without_pot_all_is_done_in_xla(monkeypatch):
+    gmms = [mixture(np.random.default_rng(s), 3, 2) for s in range(3)]
+    alone = np.asarray(cg.mw2_matrix(gmms))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None)
+    monkeypatch.setattr(tiles, "_by_pot", None)
+    np.testing.assert_allclose(np.asarray(cg.mw2_matrix(gmms)), alone, rtol=1e-6)
+
+
+def test_what_a_tile_raises_in_a_thread_is_raised(monkeypatch):
+    monkeypatch.setattr(tiles, "_TILE", 8)
+
+    def fail(*args):
+        raise MemoryError("a tile's")
+
+    monkeypatch.setattr(tiles, "_by_pot", fail)
+    with pytest.raises(MemoryError, match="a tile's"):
+        cg.mw2_matrix([mixture(np.random.default_rng(s), 3, 2) for s in range(6)])
+
+
 def test_one_list_of_any_length_and_single_components():
     one = mixture(np.random.default_rng(0), 1, 1)
     assert np.asarray(cg.mw2_matrix([one])).tolist() == [[0.0]]
@@ -91,8 +162,8 @@ def test_one_list_of_any_length_and_single_components():
 def test_tiles_say_what_one_tile_says(monkeypatch):
     gmms = [mixture(np.random.default_rng(s), 1 + s % 7, 3) for s in range(12)]
     whole = np.asarray(cg.mw2_matrix(gmms))
-    monkeypatch.setattr(distances, "_TILE", 8)
-    monkeypatch.setattr(distances, "_FULL", 4)
+    monkeypatch.setattr(tiles, "_TILE", 8)
+    monkeypatch.setattr(tiles, "_FULL", 4)
     rows = []
     np.testing.assert_allclose(np.asarray(cg.mw2_matrix(gmms, progress=rows.append)), whole, rtol=1e-5, atol=1e-6)
     assert rows[-1]["done"] == rows[-1]["of"] == len(rows) > 1
@@ -106,7 +177,7 @@ def test_more_components_than_fit_a_compiled_programme():
 
 
 def test_an_executor_gives_the_same_and_what_it_loses_is_done_here(monkeypatch):
-    monkeypatch.setattr(distances, "_TILE", 8)
+    monkeypatch.setattr(tiles, "_TILE", 8)
     gmms = [mixture(np.random.default_rng(s), 3, 2) for s in range(6)]
     alone = np.asarray(cg.mw2_matrix(gmms))
     with Losing(2) as pool, pytest.warns(UserWarning, match="a worker died"):
@@ -114,8 +185,9 @@ def test_an_executor_gives_the_same_and_what_it_loses_is_done_here(monkeypatch):
 
 
 def test_a_plan_without_a_certificate_is_named(monkeypatch):
-    monkeypatch.setattr(distances, "_plans", lambda cost, a, b: (np.zeros(len(a)), np.zeros(len(a), bool)))
-    monkeypatch.setattr(distances, "_on_host", lambda cost, a, b: (0.0, False))
+    monkeypatch.setattr(tiles, "_pot_is_better", lambda dtype: False)
+    monkeypatch.setattr(tiles, "_plans", lambda cost, a, b: (np.zeros(len(a)), np.zeros(len(a), bool)))
+    monkeypatch.setattr(tiles, "_on_host", lambda cost, a, b: (0.0, False))
     gmms = [mixture(np.random.default_rng(s), 2, 2) for s in range(2)]
     with pytest.raises(cg.FitError, match=r"from gmms\[0\] to gmms\[1\]"):
         cg.mw2_matrix(gmms)

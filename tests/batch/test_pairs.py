@@ -8,7 +8,7 @@ import pytest
 from tasks import Losing
 
 import coupled_gmm as cg
-from coupled_gmm.batch import pairs as batch
+from coupled_gmm.batch import stacks
 from coupled_gmm.core.status import Status
 
 OPTIONS = {"transport_weight": 0.05, "em_steps": 25, "tol": 1e-5}
@@ -99,9 +99,9 @@ def test_more_pairs_than_lanes_share_one_program():
     made = [problem(seed, (30 + seed, 60 - seed), (2, 2)) for seed in range(21)]
     clouds = [clouds[0] for clouds, _ in made], [clouds[1] for clouds, _ in made]
     starts = [cg.GaussianMixturePair(*gmms, epsilon=0.1) for _, gmms in made]
-    before = batch._fit._cache_size()
+    before = stacks._fits._cache_size()
     fits = cg.fit_pairs(*clouds, starts, **OPTIONS)
-    assert batch._fit._cache_size() <= before + 1
+    assert stacks._fits._cache_size() <= before + 1
     again = cg.fit_pairs(*(some[::-1] for some in (*clouds, starts)), **OPTIONS)  # the order says nothing
     np.testing.assert_allclose(fits.penalized_log_likelihood, again.penalized_log_likelihood[::-1], rtol=1e-5)
     for i in (0, 20):

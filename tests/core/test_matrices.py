@@ -211,10 +211,12 @@ class Examples:
 
 # What other libraries, files and the host do.
 ELSEWHERE = {
+    "fit_gmms",
     "fit_pairs",
     "BuresCost",
     "from_ott",
     "from_sklearn",
+    "init_gmms",
     "load",
     "mw2_matrix",
     "open_cloud",

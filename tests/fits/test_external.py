@@ -186,6 +186,15 @@ def turn(gmm):
     return gmm.marginal([1, 0])
 
 
+@pytest.mark.parametrize(("n", "d"), [(1, 2), (7, 1), (7, 2)])
+def test_nothing_is_written_to_what_is_read(n, d):
+    x = points(n=n, d=d, dtype=np.float64)
+    kept, weights = x.copy(), np.ones(n)
+    cg.fit_gmm(cg.open_cloud(da.from_array(x), weights=weights), start(points(n=9, d=d)), max_steps=1)
+    np.testing.assert_array_equal(x, kept)
+    np.testing.assert_array_equal(weights, 1)
+
+
 def test_rows_are_shown_and_a_fit_ends_where_it_has_converged(tmp_path):
     x, rows, shown = points(n=900), [], []
     cloud, pair = in_file(tmp_path, x, chunk_size=400), cg.GaussianMixturePair(start(x), start(x), 0.1)
