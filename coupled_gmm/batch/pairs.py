@@ -127,7 +127,7 @@ def _checked(
         check_densities(f"pairs[{i}]", pair, frozen, ridge)
         seen = [GivenCloud(f"clouds{s}[{i}]", x, f"point_weights{s}[{i}]", w) for s, (x, w) in enumerate(sides)]
         view = view_of(seen, [pair.gmm0, pair.gmm1], ridge)
-        view.check_in_memory(*(cloud.name for cloud in seen), remedy="fit_pair takes it")
+        parts.check_in_memory(view, [cloud.name for cloud in seen], "fit_pair")
         solver = solvers.solver_for(method, pair)
         price = np.broadcast_to(weight, n)[i].astype(pair.gmm0.dtype)
         given.append(Given(i, (stated(pair, balanced=False), price, frozen), view, solver))

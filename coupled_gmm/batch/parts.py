@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from coupled_gmm.batch import executors, lanes
-from coupled_gmm.core import checks, chunks
+from coupled_gmm.core import checks, chunks, meshes
 from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.tree import unchecked
 from coupled_gmm.fits.frame import Frame, View
@@ -101,6 +101,14 @@ def over_mixtures(function: Callable[[Any], Any], start: Any) -> Any:
 
 def _is_mixture(leaf: Any) -> bool:
     return isinstance(leaf, GaussianMixture)
+
+
+def check_in_memory(view: View, names: list[str], single: str) -> None:
+    """Refuse a cloud that is in files or on several devices, of clouds that are called so: batches take them whole."""
+    view.check_in_memory(*names, remedy=f"{single} takes it")
+    for name, x in zip(names, view.clouds, strict=True):
+        if meshes.is_spread(x):
+            raise ArgumentError(name, "lies on several devices, and a batch keeps clouds whole", f"{single} takes it")
 
 
 def alike(given: list[Given]) -> list[list[Given]]:
