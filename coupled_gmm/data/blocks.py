@@ -20,7 +20,7 @@ from coupled_gmm.core.errors import ArgumentError, ArgumentTypeError
 from coupled_gmm.data import arrays, streams
 from coupled_gmm.data.sources import OpenCloud
 from coupled_gmm.data.streams import Block, Stream
-from coupled_gmm.data.sums import Combine, Total, total
+from coupled_gmm.data.sums import Combine, Total
 
 _CALLED = "Dask array"
 _BRANCHES = 8  # sums that are added in one task
@@ -99,14 +99,44 @@ class BlockCloud(OpenCloud):
         from dask.delayed import delayed
 
         call = delayed(_Call(function, arguments, combine, self.chunk_size), pure=False, traverse=False)
-        sums, add = delayed(_sum_of_block, pure=False), delayed(_sum_of_sums, pure=False)
-        found, held = [], _holders(self.stream.array)
-        for first, points, weights in self.stream.parts:
-            with _at(held.get(points.key)):
-                found.append(sums(call, first, points, weights))
+        sums, add = delayed(_sum_of_blocks, pure=False), delayed(_sum_of_sums, pure=False)
+        found = []
+        for workers, blocks in self._tasks(in_order=combine is not None):
+            with _at(workers):
+                found.append(sums(call, blocks))
         while len(found) > 1:
             found = [add(call, found[i : i + _BRANCHES]) for i in range(0, len(found), _BRANCHES)]
-        return _computed(found[0])[0]
+        (parts,) = _computed(found[0])
+        whole = Total(combine)
+        whole.add(*parts)
+        return whole.value
+
+    def _tasks(self, in_order: bool) -> list[tuple[Any, list[Any]]]:
+        """Which blocks are summed in one task, and where: all that lie on a worker in a task for each of its threads.
+
+        Tasks that wait for their turn a cluster may give to workers that have none, and their blocks with them. Blocks that lie
+        nowhere yet, or whose order matters, have a task each.
+        """
+        held, beside = _holders(self.stream.array), _holders(self.stream.weights)
+
+        def holders(points: Any, weights: Any) -> list[Any]:
+            """Workers that hold the points, and among them those that hold the weights too, if there are any."""
+            some = set(held.get(points.key) or ())
+            both = some if weights is None else some & set(beside.get(weights.key) or ())
+            return sorted(both or some)
+
+        parts = [(holders(points, weights), (first, points, weights)) for first, points, weights in self.stream.parts]
+        if in_order or not all(workers for workers, _ in parts):
+            return [(workers, [block]) for workers, block in parts]
+        groups: dict[Any, list[Any]] = {}
+        for workers, block in parts:
+            groups.setdefault(workers[0], []).append(block)
+        threads = _threads_of_workers()
+        return [
+            ([worker], blocks[i :: threads[worker]])
+            for worker, blocks in groups.items()
+            for i in range(min(threads[worker], len(blocks)))
+        ]
 
     def _parts(self) -> str:
         count = len(self.stream.parts)
@@ -175,17 +205,21 @@ def _with_lengths(array: Any) -> Any:
     return array
 
 
-def _sum_of_block(call: _Call, first: int, points: Any, weights: Any) -> Any:
-    """Where the block lies: what the function makes of its chunks, added."""
+def _sum_of_blocks(call: _Call, blocks: list[tuple[int, Any, Any]]) -> tuple[Any, Any]:
+    """Where blocks lie: what the function makes of their chunks, added."""
     found = Total(call.combine)
-    for start, stop in streams.steps(len(points), call.size):
-        chunk = _checked(points[start:stop], None if weights is None else weights[start:stop], first + start)
-        found.add(call.function(*chunk, first + start, *call.arguments))
-    return found.value
+    for first, points, weights in blocks:
+        for start, stop in streams.steps(len(points), call.size):
+            chunk = _checked(points[start:stop], None if weights is None else weights[start:stop], first + start)
+            found.add(call.function(*chunk, first + start, *call.arguments))
+    return found.parts
 
 
-def _sum_of_sums(call: _Call, sums: list[Any]) -> Any:
-    return total(sums, call.combine)
+def _sum_of_sums(call: _Call, sums: list[tuple[Any, Any]]) -> tuple[Any, Any]:
+    found = Total(call.combine)
+    for parts in sums:
+        found.add(*parts)
+    return found.parts
 
 
 def _checked(points: Any, weights: Any, first: int) -> Block:
@@ -212,7 +246,7 @@ def _scheduler() -> Any:
 
 def _holders(array: Any) -> dict[Any, Any]:
     """Which workers of a cluster hold which blocks now: those of an array that was persisted."""
-    if "distributed" not in sys.modules:
+    if array is None or "distributed" not in sys.modules:
         return {}
     from distributed import get_client
 
@@ -221,6 +255,13 @@ def _holders(array: Any) -> dict[Any, Any]:
     except ValueError:  # there is no client
         return {}
     return dict(held)
+
+
+def _threads_of_workers() -> dict[Any, int]:
+    from distributed import get_client
+
+    threads: Any = get_client().nthreads()
+    return {worker: max(1, count) for worker, count in threads.items()}
 
 
 def _at(workers: Any) -> contextlib.AbstractContextManager[Any]:

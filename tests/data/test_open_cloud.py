@@ -124,11 +124,23 @@ def test_sums_keep_what_rounding_takes():
     """Of numbers that cancel, where plain addition in float64 loses all; infinite ones stay infinite."""
     numbers = [1e16, 1.0, -1e16, 1.0] * 100
     assert sum(numbers) != 200
-    assert sums.total([(np.float64(number),) for number in numbers])[0] == 200
+    assert total((np.float64(number),) for number in numbers).value[0] == 200
     for infinite in (np.inf, -np.inf):
-        assert sums.total([1.0, infinite, 2.0]) == infinite
-    assert np.isnan(sums.total([np.inf, -np.inf]))
-    assert sums.total([]) is None
+        assert total([1.0, infinite, 2.0]).value == infinite
+    assert np.isnan(total([np.inf, -np.inf]).value)
+    assert total([]).value is None
+    for order in (numbers, sorted(numbers)):  # totals of parts, whoever adds first
+        whole = total([])
+        for i in range(3):
+            whole.add(*total(order[i::3]).parts)
+        assert whole.value == 200
+
+
+def total(values):
+    found = sums.Total()
+    for value in values:
+        found.add(value)
+    return found
 
 
 DTYPES = ("f2", "f4", "f8", ">f4", ">f8", "i1", "u4", ">i8", "?", "g")

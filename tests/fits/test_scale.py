@@ -1,4 +1,4 @@
-"""Fits of clouds that are larger than memory is meant for: files, 1e8 points in blocks, a cluster whose worker dies. Minutes each."""
+"""Fits of clouds that are larger than memory is meant for: files, 1e8 points, a cluster whose worker dies. Minutes each."""
 
 import os
 import signal
@@ -102,11 +102,11 @@ def test_sums_over_1e8_points_are_those_of_float64(offset):
     gmm = start(d, offset)
     cloud = cg.open_cloud(blocks(count, n, d, offset))
     view = view_of([GivenCloud("x", cloud, "w", None)], [gmm], 0.0)
-    floors = np.zeros((1, d), np.float32)
+    floors = jax.numpy.zeros((1, d))
     parameters = view.frame.parameters(jax.tree.map(lambda leaf: leaf[None], gmm), floors)
     base = statistics.Base.of(parameters)
     nothing = view.in_chunks(3 * d).chunks
-    sums = rows.e_step(view, nothing, base, floors, np.zeros(1, np.float32), 3 * d, None)
+    sums = rows.e_step(view, nothing, base, floors, jax.numpy.zeros(1), 3 * d, None)
     found = jax.tree.map(lambda leaf: np.asarray(leaf[0], np.float64), statistics.centred(sums, base))
     origin, unit = (
         np.asarray(each, np.float64) for each in (view.frame.origin + view.frame.remainder, view.frame.unit)
