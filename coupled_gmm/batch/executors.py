@@ -4,13 +4,13 @@ What an executor loses, since a worker died or the task raised there, comes back
 """
 
 import concurrent.futures
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from coupled_gmm.core import host
 from coupled_gmm.core.errors import ArgumentTypeError
 
 _AT_ONCE = 64  # tasks that an executor holds: their arguments are copies
@@ -48,9 +48,7 @@ def outcomes(function: Callable[..., Any], tasks: Sequence[tuple], executor: Any
 
 def threads() -> int:
     """Programs at once in this process: one for each core, and one on an accelerator."""
-    if jax.default_backend() != "cpu":
-        return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return host.n_cores() if jax.default_backend() == "cpu" else 1
 
 
 def _submitted(function: Callable[..., Any], tasks: Sequence[tuple], executor: Any) -> Iterator[tuple[int, Any]]:

@@ -66,8 +66,8 @@ def own_array(name: str, value: Any, *shape: int | str) -> Any:
     return result if jnp.issubdtype(result.dtype, jnp.floating) else result.astype(jnp.result_type(float))
 
 
-def representable(name: str, value: Any, dtype: Any) -> Any:
-    """`value` in another precision, none of whose finite numbers becomes infinite there."""
+def representable(name: str, value: Any, dtype: Any, whole: bool = True) -> Any:
+    """`value` in another precision, none of whose finite numbers becomes infinite there; where it is the whole, not all vanish."""
     with np.errstate(over="ignore"):
         result = value.astype(dtype)
     if isinstance(value, np.ndarray) and value.dtype.itemsize > np.dtype(dtype).itemsize:
@@ -79,7 +79,7 @@ def representable(name: str, value: Any, dtype: Any) -> Any:
                 f"{np.dtype(dtype)} holds ({np.finfo(dtype).max:.2g})",
                 "change the unit, or enable float64",
             )
-        if value.any() and not result.any():
+        if whole and value.any() and not result.any():
             raise ArgumentError(
                 name,
                 f"all values vanish in {np.dtype(dtype)}, the largest being {np.abs(value).max():.3g}",

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int, Integer, Shaped
 
 from coupled_gmm.core import checks, meshes
 from coupled_gmm.core.programs import program
@@ -32,6 +32,7 @@ _FEW, _MANY = 8, 64  # chunks of the smallest buffers; of the others, doubled fr
 _LEAST = 16  # points that are drawn at least
 _ALIGNED = 64  # bytes: such memory JAX takes over without a copy
 _BLOCK = 2**16  # points that are copied at a time
+_DRAWN = 2**16  # points whose random numbers have one key
 _ROWS = 128  # of the shortest history
 
 
@@ -53,6 +54,10 @@ class Chunks:
         """How many are in use."""
         return self.ends[-1]
 
+    def at(self, index: Int[Array, ""]) -> tuple[Float[Array, "d B"], Float[Array, " B"]]:
+        """Points and weights of one."""
+        return self.points[index], self.weights[index]
+
 
 def length(
     sizes: Sequence[int], numbers: int, chunk_size: int | None = None, shared: bool = True, at_once: int = 1
@@ -72,6 +77,12 @@ def length(
         return -(-largest // -(-largest // most))
     fitting = [each for each in lengths if each * numbers <= floats] or lengths[:1]
     return min(fitting, key=lambda each: sum(-(-n // each) for n in sizes) * (each + price))
+
+
+def none(n_clouds: int, d: int, dtype: Any) -> Chunks:
+    """Of so many clouds, no chunk in use."""
+    empty = np.zeros((1, d, _LEAST), dtype), np.zeros((1, _LEAST), dtype), np.zeros(n_clouds, np.int32)
+    return Chunks(*jax.device_put(empty))
 
 
 def capacity(count: int, least: int = _MANY) -> int:
@@ -101,14 +112,22 @@ def filled(x: Any) -> Any:
     return np.pad(np.asarray(x), ((0, rounded(len(x)) - len(x)), (0, 0)), mode="edge") if checks.at_hand(x) else x
 
 
-def draws(key: Array, n: int, each: int, dtype: Any) -> Array:
-    """Numbers in [0, 1) for n points, so many for each."""
-    return first(_uniform(key, (rounded(n) if checks.at_hand(key) else n, each), dtype), n)
+def draws(key: Array, n: int, each: int, dtype: Any, first_row: int = 0) -> Any:
+    """Numbers in [0, 1) for n points, so many for each: by the key and the point's row alone, whichever others are asked for."""
+    blocks = np.arange(first_row // _DRAWN, -(-(first_row + n) // _DRAWN), dtype=np.uint32)
+    on_host, skipped = checks.at_hand(key), first_row % _DRAWN
+    size = _DRAWN if len(blocks) > 1 or skipped else rounded(n) if on_host else n
+    if not on_host:
+        return _uniform(key, blocks, (size, each), dtype).reshape(-1, each)[skipped : skipped + n]
+    drawn = [_uniform(key, blocks[i : i + 1], (size, each), dtype) for i in range(len(blocks))]
+    if not checks.at_hand(drawn):  # a known key in somebody else's program
+        return jnp.concatenate(drawn, axis=1)[0, skipped : skipped + n]
+    return np.concatenate([np.asarray(part)[0] for part in drawn])[skipped : skipped + n]
 
 
 @program("shape", "dtype")
-def _uniform(key: Array, shape: tuple[int, int], dtype: Any) -> Array:
-    return jax.random.uniform(key, shape, dtype)
+def _uniform(key: Array, blocks: Integer[Array, " m"], shape: tuple[int, int], dtype: Any) -> Float[Array, "m n e"]:
+    return jax.vmap(lambda block: jax.random.uniform(jax.random.fold_in(key, block), shape, dtype))(blocks)
 
 
 def pack(clouds: Sequence[Any], weights: Sequence[Any], size: int, dtype: Any, frame: Any = None) -> Chunks:

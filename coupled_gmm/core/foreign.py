@@ -78,7 +78,9 @@ def are_positions(found: Sequence[str] | None) -> bool:
 
 
 def select(value: Any, order: list[int]) -> Any:
-    """A table or array with its columns in this order."""
+    """A table, array or open cloud with its columns in this order."""
+    if is_open(value):
+        return value.reordered(order)
     if _library(value) == "pandas":
         return value.iloc[:, order]
     return value.select([names(value)[i] for i in order]) if names(value) else value[:, order]  # pyright: ignore[reportOptionalSubscript]

@@ -1,5 +1,6 @@
-"""Calls from compiled programs to libraries on the host."""
+"""The host: calls from compiled programs to its libraries, and how many of its cores are ours."""
 
+import os
 from collections.abc import Callable, Sequence
 
 import jax
@@ -26,3 +27,8 @@ def on_host(
     expected = [jax.ShapeDtypeStruct((*shape, dtype.itemsize // 4), jnp.uint32) for shape in shapes]
     found = jax.pure_callback(call, expected, *words, vmap_method="sequential")
     return [jax.lax.bitcast_convert_type(word if dtype.itemsize == 8 else word[..., 0], dtype) for word in found]
+
+
+def n_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

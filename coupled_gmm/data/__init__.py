@@ -5,7 +5,7 @@ Why was my table refused? `files` (is there such a file), `clouds` (the whole of
 
 How is a cloud read that is not in memory? `opening` tells what it is given; `sources` holds the object that fits see, `blocks`
 that of a Dask array, `sums` what both add up. What is read are `streams` of blocks: `array_files` (.npy, .npz, zarr),
-`table_files` (text, Parquet by its `row_groups`).
+`table_files` (text, Parquet by its `row_groups`). How are its points, or their images, written? `writing`.
 
 How is a cloud cut over devices? `placement`.
 

@@ -8,15 +8,14 @@ import contextlib
 import io
 import math
 import os
-import secrets
-import shutil
-import stat
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+
+from coupled_gmm.data import files
 
 _ENDING = ".npy"
 _ENCRYPTED = 0x1 | 0x40  # flags of a zip's member
@@ -25,28 +24,6 @@ _READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.r
 
 class Damaged(ValueError):
     """No .npz of plain, stored arrays; the message says why."""
-
-
-def regular(path: Path) -> None:
-    """Refuse what is no ordinary file: a pipe would be waited for, and a device never ends.
-
-    Raises:
-      FileNotFoundError: there is none.
-      PermissionError, OSError: it can't be looked at; the message says why.
-      ValueError: a folder, a pipe, a device, or a name that no file can have.
-    """
-    try:
-        mode = os.stat(path).st_mode
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path}: no such file; check the name and the folder") from error
-    except OSError as error:
-        raise type(error)(f"{path}: can't be reached ({error.strerror}); check the name and the permissions") from error
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r}: is no name of a file ({error}); give another") from error
-    if stat.S_ISDIR(mode):
-        raise ValueError(f"{path}: is a folder; name a file")
-    if not stat.S_ISREG(mode):
-        raise ValueError(f"{path}: is a pipe or a device; name a file")
 
 
 class Archive:
@@ -80,7 +57,7 @@ def opened(path: Path) -> Iterator[Archive]:
       FileNotFoundError, PermissionError, OSError: there is none, or it can't be read.
       Damaged: it is none.
     """
-    regular(path)
+    files.regular(path)
     try:
         file = path.open("rb")
     except OSError as error:
@@ -113,26 +90,14 @@ def packed(arrays: Mapping[str, np.ndarray]) -> bytes:
 
 
 def write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """A .npz, stored, under a name of its own beside the path and then moved there.
+    """A .npz, stored, written whole or not at all.
 
     Raises:
       ValueError: something stands at the path that is no file.
       OSError: it can't be written; nothing is left behind.
     """
-    with contextlib.suppress(FileNotFoundError):
-        regular(path)
-    part = path.with_name(f".{secrets.token_hex(8)}.part")
-    try:
-        with part.open("xb") as file:  # exclusively: what another has put there is not followed
-            _write_arrays(file, arrays)
-        with contextlib.suppress(FileNotFoundError):
-            shutil.copymode(path, part)  # a file that was kept from others stays so
-        os.replace(part, path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
+    with files.whole(path) as file:
+        _write_arrays(file, arrays)
 
 
 def _write_arrays(file: BinaryIO, arrays: Mapping[str, np.ndarray]) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from coupled_gmm.core import foreign, installation
 from coupled_gmm.data import arrays
 from coupled_gmm.data.arrays import Layout
-from coupled_gmm.data.files import Stamp, unreadable
+from coupled_gmm.data.files import Stamp, as_unreadable, unreadable
 from coupled_gmm.data.streams import Block, File, Ranged, spans, steps
 
 _APART = 2**16  # bytes that are rather read than skipped
@@ -60,7 +60,8 @@ class ArrayFile(Ranged):
         left: Any = memoryview(array.reshape(-1).view(np.uint8))  # pyright: ignore[reportArgumentType]
         handle.seek(offset)
         while left:
-            count = handle.readinto(left)  # pyright: ignore[reportAttributeAccessIssue]
+            with as_unreadable(self.path):
+                count = handle.readinto(left)  # pyright: ignore[reportAttributeAccessIssue]
             if not count:
                 self.check_unchanged()
                 raise ValueError(f"{self.path}: ends before its last point; save it again")
@@ -118,7 +119,7 @@ class ZarrArray(Ranged):
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[Any]:
-        with _as_unreadable(self.path):
+        with as_unreadable(self.path):
             found = _zarr(self.path, self.key)
         if found.shape[0] != self.shape[0]:
             raise ValueError(f"{self.path}: has changed since it was opened; open it again")
@@ -136,7 +137,7 @@ class ZarrArray(Ranged):
             return self.checked(self._selected(handle, indices), int(indices[0]) if len(indices) else 0).points
 
     def _selected(self, handle: Any, rows: Any) -> Block:
-        with _as_unreadable(self.path):
+        with as_unreadable(self.path):
             if handle.ndim == 1:
                 found = handle.oindex[rows][:, None]
             else:
@@ -152,7 +153,7 @@ def is_zarr(path: Path) -> bool:
 
 def has_fields(path: Path, key: str | None) -> bool:
     """Whether the array in a .npy or .npz has fields with names."""
-    with _as_unreadable(path), path.open("rb") as file:
+    with as_unreadable(path), path.open("rb") as file:
         return _located(path, file, key)[0].dtype.names is not None
 
 
@@ -172,7 +173,7 @@ def open_array(
       ValueError: no array of real numbers of shape (n, d); a column that is not there.
     """
     stamp = Stamp.of(path)
-    with _as_unreadable(path), path.open("rb") as file:
+    with as_unreadable(path), path.open("rb") as file:
         layout, member = _located(path, file, key)
     names = layout.dtype.names
     if names is None:
@@ -213,7 +214,7 @@ def open_array(
 
 def open_zarr(path: Path, columns: Sequence[Any] | None, key: str | None, vector: bool = False) -> ZarrArray:
     """The cloud in a folder of zarr; of a group, `key` names the array. Arguments and errors as `open_array`."""
-    with _as_unreadable(path):
+    with as_unreadable(path):
         array = _zarr(path, key or "")
     if array.dtype.names is not None:
         raise ValueError(f"{path}: has fields with names; save one array of its columns")
@@ -280,16 +281,3 @@ def _zarr(path: Path, key: str) -> Any:
 def _metadata(path: Path, key: str) -> Path:
     folder = path / key
     return next((folder / name for name in _ZARR if (folder / name).is_file()), folder / _ZARR[0])
-
-
-@contextlib.contextmanager
-def _as_unreadable(path: Path) -> Iterator[None]:
-    """Whatever zip, zlib, NumPy and zarr raise of a damaged file, as one line that names it."""
-    try:
-        yield
-    except installation.MissingExtraError:
-        raise
-    except Exception as error:
-        if isinstance(error, ValueError) and str(error).startswith(str(path)):
-            raise
-        raise unreadable(path, error) from error

@@ -92,7 +92,10 @@ class BlockCloud(OpenCloud):
 
     stream: Blocks
 
-    def reduce(self, function: Callable[..., Any], *arguments: Any, combine: Combine | None = None) -> Any:
+    def reduce(
+        self, function: Callable[..., Any], *arguments: Any, combine: Combine | None = None, threads: bool = False
+    ) -> Any:
+        del threads  # Dask has its own
         from dask.delayed import delayed
 
         call = delayed(_Call(function, arguments, combine, self.chunk_size), pure=False, traverse=False)

@@ -1,11 +1,16 @@
-"""What a file is: the format that its name says, whether it is there, and whether it is still the one that was opened."""
+"""What a file is: the format that its name says, whether it is there, whether it is the one that was opened; how one is written."""
 
+import contextlib
 import os
+import secrets
+import shutil
 import stat
+from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
+from coupled_gmm.core import installation
 from coupled_gmm.core.errors import reason
 
 TEXT = (".csv", ".tsv", ".txt", ".csv.gz", ".tsv.gz", ".txt.gz")
@@ -39,6 +44,69 @@ def existing(path: str | PathLike[str]) -> Path:
     if not stat.S_ISREG(mode):  # reading a named pipe would wait for ever
         raise ValueError(f"{path}: can't be read as {ending(path)} (it is no regular file); name a file")
     return path
+
+
+def regular(path: Path) -> None:
+    """Refuse what is no ordinary file: a pipe would be waited for, and a device never ends.
+
+    Raises:
+      FileNotFoundError: there is none.
+      PermissionError, OSError: it can't be looked at; the message says why.
+      ValueError: a folder, a pipe, a device, or a name that no file can have.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: no such file; check the name and the folder") from error
+    except OSError as error:
+        raise type(error)(f"{path}: can't be reached ({error.strerror}); check the name and the permissions") from error
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r}: is no name of a file ({error}); give another") from error
+    if stat.S_ISDIR(mode):
+        raise ValueError(f"{path}: is a folder; name a file")
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{path}: is a pipe or a device; name a file")
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[BinaryIO]:
+    """A file that is written whole or not at all: under a name of its own beside the path, where it moves at the end of the block.
+
+    Raises:
+      ValueError: something stands at the path that is no file.
+      OSError: it can't be written; nothing is left behind, whatever ends the block.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        regular(path)
+    part = path.with_name(f".{secrets.token_hex(8)}.part")
+    try:
+        with part.open("xb") as file:  # exclusively: what another has put there is not followed
+            yield file
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copymode(path, part)  # a file that was kept from others stays so
+        os.replace(part, path)
+    except OSError as error:
+        if error.errno is None:
+            raise OSError(f"{path}: {error}") from error
+        if error.filename not in (None, str(part)):
+            raise  # of a file that was read meanwhile
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+@contextlib.contextmanager
+def as_unreadable(path: Path, also: type[BaseException] = Exception) -> Iterator[None]:
+    """Whatever libraries raise of a damaged file, `also` what is no exception of Python's, as one line that names it."""
+    try:
+        yield
+    except installation.MissingExtraError:
+        raise
+    except (Exception, also) as error:
+        if isinstance(error, ValueError) and str(error).startswith(str(path)):
+            raise
+        raise unreadable(path, error) from error
 
 
 def unreadable(path: Path, error: BaseException) -> ValueError:

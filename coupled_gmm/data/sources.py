@@ -1,13 +1,18 @@
 """A cloud that is not in memory: points that come in chunks, and sums over them."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Generator, Iterator
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from os import PathLike
+from typing import Any, Self
 
 import numpy as np
 
+from coupled_gmm.core import checks, host
 from coupled_gmm.core.errors import ArgumentError, ArgumentTypeError
-from coupled_gmm.data import streams
+from coupled_gmm.data import files, streams, writing
 from coupled_gmm.data.streams import Block, Stream
 from coupled_gmm.data.sums import Combine, Total
 
@@ -49,7 +54,7 @@ class OpenCloud:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def chunks(self) -> Iterator[Block]:
+    def chunks(self) -> Generator[Block, None, None]:
         """Pairs of points (m, d) and weights (m,), None where all are equal, in order; anew with each call.
 
         The next chunk is read on a thread while the caller works on this one, and that thread ends with the iterator. Chunks are
@@ -67,7 +72,9 @@ class OpenCloud:
         """
         return self.stream.rows(self._checked_indices(indices))
 
-    def reduce(self, function: Callable[..., Any], *arguments: Any, combine: Combine | None = None) -> Any:
+    def reduce(
+        self, function: Callable[..., Any], *arguments: Any, combine: Combine | None = None, threads: bool = False
+    ) -> Any:
         """The sum over all chunks of ``function(points, weights, first_row, *arguments)``.
 
         Sums are in float64, what rounding takes from them is kept and added at the end. A chunk is read while the function works
@@ -78,12 +85,63 @@ class OpenCloud:
           *arguments: trees of NumPy arrays.
           combine: what to do with two values in place of adding them, such as minima and maxima: associative, of a module too.
             The first belongs to the rows before those of the second.
+          threads: whether the function may be called on several threads at once, of as many chunks as there are cores. The sum is
+            the same: values are added in the order of their chunks.
         """
-        total, first = Total(combine), 0
-        for points, weights in self.chunks():
-            total.add(function(points, weights, first, *arguments))
-            first += len(points)
+        total, first, n_threads = Total(combine), 0, host.n_cores() if threads else 1
+        if n_threads == 1 or len(self) <= self.chunk_size:
+            for points, weights in self.chunks():
+                total.add(function(points, weights, first, *arguments))
+                first += len(points)
+            return total.value
+        with ThreadPoolExecutor(n_threads, "coupled_gmm-sums") as pool, contextlib.closing(self.chunks()) as chunks:
+            under_way: deque[Future] = deque()
+            for points, weights in chunks:
+                under_way.append(pool.submit(function, points, weights, first, *arguments))
+                first += len(points)
+                del points, weights
+                if len(under_way) == n_threads or first == self.chunk_size:  # alone the first: it may compile
+                    total.add(under_way.popleft().result())
+            for value in under_way:
+                total.add(value.result())
         return total.value
+
+    def reordered(self, order: Sequence[int]) -> Self:
+        """The same cloud with its features in another order: feature `order[i]` of this one stands at i."""
+        chosen = list(order)
+        if sorted(chosen) != list(range(self.n_features)):
+            raise ArgumentError(
+                "order", f"expected each of 0 to {self.n_features - 1} once, got {checks.brief(chosen)}"
+            )
+        return dataclasses.replace(self, stream=self.stream.reordered(chosen))
+
+    def write(self, path: str | PathLike[str], function: Callable[..., Any] | None = None) -> "OpenCloud":
+        """Its points, or what a function makes of them, in a new file, as the cloud in that.
+
+            binary = cg.open_cloud("cells.csv").write("cells.npy")    # so that no pass converts text again
+
+        It is written a chunk at a time, whole or not at all: whatever ends it before, an error, a full disk or Ctrl-C, leaves
+        nothing, and a file that stood there as it was.
+
+        Args:
+          path: a .npy, or a .parquet, which keeps the features' names, and weights in a column "weight" ("weight_2", if a feature
+            is called so). A .npy holds no weights: the cloud that is returned has those that this one was given in an array or in
+            files of their own, and others, which lie beside their points, are refused.
+          function: of points (m, d) and the row of the first; returns points (m, d), of the same features. None is these points.
+
+        Raises:
+          TypeError, ValueError: a path that is none of these; a value that is missing or infinite, here or in what is read.
+          OSError: it can't be written.
+        """
+        place = writing.place(path)
+        beside = self.stream.weighted
+        if beside and files.ending(place) == ".npy":
+            raise ValueError(f"{place}: a .npy holds no weights, and these lie beside their points; write a .parquet")
+        with contextlib.closing(self._made(function)) as blocks:
+            if files.ending(place) == ".npy":
+                return OpenCloud(writing.array(place, blocks, self.shape), self.chunk_size, self.weights)
+            weighted = beside or self.weights is not None
+            return OpenCloud(writing.table(place, blocks, self.shape, self.names, weighted), self.chunk_size)
 
     def __repr__(self) -> str:
         n, d = self.shape
@@ -96,6 +154,18 @@ class OpenCloud:
 
     def _equal_weights(self) -> bool:
         return self.weights is None and not self.stream.weighted
+
+    def _made(self, function: Callable[..., Any] | None) -> Generator[Block, None, None]:
+        """Chunks of what a function makes of points."""
+        first = 0
+        with contextlib.closing(self.chunks()) as chunks:
+            for points, weights in chunks:
+                made = points if function is None else np.asarray(function(points, first))
+                if made.shape != points.shape or made.dtype.kind not in "fiub":
+                    got = f"{made.dtype} of shape {made.shape}"
+                    raise ArgumentError("function", f"expected real numbers of shape {points.shape}, got {got}")
+                yield Block(made, weights)
+                first += len(points)
 
     def _pieces(self) -> Generator[Block, None, None]:
         points = streams.cut(self.stream.blocks(self.chunk_size), self.chunk_size)

@@ -239,7 +239,7 @@ def cut(blocks: Iterator[Block], size: int) -> Iterator[Block]:
         yield _together(pieces)
 
 
-def ahead(blocks: Generator[Block, None, None]) -> Iterator[Block]:
+def ahead(blocks: Generator[Block, None, None]) -> Generator[Block, None, None]:
     """The same blocks, each read on a thread while whoever takes them works on the one before.
 
     The thread, and what it reads from, ends with the last block, and with an iterator that is given up before.

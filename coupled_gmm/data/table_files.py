@@ -7,6 +7,7 @@ it as .npy or .parquet.
 
 import contextlib
 import dataclasses
+import functools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 from coupled_gmm.core import installation
 from coupled_gmm.data import cells, columns, dialect, row_groups
 from coupled_gmm.data.dialect import Dialect, Table
-from coupled_gmm.data.files import Stamp, unreadable
+from coupled_gmm.data.files import Stamp, as_unreadable, unreadable
 from coupled_gmm.data.streams import Block, File, Ranged, steps
 
 with installation.needed("tables", "clouds from files"):
@@ -25,6 +26,7 @@ with installation.needed("tables", "clouds from files"):
 
 PIECE = 2**23  # bytes of text that are read at once
 _TOGETHER = 2**25  # bytes of Parquet that are read at once: polars takes some milliseconds to begin
+_as_unreadable = functools.partial(as_unreadable, also=pl.exceptions.PanicException)
 _HEAD = 2**12  # rows that tell what the columns of a Parquet file are
 
 
@@ -191,6 +193,12 @@ def open_text(
     return dataclasses.replace(found, shape=(n, len(names))), [*table.notes, *notes]
 
 
+def frame(block: Block, names: Sequence[str], weights: str | None) -> pl.DataFrame:
+    """A block as a table, its weights in a column of this name."""
+    columns = dict(zip(names, block.points.T, strict=True))
+    return pl.DataFrame(columns if weights is None else columns | {weights: np.asarray(block.weights, np.float64)})
+
+
 def _slice(path: Path, names: Sequence[str], start: int, stop: int) -> pl.DataFrame:
     with _as_unreadable(path):
         return pl.scan_parquet(path, glob=False).select(names).slice(start, stop - start).collect()
@@ -218,14 +226,3 @@ def _following(path: Path, how: Dialect, taken: Sequence[int]) -> Iterator[list[
                 found = dialect.following(cells.without_comments_at_end(text) if last else text, how, taken, row)
             yield found
             row += len(found[0])
-
-
-@contextlib.contextmanager
-def _as_unreadable(path: Path) -> Iterator[None]:
-    """Whatever polars, Python's decoders and gzip raise of a damaged file, as one line that names it."""
-    try:
-        yield
-    except (Exception, pl.exceptions.PanicException) as error:
-        if isinstance(error, ValueError) and str(error).startswith(str(path)):
-            raise
-        raise unreadable(path, error) from error

@@ -18,6 +18,7 @@ from coupled_gmm.fits.frame import Sight
 from coupled_gmm.fits.graph import MixtureGraph
 from coupled_gmm.fits.request import Controls, FitOptions, FitRequest, GivenCloud, Stretches, view_of
 from coupled_gmm.fits.results import GraphFit
+from coupled_gmm.fits.statistics import Sums
 from coupled_gmm.transport import plan, solvers
 from coupled_gmm.transport.pair import GaussianMixturePair, stated
 
@@ -58,9 +59,10 @@ def _go_on_with_graph(
     options: FitOptions,
     underway: em.Underway,
     until: Array,
+    sums: Sums | None = None,
 ) -> tuple[em.Underway, GraphFit]:
     ordered, order = problem.in_node_order()
-    underway, end = em.go_on(ordered, sight, controls, options, underway, until)
+    underway, end = em.go_on(ordered, sight, controls, options, underway, until, sums)
     return underway, graph_fit(problem, end, order)
 
 

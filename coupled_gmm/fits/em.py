@@ -131,10 +131,17 @@ def go_on(
     options: FitOptions,
     underway: Underway,
     until: Int[Array, ""],
+    sums: statistics.Sums | None = None,
 ) -> tuple[Underway, Solution]:
-    """A fit after steps up to a number, or where it ended; past the last, `em_steps`, it looks at where it has come to."""
+    """A fit after steps up to a number, or where it ended; past the last, `em_steps`, it looks at where it has come to.
+
+    With `sums`, of points that no program holds, one step: that which they lead to.
+    """
     problem, sight = checks.value_only((problem, sight), _NO_DERIVATIVE)
     task = prepare(problem, sight, controls, options)
+    if sums is not None:
+        underway = advanced(task, underway, sums)
+        return underway, finish(task, *underway)
 
     def em_step(underway: Underway) -> Underway:
         return advanced(task, underway, e_step(task, underway.state))
@@ -188,7 +195,7 @@ def start(task: Task) -> FitState:
 
 
 def e_step(task: Task, state: FitState) -> statistics.Sums:
-    """What all points say of the present mixtures: sums, to which any source of points may add its own."""
+    """What all points say of the present mixtures: sums, to which any source of points may add its own (`rows`)."""
     return statistics.additive_sums(state.base, task.sight.chunks, task.floors, state.place.penalized)
 
 

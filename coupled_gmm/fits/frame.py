@@ -17,13 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from coupled_gmm.core import checks, chunks, matrices, meshes
+from coupled_gmm.core import checks, chunks, foreign, matrices, meshes
 from coupled_gmm.core.chunks import Chunks
 from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.expansions import two_sum
 from coupled_gmm.core.programs import program
 from coupled_gmm.core.tree import AnyArray, pytree, static, unchecked
 from coupled_gmm.fits import shards
+from coupled_gmm.fits.external import External
 from coupled_gmm.fits.statistics import Parameters
 from coupled_gmm.gaussians.mixture import GaussianMixture
 
@@ -197,15 +198,35 @@ class View(NamedTuple):
             cloud, weights = xp.concatenate([xp.asarray(x) for x, _ in given]), xp.concatenate(shares)
         return self._replace(clouds=[cloud], weights=[weights], variances=self.pooled[None])
 
+    @property
+    def external(self) -> dict[int, External]:
+        """Nodes whose clouds are not in memory, and these."""
+        return {node: cloud for node, cloud in enumerate(self.clouds) if isinstance(cloud, External)}
+
+    def check_in_memory(self, *names: str, remedy: str) -> None:
+        """Refuse a cloud that is not, of clouds that are called so."""
+        for node, cloud in self.external.items():
+            raise ArgumentError(names[node], f"expected points in memory, got {cloud.cloud!r}", remedy)
+
     def in_chunks(self, numbers: int, chunk_size: int | None = None) -> Sight:
-        """What a program takes, for so many numbers that it holds of each point."""
-        mesh = meshes.of(self.clouds)
-        sizes = [len(x) if mesh is None else -(-len(x) // mesh.size) for x in self.clouds if x is not None]
-        size = chunks.length(sizes, numbers, chunk_size, shared=checks.known(self.clouds, self.weights))
-        packed = chunks.pack(self.clouds, self.weights, size, self.pooled.dtype, self.frame)
+        """What a program takes of those in memory, for so many numbers that it holds of each point."""
+        clouds = [None if isinstance(x, External) else x for x in self.clouds]
+        mesh = meshes.of(clouds)
+        sizes = [len(x) if mesh is None else -(-len(x) // mesh.size) for x in clouds if x is not None]
+        if sizes:
+            size = chunks.length(sizes, numbers, chunk_size, shared=checks.known(clouds, self.weights))
+            packed = chunks.pack(clouds, self.weights, size, self.pooled.dtype, self.frame)
+        else:
+            packed = chunks.none(len(clouds), self.pooled.shape[0], self.pooled.dtype)
         has_cloud: Any = np.array([cloud is not None for cloud in self.clouds])
         has_cloud = jax.device_put(has_cloud) if mesh is None else has_cloud
         return Sight(packed, self.frame, self.variances, self.pooled, has_cloud, self.far)
+
+
+@program()
+def floors(sight: Sight, ridge: Array) -> Float[Array, "V d"]:
+    """As of `Sight`, outside of a fit's program."""
+    return sight.floors(ridge)
 
 
 def raises(ridge: Any) -> bool:
@@ -224,6 +245,7 @@ def seen(
       ValueError: a variance that this precision can't hold; a constant feature where there is no ridge.
     """
     dtype = jnp.result_type(*(gmm.dtype for gmm in starts)) if starts else _working_precision(clouds)
+    clouds = [External.read(name, x) if foreign.is_open(x) else x for name, x in zip(names, clouds, strict=True)]
     clouds, weights = shards.on_one_mesh(names, clouds, weights)
     for name, x in zip(names, clouds, strict=True):
         if x is not None and checks.known(x):
@@ -233,7 +255,7 @@ def seen(
     far = any(gmm.remainders is not None for gmm in starts)
     given = [(x, w) for x, w in zip(clouds, weights, strict=True) if x is not None]
     some, theirs = [x for x, _ in given], [w for _, w in given]
-    if checks.at_hand(*some, *theirs) or meshes.of(some) is not None:
+    if checks.at_hand(*some, *theirs) or meshes.of(some) is not None or any(isinstance(x, External) for x in some):
         xp, finer = np, any(np.dtype(x.dtype).itemsize > np.dtype(dtype).itemsize for x in some)
         found = _scales([_moments_of(x, w) for x, w in given], np)
         far = far or (finer and bool((np.abs(found.origin) > _FAR * np.sqrt(found.pooled)).any()))
@@ -249,7 +271,9 @@ def seen(
 
 
 def _moments_of(x: Any, w: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Of a cloud's features, in float64: by NumPy, or by the devices on which it lies."""
+    """Of a cloud's features, in float64: by NumPy, by the devices on which it lies, or as they were found."""
+    if isinstance(x, External):
+        return x.scales
     if meshes.is_spread(x):
         return shards.moments(x, w)
     return _moments(np.asarray(x), None if w is None else np.asarray(w), np)
@@ -267,6 +291,8 @@ def _working_precision(clouds: Sequence[Any]) -> Any:
 
 def _extremes(x: Any) -> tuple[Any, Any]:
     """The least and the largest value of each feature."""
+    if isinstance(x, External):
+        return x.extremes
     if meshes.is_spread(x):
         return shards.extremes(x)
     x, xp = checks.where_it_lies(x)

@@ -15,10 +15,12 @@ from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.programs import program
 from coupled_gmm.core.status import Outcome, Status
 from coupled_gmm.core.tree import counted, number, pytree, saved, take
-from coupled_gmm.fits import em, frame, shards, starts
+from coupled_gmm.fits import em, external, frame, shards, starts
+from coupled_gmm.fits.external import External
 from coupled_gmm.fits.frame import Sight, View
 from coupled_gmm.fits.graph import MixtureGraph
-from coupled_gmm.fits.request import Controls, FitOptions, FitRequest, GivenCloud, view_of
+from coupled_gmm.fits.request import Controls, FitOptions, FitRequest, GivenCloud, Stretches, view_of
+from coupled_gmm.fits.statistics import Sums
 from coupled_gmm.gaussians.mixture import GaussianMixture, stack
 from coupled_gmm.transport import solvers
 
@@ -67,7 +69,7 @@ def _cloud(x: Any, point_weights: Any) -> GivenCloud:
 
 def check_distinct(name: str, key: Array, view: View, n_components: int) -> None:
     """Refuse more components than a cloud has distinct points; a small sample usually settles it."""
-    if meshes.is_spread(view.clouds[0]):
+    if meshes.is_spread(view.clouds[0]) or view.external:
         view = _representatives(key, view)
     (x,), (w,) = view.clouds, view.weights
     if not checks.known(x, w):
@@ -94,19 +96,27 @@ def _represented(key: Array, view: View, n_components: int) -> Sight:
     return _representatives(key, view).in_chunks(n_components * len(view.pooled))
 
 
+def sampled(key: Array, view: View) -> View:
+    """The same view of all clouds, where of those that are not in memory representatives are."""
+    seen = [view._replace(clouds=[x], weights=[w]) for x, w in zip(view.clouds, view.weights, strict=True)]
+    seen = [_representatives(key, one) if one.external else one for one in seen]
+    return view._replace(clouds=[one.clouds[0] for one in seen], weights=[one.weights[0] for one in seen])
+
+
 def _representatives(key: Array, view: View) -> View:
-    """All points, or so many of them, drawn by their weights; in memory."""
+    """All points of a cloud, or so many of them, drawn by their weights; in memory."""
     (x,), (w,), n = view.clouds, view.weights, starts.MOST_POINTS
-    sharded = meshes.is_spread(x)
+    elsewhere: Any = shards if meshes.is_spread(x) else external if isinstance(x, External) else None
     if len(x) <= n:
-        return view._replace(clouds=[shards.rows(x)], weights=[w if w is None else shards.rows(w)]) if sharded else view
+        x, w = elsewhere.all_of(x, w) if elsewhere else (x, w)
+        return view._replace(clouds=[x], weights=[w])
     draws = jax.random.uniform(jax.random.fold_in(key, 0), (n,))
-    if sharded:
+    # One in each of as many equal parts of the mass.
+    if elsewhere:
         places = (np.arange(n) + np.asarray(draws, np.float64)) / n
-        return view._replace(clouds=[shards.drawn(x, w, places)], weights=[None])
+        return view._replace(clouds=[elsewhere.drawn(x, w, places)], weights=[None])
     xp = np if checks.at_hand(x, w, draws) else jnp
     x, draws = xp.asarray(x), xp.asarray(draws)
-    # One in each of as many equal parts of the mass.
     places = (xp.arange(n) + draws) / n
     if w is None:
         index = (places * len(x)).astype(int)
@@ -218,8 +228,12 @@ def fit_gmm(
     else:
         inits = _given(init, key, n_init, ridge)
         view = view_of([_cloud(x, point_weights)], [inits], ridge)
-    numbers = inits.n_components * inits.n_features
-    return request.fit(_fit, inits, view=view, numbers=numbers, solver=solvers.ENTROPIC)
+    seen = {"view": view, "numbers": inits.n_components * inits.n_features, "solver": solvers.ENTROPIC}
+    if not view.external:
+        return request.fit(_fit, inits, **seen)
+    ends = [request.fit(Stretches(_begin_fit, _go_on_with_fit), init, **seen) for init in inits]
+    best = highest(np.array([float(end.penalized_log_likelihood) for end in ends]))
+    return dataclasses.replace(ends[best], start=jax.device_put(np.int32(best)))
 
 
 def _given(init: Any, key: Any, n_init: Any, ridge: Array) -> GaussianMixture:
@@ -264,9 +278,28 @@ def _fit(inits: GaussianMixture, sight: Sight, controls: Controls, options: FitO
     if len(inits.weights) == 1:
         return one(take(inits, 0))
     ends = jax.lax.map(one, inits)
-    values = jnp.where(jnp.isfinite(ends.penalized_log_likelihood), ends.penalized_log_likelihood, -jnp.inf)
-    best = jnp.argmax(values)
+    best = highest(ends.penalized_log_likelihood)
     return dataclasses.replace(take(ends, best), start=best)
+
+
+@program("options", over_matrices=True)
+def _begin_fit(init: GaussianMixture, sight: Sight, controls: Controls, options: FitOptions) -> em.Underway:
+    return em.begin(MixtureGraph.single(init), sight, controls, options)
+
+
+@program("options", over_matrices=True)
+def _go_on_with_fit(
+    init: GaussianMixture,
+    sight: Sight,
+    controls: Controls,
+    options: FitOptions,
+    underway: em.Underway,
+    until: Array,
+    sums: Sums | None = None,
+) -> tuple[em.Underway, MixtureFit]:
+    problem = MixtureGraph.single(init)
+    underway, end = em.go_on(problem, sight, controls, options, underway, until, sums)
+    return underway, mixture_fit(problem, end)
 
 
 def mixture_fit(problem: MixtureGraph, end: em.Solution) -> MixtureFit:
@@ -277,3 +310,9 @@ def mixture_fit(problem: MixtureGraph, end: em.Solution) -> MixtureFit:
     history = MixtureHistory(log_likelihoods[:, 0], end.history.penalized_log_likelihood)
     only = jnp.zeros((), jnp.int32)
     return MixtureFit(gmm, end.log_likelihoods[0], end.status, end.n_steps, history, end.value, only)
+
+
+def highest(values: Any) -> Any:
+    """The highest of some values, of which some may be none."""
+    xp = np if isinstance(values, np.ndarray) else jnp
+    return xp.argmax(xp.where(xp.isfinite(values), values, -xp.inf))

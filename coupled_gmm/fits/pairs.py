@@ -20,10 +20,11 @@ from coupled_gmm.core.tree import take
 from coupled_gmm.fits import contest, em, frame
 from coupled_gmm.fits.coupled import graph_fit
 from coupled_gmm.fits.frame import Sight, View
-from coupled_gmm.fits.gmm import draws
+from coupled_gmm.fits.gmm import draws, highest, sampled
 from coupled_gmm.fits.graph import MixtureGraph
 from coupled_gmm.fits.request import Controls, FitOptions, FitRequest, GivenCloud, Stretches, view_of
 from coupled_gmm.fits.results import PairFit, trimmed
+from coupled_gmm.fits.statistics import Sums
 from coupled_gmm.gaussians.mixture import GaussianMixture, stack
 from coupled_gmm.transport import solvers
 from coupled_gmm.transport.pair import GaussianMixturePair, stated
@@ -51,9 +52,10 @@ def _go_on_with_pair(
     options: FitOptions,
     underway: em.Underway,
     until: Array,
+    sums: Sums | None = None,
 ) -> tuple[em.Underway, PairFit]:
     problem = MixtureGraph.from_pair(pair, transport_weight, frozen)
-    underway, end = em.go_on(problem, sight, controls, options, underway, until)
+    underway, end = em.go_on(problem, sight, controls, options, underway, until, sums)
     return underway, pair_fit(problem, end)
 
 
@@ -111,6 +113,9 @@ def penalized_log_likelihood(
     pair.gmm0.check_densities("pair.gmm0")
     pair.gmm1.check_densities("pair.gmm1")
     view = view_of(_two_clouds(x0, x1, point_weights0, point_weights1), [pair.gmm0, pair.gmm1], ridge)
+    view.check_in_memory(
+        "x0", "x1", remedy="the first row of a fit's history is J where it starts: fit_pair(..., em_steps=1)"
+    )
     sight = view.in_chunks(_numbers(pair), chunk_size)
     asked = stated(pair, balanced=False), transport_weight
     if sight.chunks.mesh is None:
@@ -213,13 +218,19 @@ def fit_pair(
     )
     transport_weight = checks.scalar("transport_weight", transport_weight, at_least=0, batched=True)
     clouds = _two_clouds(x0, x1, point_weights0, point_weights1)
-    asked = _PairRequest.checked(request, clouds, pair, freeze, method, n_init, key)
+    asked, program = (
+        _PairRequest.checked(request, clouds, pair, freeze, method, n_init, key),
+        Stretches(_begin_pair, _go_on_with_pair),
+    )
     if n_init == 1:
-        return asked.fit(Stretches(_begin_pair, _go_on_with_pair), pair, transport_weight)
+        return asked.fit(program, pair, transport_weight)
     if jnp.ndim(transport_weight) or progress:
         raise ArgumentError(
             "n_init", "fits of several starts take one transport_weight, and have no progress", "see fit_path"
         )
+    if asked.view.external:
+        ends = [asked.fit(program, start, transport_weight) for start in asked.starts()]
+        return ends[highest(np.array([float(end.penalized_log_likelihood) for end in ends]))]
     return asked.fit(_fit_pairs, asked.starts(), transport_weight[None])[0]
 
 
@@ -281,6 +292,9 @@ def fit_path(
         raise ArgumentError("transport_weights", f"expected a list of numbers, got shape {weights.shape}", "pass (W,)")
     clouds = _two_clouds(x0, x1, point_weights0, point_weights1)
     asked = _PairRequest.checked(request, clouds, pair, freeze, method, n_init, key)
+    asked.view.check_in_memory(
+        "x0", "x1", remedy="call fit_pair for each weight, and start it where the one before ended"
+    )
     return dataclasses.replace(asked.fit(_fit_pairs, asked.starts(), weights), transport_weights=weights)
 
 
@@ -345,7 +359,7 @@ class _PairRequest(NamedTuple):
         @functools.cache  # sides of one size start alike
         def drawn(size: int) -> list[GaussianMixture]:
             assert key is not None
-            found = draws(key, self.view.together(), ridge, size, n_drawn, n_drawn)
+            found = draws(key, sampled(key, self.view).together(), ridge, size, n_drawn, n_drawn)
             return [take(found, i) for i in range(n_drawn)]
 
         def side(gmm: GaussianMixture, frozen: bool) -> GaussianMixture:

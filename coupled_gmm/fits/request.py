@@ -9,10 +9,10 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from coupled_gmm.core import checks, chunks, foreign, meshes, report
+from coupled_gmm.core import checks, chunks, foreign, meshes, passes, report
 from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.tree import take
-from coupled_gmm.fits import frame
+from coupled_gmm.fits import frame, rows
 from coupled_gmm.fits.frame import View
 from coupled_gmm.gaussians.mixture import GaussianMixture
 from coupled_gmm.transport.solvers import ENTROPIC_METHODS, PlanSolver
@@ -28,9 +28,14 @@ class GivenCloud(NamedTuple):
     weights_name: str
     weights: Any
 
-    def checked(self, n_features: int | None) -> tuple[Any, Any]:
+    def checked(self, n_features: int | None, *others: Any) -> tuple[Any, Any]:
         if self.points is None:
             return None, None
+        if foreign.is_open(self.points):
+            if self.weights is not None:
+                problem = f"{self.name} is not in memory, and its weights are where it is opened"
+                raise ArgumentError(self.weights_name, problem, "give them to open_cloud(..., weights=...)")
+            return passes.points(self.name, self.points, n_features or self.points.shape[1], *others), None
         points = checks.points(self.name, self.points, n_features)
         if self.weights is None:
             return points, None
@@ -46,7 +51,7 @@ def view_of(clouds: Sequence[GivenCloud], starts: Sequence[GaussianMixture], rid
     names = [cloud.name for cloud in clouds]
     points = foreign.same_features(names, [cloud.points for cloud in clouds])
     n_features = starts[0].n_features if starts else None
-    checked = [cloud._replace(points=x).checked(n_features) for cloud, x in zip(clouds, points, strict=True)]
+    checked = [cloud._replace(points=x).checked(n_features, starts) for cloud, x in zip(clouds, points, strict=True)]
     return frame.seen(names, [x for x, _ in checked], [w for _, w in checked], starts, ridge)
 
 
@@ -139,11 +144,15 @@ class FitRequest(NamedTuple):
         asked = (*problem, sight, controls, options)
         if isinstance(program, Stretches):
             with report.listening(self.progress) as listener:
-                fit = self._in_stretches(program, asked, listener)
+                if view.external:
+                    fit = self._in_passes(program, asked, listener, view, numbers)
+                else:
+                    fit = self._in_stretches(program, asked, listener)
         else:
             fit = program(*asked)
         fit = jax.device_put(meshes.whole(fit)) if sharded else fit  # where whatever comes next may use it
-        return dataclasses.replace(fit, history=chunks.first(fit.history, self.em_steps))
+        # Of several fits, stacked, each has its rows.
+        return dataclasses.replace(fit, history=chunks.first(fit.history, *fit.status.shape, self.em_steps))
 
     def _in_stretches(self, program: Stretches, asked: tuple, listener: Any) -> Any:
         """A fit whose rows are shown as they come: step by step, and in longer stretches where steps are quick."""
@@ -158,13 +167,36 @@ class FitRequest(NamedTuple):
         while running:
             began = time.perf_counter()
             underway, fit = program.go_on(*asked, underway, np.int32(min(done + stride, last)))
-            before, done = done, int(underway.state.step)
-            running = bool(underway.state.running)
-            rows = jax.tree.map(np.asarray, underway.history)
-            for step in range(before, done):
-                report.deliver(listener, {"em_steps": self.em_steps, "step": step, **take(rows, step).columns})
+            done, running = self._delivered(listener, underway, done)
             stride *= 2 if time.perf_counter() - began < _BLINK else 1
         return fit
+
+    def _in_passes(self, program: Stretches, asked: tuple, listener: Any, view: View, numbers: int) -> Any:
+        """A fit of which some clouds are not in memory: a pass over these for each step's sums, from which a program goes on."""
+        *problem, sight, controls, options = asked
+        here, empty = sight.chunks, chunks.none(len(view.clouds), sight.n_features, sight.pooled.dtype)
+        asked = (*problem, dataclasses.replace(sight, chunks=empty), controls, options)
+        if not checks.known(asked):
+            raise ValueError(
+                "a cloud that is not in memory can't be fitted under a transformation (jit, vmap): call the fit outside"
+            )
+        underway, last = program.begin(*asked), np.int32(self.em_steps + 1)
+        floors, done, fit, running = frame.floors(sight, controls.ridge), 0, None, True
+        while running:
+            base, reference = underway.state.base, underway.state.place.penalized
+            sums = rows.e_step(view, here, base, floors, reference, numbers, self.chunk_size)
+            underway, fit = program.go_on(*asked, underway, last, sums)
+            done, running = self._delivered(listener, underway, done)
+        return fit
+
+    def _delivered(self, listener: Any, underway: Any, done: int) -> tuple[int, bool]:
+        """How many steps a fit has done, after those that it had, and whether it runs on; their rows go to a listener."""
+        step, running = int(underway.state.step), bool(underway.state.running)
+        if listener is not None:
+            history = jax.tree.map(np.asarray, underway.history)
+            for row in range(done, step):
+                report.deliver(listener, {"em_steps": self.em_steps, "step": row, **take(history, row).columns})
+        return step, running
 
 
 def _check_learning_rate(optimizer: Any, learning_rate: Any) -> Array | None:

@@ -93,6 +93,11 @@ def _first_with(value: Array) -> Array:
     return here == jax.lax.pmin(jnp.where(largest, here, jax.lax.axis_size(meshes.AXIS)), meshes.AXIS)
 
 
+def all_of(x: Array, w: Array | None) -> tuple[np.ndarray, np.ndarray | None]:
+    """All points of a cloud that is small, and their weights."""
+    return rows(x), None if w is None else rows(w)
+
+
 def rows(values: Array) -> np.ndarray:
     """All values (n,) or (n, d), of a cloud that is small."""
     columns = values.reshape(len(values), -1)

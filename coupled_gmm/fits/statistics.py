@@ -14,16 +14,16 @@ Sums of log-densities are taken about a reference, the last value: what an EM st
 a rounding unit of the value itself.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from coupled_gmm.core import checks, matrices, meshes
 from coupled_gmm.core.chunks import Chunks
-from coupled_gmm.core.tree import pytree, take
+from coupled_gmm.core.tree import AnyArray, pytree, take
 from coupled_gmm.gaussians.density import LOG_2PI
 
 _FEW_FEATURES = 64
@@ -85,6 +85,24 @@ class Sums(NamedTuple):
     cross: Float[Array, "*V K d d"]
 
 
+class Source(Protocol):
+    """Points in chunks of one length, as an E-step reads them: `chunks.Chunks`, or `rows.Rows`."""
+
+    @property
+    def ends(self) -> Int[AnyArray, " V"]:
+        """Where the chunks of each cloud end."""
+        ...
+
+    @property
+    def first(self) -> Any:
+        """Where those of the first begin."""
+        ...
+
+    def at(self, index: Int[Array, ""]) -> tuple[Float[Array, "d B"], Float[Array, " B"]]:
+        """Points of a chunk, and their parts of the mass of their cloud."""
+        ...
+
+
 class _Component(NamedTuple):
     """What the E-step needs of each component."""
 
@@ -135,15 +153,15 @@ def _once_jvp(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
 
 def additive_sums(
     base: Base,
-    chunks: Chunks,
+    source: Source,
     floors: Float[Array, "V d"],
     reference: Float[Array, " V"] | None = None,
 ) -> Sums:
-    """What the points of these chunks add to the sums of their nodes; what other chunks add under the same parameters may be added.
+    """What the points of a source add to the sums of their nodes; what others add under the same parameters may be added.
 
     Args:
       base: of V nodes, stacked.
-      chunks: points, with their parts of the whole cloud's mass as weights.
+      source: of points, with their parts of the whole cloud's mass as weights.
       floors: the variance that ridge adds to each feature: component log-densities are lowered by tr(floor S^-1) / 2.
       reference: log-likelihoods are summed above it; None is zero.
     """
@@ -152,19 +170,21 @@ def additive_sums(
     one = take(components, 0)
     zero = one.penalties[0]
     flat, unravel = ravel_pytree(Sums(zero, zero, one.constants, one.offsets, one.whitening))
-    if chunks.mesh is None:
-        return jax.vmap(unravel)(_totals(chunks, (components, reference), jnp.zeros_like(flat)))
+    mesh = source.mesh if isinstance(source, Chunks) else None
+    if mesh is None:
+        return jax.vmap(unravel)(_totals(source, (components, reference), jnp.zeros_like(flat)))
 
     def own_sums(points: tuple[Array, Array], shared: tuple) -> Array:  # all that devices tell each other in an E-step
         ends, nodes, zeros = shared
         return meshes.over_devices(_totals(Chunks(*points, ends), nodes, zeros))
 
-    shared = chunks.ends, (components, reference), jnp.zeros_like(flat)
-    totals = meshes.on_each(chunks.mesh, own_sums)((chunks.points, chunks.weights), shared)
+    assert isinstance(source, Chunks)
+    shared = source.ends, (components, reference), jnp.zeros_like(flat)
+    totals = meshes.on_each(mesh, own_sums)((source.points, source.weights), shared)
     return jax.vmap(unravel)(totals)
 
 
-def _totals(chunks: Chunks, nodes: tuple[_Component, Array], zeros: Float[Array, " P"]) -> Float[Array, "V P"]:
+def _totals(source: Source, nodes: tuple[_Component, Array], zeros: Float[Array, " P"]) -> Float[Array, "V P"]:
     """Sums over the chunks of each of some nodes, components and reference, in a row."""
 
     def of_node(first: Array, node: tuple[Array, tuple[_Component, Array]]) -> tuple[Array, Array]:
@@ -172,7 +192,7 @@ def _totals(chunks: Chunks, nodes: tuple[_Component, Array], zeros: Float[Array,
 
         def add(index: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             total, lost = carry
-            sums, _ = ravel_pytree(_chunk_sums(chunks.points[index], chunks.weights[index], component, reference))
+            sums, _ = ravel_pytree(_chunk_sums(*source.at(index), component, reference))
             # Kahan's sum: thousands of chunks in float32 would lose what the M-step must gain.
             sums = sums - lost
             after = total + sums
@@ -180,8 +200,8 @@ def _totals(chunks: Chunks, nodes: tuple[_Component, Array], zeros: Float[Array,
 
         return last, jax.lax.fori_loop(first, last, add, (zeros, zeros))[0]
 
-    first = jnp.asarray(chunks.first, chunks.ends.dtype)
-    return jax.lax.scan(of_node, first, (chunks.ends, nodes))[1]
+    first = jnp.asarray(source.first, source.ends.dtype)
+    return jax.lax.scan(of_node, first, (source.ends, nodes))[1]
 
 
 def _components(base: Base, floors: Array) -> _Component:

@@ -4,6 +4,7 @@ Factors L_k of S_k = L_k L_k^T and log-weights are what programs carry. The squa
 
     |m - m'|^2 + tr S + tr S' - 2 tr (S^1/2 S' S^1/2)^1/2,   the last term twice the nuclear norm of L^T L'.
 
-What is a mixture? `mixture`. Where is its density computed? `density`. Given some features? `conditional`. The distance of
-two Gaussians? `bures`; for OTT's solvers? `ott_cost`. When is a covariance indefinite, or singular? `covariances`.
+What is a mixture? `mixture`. Where is its density computed? `density`; at the points of a cloud, in memory or not? `at_points`.
+Given some features? `conditional`. The distance of two Gaussians? `bures`; for OTT's solvers? `ott_cost`. When is a covariance
+indefinite, or singular? `covariances`.
 """

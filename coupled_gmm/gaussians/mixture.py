@@ -6,9 +6,7 @@ value or a gradient, whatever its other parameters are: mixtures of unequal size
 """
 
 import dataclasses
-import functools
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,11 +20,11 @@ from coupled_gmm.core.errors import ArgumentError, ArgumentTypeError
 from coupled_gmm.core.expansions import two_sum
 from coupled_gmm.core.programs import program
 from coupled_gmm.core.tree import AnyArray, Stackable, mapped, pytree, saved, single, unchecked
+from coupled_gmm.gaussians import at_points
 from coupled_gmm.gaussians.conditional import conditionals
-from coupled_gmm.gaussians.covariances import check_covariances, rounding_errors, which_singular
-from coupled_gmm.gaussians.density import densities, log_weights
+from coupled_gmm.gaussians.covariances import check_covariances, which_singular
+from coupled_gmm.gaussians.density import log_weights
 
-_MOST_ROUNDING = 0.03  # nats, of a log-density
 # Called outside of jit, a loop is compiled anew at every call.
 _cholesky = program()(matrices.cholesky)
 
@@ -109,67 +107,45 @@ class GaussianMixture(Stackable):
         return log_weights(self.weights)
 
     @single
-    @matrices.precise
     def component_log_prob(self, x: Any) -> Float[Array, "n K"]:
         r""":math:`\log N(x; m_k, S_k)`, (n, K), without weights; NaN for a singular component of weight zero.
 
         Raises:
           ValueError: a component of positive weight has a singular covariance, and so no density.
         """
-        return self._density(x, "components")
+        return at_points.density(self, x, "components")
 
     def posterior_mean(self, x: Any, values: Float[Array, " K"]) -> Float[Array, " n"]:
         """The mean of a value of each component over the components given the point, (n,)."""
-        return self._density(x, "posterior_mean", values)
-
-    @matrices.precise
-    def _density(self, x: Any, what: str, values: Any = None) -> Array:
-        """Something of each point's density, as `density.densities` computes it."""
-        checks.held("gmm", self)
-        x, means = self._seen(checks.points("x", x, self.n_features))
-        self.check_densities()
-        self._warn_of_rounding()
-        numbers = self.n_components * self.n_features
-        parameters = means, self.covariances, self.weights
-        return chunks.over_points(functools.partial(densities, what=what), x, numbers, parameters, values)
-
-    def _seen(self, x: Any, name: str = "x") -> tuple[Float[AnyArray, "n d"], Float[AnyArray, "K d"]]:
-        """Points and means in the mixture's precision, about a common point where that says more of them.
-
-        It does where points are given in more digits than the mixture has, and where means have remainders.
-        """
-        on_host = checks.at_hand(x, self.means, self.weights, self.remainders)
-        x = np.asarray(x) if on_host else x
-        finer = on_host and x.dtype.itemsize > self.means.dtype.itemsize
-        if not finer and self.remainders is None:
-            return checks.representable(name, x, self.dtype), self.means
-        kept: Any = self.means, self.weights, self.remainders
-        means, weights, remainders = jax.tree.map(np.asarray, kept) if on_host else kept
-        centre = means[weights.argmax()]
-        means = means - centre if remainders is None else means - centre + remainders
-        x = x - np.asarray(centre, x.dtype if finer else self.dtype) if on_host else x.astype(self.dtype) - centre
-        return checks.representable(name, x, self.dtype), means
+        return at_points.density(self, x, "posterior_mean", values)
 
     @single
     def log_prob(self, x: Any) -> Float[Array, " n"]:
-        r"""Log-density :math:`\log \sum_k w_k N(x; m_k, S_k)` at points (n, d)."""
-        return self._density(x, "mixture")
+        r"""Log-density :math:`\log \sum_k w_k N(x; m_k, S_k)` at points (n, d).
+
+        This, and every density at points, is taken of clouds that are not in memory as well (`open_cloud`): a chunk at a time, and
+        only the values are in memory. Blocks of a Dask array are brought here one by one; to leave values where the blocks lie,
+        map `log_prob` over them (``array.map_blocks``).
+        """
+        return at_points.density(self, x, "mixture")
 
     @single
     def log_posterior(self, x: Any) -> Float[Array, "n K"]:
         """Log-probability of each component given the point, (n, K); -inf for components of weight zero."""
-        return self._density(x, "posterior")
+        return at_points.density(self, x, "posterior")
 
     @single
     def predict(self, x: Any) -> Int[Array, " n"]:
         """The most probable component of each point, (n,); never one of weight zero."""
-        return self._density(x, "label")
+        return at_points.density(self, x, "label")
 
     @single
     def score(self, x: Any) -> Any:
-        """Mean log-density of points (n, d): in float64 where they are known, whatever the mixture's precision."""
-        log_prob = self._density(x, "mixture")
-        return np.asarray(log_prob, np.float64).mean() if checks.known(log_prob) else jnp.mean(log_prob)
+        """Mean log-density of points (n, d): in float64 where they are known, whatever the mixture's precision.
+
+        Of a cloud that is not in memory, and was opened with weights, it is the weighted mean.
+        """
+        return at_points.score(self, x).mean
 
     @property
     def n_parameters(self) -> Any:
@@ -181,14 +157,17 @@ class GaussianMixture(Stackable):
 
     @single
     def bic(self, x: Any) -> Any:
-        """Bayesian information criterion at points (n, d); of two mixtures the one with the lower is preferred."""
-        score, n = self.score(x), len(x)
+        """Bayesian information criterion at points (n, d); of two mixtures the one with the lower is preferred.
+
+        Where points have weights (see `score`), n counts those whose weight is positive.
+        """
+        score, n = at_points.score(self, x)
         return self.n_parameters * math.log(n) - 2 * n * score
 
     @single
     def aic(self, x: Any) -> Any:
-        """Akaike's information criterion at points (n, d); of two mixtures the one with the lower is preferred."""
-        score, n = self.score(x), len(x)
+        """Akaike's information criterion at points (n, d), n as of `bic`; of two mixtures the one with the lower is preferred."""
+        score, n = at_points.score(self, x)
         return 2 * self.n_parameters - 2 * n * score
 
     @single
@@ -248,8 +227,8 @@ class GaussianMixture(Stackable):
         checks.finite("values", values)
         observed = self.marginal(given)
         observed.check_densities(f"marginal over axes {given}")
-        observed._warn_of_rounding()
-        points, centres = observed._seen(values if many else values[None], "values")
+        at_points.warn_of_rounding(observed)
+        points, centres = at_points.seen(observed, values if many else values[None], "values")
         moments = self.means, self.covariances, self.weights, self.remainders
         found = conditionals(moments, chunks.filled(points), centres, tuple(given))
         stacked = GaussianMixture(*chunks.first(found, len(points)))
@@ -264,18 +243,6 @@ class GaussianMixture(Stackable):
                     name,
                     f"component {singular[0]} has a singular covariance and no density",
                     "add a small multiple of the identity to it, or drop the component",
-                )
-
-    def _warn_of_rounding(self) -> None:
-        """Say where covariances, as this precision rounds them, do not tell log-densities to two digits."""
-        if checks.known(self):
-            errors = rounding_errors(np.asarray(self.covariances)) * (np.asarray(self.weights) > 0)
-            if (errors > _MOST_ROUNDING).any():
-                k = int(errors.argmax())
-                warnings.warn(
-                    f"component {k} is so thin in some direction that its log-densities are off by some {errors[k]:.1g} in "
-                    f"{self.dtype}; enable float64, or raise ridge",
-                    stacklevel=4,
                 )
 
     def _check_axes(self, axes: Sequence[int]) -> list[int]:

@@ -15,7 +15,7 @@ import polars as pl
 
 from coupled_gmm.core.checks import brief
 from coupled_gmm.core.errors import reason
-from coupled_gmm.data import archive
+from coupled_gmm.data.files import regular
 from coupled_gmm.jobs.sections import ConfigError, Section, may_be_text
 
 NAME = "name"
@@ -53,7 +53,7 @@ def of_manifest(path: Path, manifest: Path, keep: Sequence[str], model: type[Sec
       ConfigError: it is missing or damaged, has no rows, no such column as one to keep, or cells that can't be told apart.
     """
     try:
-        archive.regular(manifest)
+        regular(manifest)
         columns, cells = _parquet(manifest) if manifest.suffix.lower() == ".parquet" else _text(manifest)
     except ConfigError as error:
         raise ConfigError(f"{path}: jobs.manifest: {error}") from error

@@ -19,7 +19,7 @@ import polars as pl
 
 from coupled_gmm.core import interrupts
 from coupled_gmm.core.checks import brief
-from coupled_gmm.data import archive, saving
+from coupled_gmm.data import files, saving
 from coupled_gmm.jobs import batch, folders, run
 from coupled_gmm.jobs.batch import Batch, Task
 from coupled_gmm.jobs.job import Job
@@ -229,7 +229,7 @@ def _parquet(frame: pl.DataFrame) -> bytes:
 
 def _read(path: Path, task: Task) -> Record | None:
     """A part that is this job's and whole."""
-    archive.regular(path)
+    files.regular(path)
     if path.stat().st_size > _LARGEST:
         return None
     frame = pl.read_parquet(io.BytesIO(path.read_bytes()), n_rows=2)
@@ -259,7 +259,7 @@ def _claim(of: Batch, folder: Path, text: bytes) -> bool:
             there = folder / theirs[0]
             raise ConfigError(f"{where}: {there} was not written by this batch; remove it, or name another folder")
         return True
-    archive.regular(path)
+    files.regular(path)
     if path.read_bytes() == text:
         return False
     if not (folder / PARTS).is_dir():

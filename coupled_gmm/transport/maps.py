@@ -9,14 +9,15 @@ goes with. See Delon & Desolneux (2020), sections 4.4 and 6.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from os import PathLike
+from typing import Any, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from coupled_gmm.core import checks, chunks, matrices
+from coupled_gmm.core import checks, chunks, foreign, matrices, passes
 from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.programs import program
 from coupled_gmm.core.tree import unchecked
@@ -35,9 +36,21 @@ class _Moves(NamedTuple):
     coupling: Float[Array, "n d d"]  # U
 
 
+@overload
 def map_points(
-    plan: Plan, x: Any, *, method: str = "barycentric", key: PRNGKeyArray | None = None
-) -> Float[Array, "n d"]:
+    plan: Plan, x: Any, *, method: str = "barycentric", key: PRNGKeyArray | None = None, out: None = None
+) -> Float[Array, "n d"]: ...
+
+
+@overload
+def map_points(
+    plan: Plan, x: Any, *, method: str = "barycentric", key: PRNGKeyArray | None = None, out: str | PathLike[str]
+) -> Any: ...
+
+
+def map_points(
+    plan: Plan, x: Any, *, method: str = "barycentric", key: PRNGKeyArray | None = None, out: Any = None
+) -> Any:
     r"""Images of points of gmm0 in gmm1.
 
     "barycentric" is the mean of where a point goes, :math:`T_{mean}(x) = \sum_{kl} p_k(x) \pi_{kl} T_{kl}(x)`, with the
@@ -48,43 +61,65 @@ def map_points(
     Args:
       plan: a solved plan.
       x: (n, d), data units. Worked through in chunks: memory does not grow with n beyond the points, their images and, if
-        random, two numbers each.
+        random, two numbers each. Of a cloud that is not in memory (`open_cloud`) all of these stay on disk, in `out`.
       method: "barycentric" or "random".
-      key: a random key, for "random".
+      key: a random key, for "random". It decides a point's draw by its row: points in a file go where they go from memory.
+      out: the file for the images of a cloud that is not in memory: a .npy or .parquet, written whole or not at all, as by the
+        cloud's `write`, which says what becomes of weights.
+
+    Returns:
+      The images (n, d), or the open cloud of those in `out`.
 
     Singular components of gmm0 have no density. Where there are some, all covariances are widened to tell which component a
     point belongs to, and only for that: by 3e-4 (float32) or 1e-8 (float64) of each feature's mean variance within components (of
     the whole mixture, where there is none).
 
     Raises:
-      TypeError, ValueError: points of another number of features, or not finite; an unknown method; no key.
+      TypeError, ValueError: points of another number of features, or not finite; an unknown method; no key; a cloud that is not in
+        memory and no `out`, or the reverse.
+      OSError: `out` can't be written.
     """
     checks.instance("plan", plan, Plan)
     checks.choice("method", method, ("barycentric", "random"))
     if method == "random" and key is None:
         raise ArgumentError("key", "method 'random' draws at random", "pass a key such as jax.random.key(0)")
-    near, (x,), centre = _about_one_point(plan, x=x)
-    centre = np.zeros(x.shape[1], x.dtype) if centre is None else centre
-    numbers = near.pair.gmm0.n_components * x.shape[1]
-    if method == "barycentric":
-        return chunks.over_points(_map_barycentric, x, numbers, near, centre)
-    draws = chunks.draws(checks.key("key", key), len(x), 2, x.dtype)
+    key = None if method == "barycentric" else checks.key("key", key)
+    x = passes.points("x", x, plan.pair.n_features, plan, key)
+    near, centre = _about_one_point(plan)
+    if not foreign.is_open(x):
+        if out is not None:
+            raise ArgumentError("out", "is for clouds that are not in memory", "save what is returned without it")
+        return _images(near, centre, x, None, key)
+    if not isinstance(out, (str, PathLike)):
+        problem = f"the images of {x!r} need a file, got {checks.brief(out)}"
+        raise ArgumentError("out", problem, 'name one, such as "images.npy"')
+    return x.write(out, lambda points, first: _images(near, centre, points, first, key))
+
+
+def _images(plan: Plan, centre: Array | None, x: Any, first: int | None, key: Array | None) -> Float[Array, "n d"]:
+    """Of checked points from row `first` on, None: of a whole cloud; of a plan about one point, at random if there is a key."""
+    x = _moved(plan, centre, passes.rows("x", first, len(x)), x, whole=first is None)
+    shift: Any = np.zeros(x.shape[1], x.dtype) if centre is None else centre
+    numbers = plan.pair.gmm0.n_components * x.shape[1]
+    if key is None:
+        return chunks.over_points(_map_barycentric, x, numbers, plan, shift)
+    draws = chunks.draws(key, len(x), 2, x.dtype, first or 0)
     xp = np if checks.at_hand(x, draws) else jnp
-    return chunks.over_points(_map_random, xp.concatenate([x, xp.asarray(draws)], axis=1), numbers, near, centre)
+    return chunks.over_points(_map_random, xp.concatenate([x, xp.asarray(draws)], axis=1), numbers, plan, shift)
 
 
-def _about_one_point(plan: Plan, **clouds: Any) -> tuple[Plan, list[Array], Array | None]:
-    """A plan and checked points moved together to where one float holds the means, and by how much; None is not at all."""
-    pair = plan.pair
-    (gmm0, gmm1), centre = mixture.about_one_point(pair.gmm0, pair.gmm1)
-    moved = []
-    for name, cloud in clouds.items():
-        x = checks.points(name, cloud, pair.n_features)
-        x = np.asarray(x) if checks.at_hand(x) else x
-        if centre is not None:
-            x = x - (np.asarray(centre, x.dtype) if checks.known(x, centre) else centre)
-        moved.append(checks.representable(name, x, pair.gmm0.dtype))
-    return dataclasses.replace(plan, pair=pair.replace(gmm0, gmm1)), moved, centre
+def _about_one_point(plan: Plan) -> tuple[Plan, Array | None]:
+    """A plan moved to where one float holds its means, and by how much; None is not at all."""
+    (gmm0, gmm1), centre = mixture.about_one_point(plan.pair.gmm0, plan.pair.gmm1)
+    return dataclasses.replace(plan, pair=plan.pair.replace(gmm0, gmm1)), centre
+
+
+def _moved(plan: Plan, centre: Array | None, name: str, x: Any, whole: bool = True) -> Array:
+    """Checked points moved with a plan, in its precision."""
+    x = np.asarray(x) if checks.at_hand(x) else x
+    if centre is not None:
+        x = x - (np.asarray(centre, x.dtype) if checks.known(x, centre) else centre)
+    return checks.representable(name, x, plan.pair.gmm0.dtype, whole)
 
 
 @program()
@@ -205,7 +240,7 @@ def interpolate(plan: Plan, t: Any) -> GaussianMixture:
     """
     checks.instance("plan", plan, Plan)
     t = checks.scalar("t", t, at_least=0, at_most=1).astype(plan.pair.gmm0.dtype)
-    near, _, centre = _about_one_point(plan)
+    near, centre = _about_one_point(plan)
     return mixture.moved_back(_interpolate(near, t), centre)
 
 
@@ -245,7 +280,11 @@ def plan_density(plan: Plan, x: Any, y: Any, *, atol: Any) -> Float[Array, "n m"
         positive weight, and so no density.
     """
     checks.instance("plan", plan, Plan)
-    near, (x, y), _ = _about_one_point(plan, x=x, y=y)
+    near, centre = _about_one_point(plan)
+    x, y = (
+        _moved(near, centre, name, checks.points(name, given, plan.pair.n_features))
+        for name, given in (("x", x), ("y", y))
+    )
     plan.pair.gmm0.check_densities("plan.pair.gmm0")
     atol = checks.scalar("atol", atol, above=0)
     numbers = x.shape[1] * max(len(y), near.pair.gmm0.n_components)

@@ -128,6 +128,24 @@ def test_sizes_of_a_bucket_share_every_program():
     assert not [about for name, about in compiled if name.endswith("backend_compile_duration")]
 
 
+def test_draws_are_those_of_the_row():
+    """Whichever others are asked for, inside a program and outside; no two blocks have the same."""
+    key, block = jax.random.key(2), chunks._DRAWN
+    n = 2 * block + 100
+    whole = chunks.draws(key, n, 2, np.float32)
+    assert whole.shape == (n, 2) and (whole >= 0).all() and (whole < 1).all()
+    assert abs(whole.mean() - 0.5) < 5 / (24 * n) ** 0.5
+    for first, count in ((0, 1), (0, 100), (0, block), (1, 1), (block - 3, 7), (block, 5), (block + 1, block), (0, n)):
+        np.testing.assert_array_equal(chunks.draws(key, count, 2, np.float32, first), whole[first : first + count])
+    for count in (100, block + 9):
+        compiled = jax.jit(lambda key, count=count: chunks.draws(key, count, 2, np.float32))
+        np.testing.assert_array_equal(compiled(key), whole[:count])
+        compiled = jax.jit(lambda count=count: chunks.draws(key, count, 2, np.float32))
+        np.testing.assert_array_equal(compiled(), whole[:count])
+    assert (whole[:block] != whole[block : 2 * block]).mean() > 0.99
+    assert (whole != chunks.draws(jax.random.key(3), n, 2, np.float32)).mean() > 0.99
+
+
 def test_samples_do_not_depend_on_the_bucket():
     """More draws begin with the same ones, and a program around the call draws the same."""
     gmm, key = cg.GaussianMixture.from_moments([[0.0, 0.0], [5.0, 1.0]], [np.eye(2)] * 2, [0.5, 0.5]), jax.random.key(1)

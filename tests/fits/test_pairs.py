@@ -54,6 +54,14 @@ def test_each_is_a_fit_of_its_weight(problem, path):
         assert np.isfinite(rows[: int(fit.n_steps)]).all() and np.isnan(rows[int(fit.n_steps) + 1 :]).all()
 
 
+def test_each_has_a_row_for_every_step_that_was_asked_for(problem):
+    """Also where steps are fewer than weights, and for the best of several starts."""
+    found = cg.fit_path(*problem, transport_weights=WEIGHTS, em_steps=3, m_steps=2)
+    assert [fit.history.objective.shape for fit in found] == [(3,)] * len(WEIGHTS)
+    options = {"n_init": 2, "key": jax.random.key(0), "em_steps": 3, "m_steps": 2}
+    assert cg.fit_pair(*problem, transport_weight=0.1, **options).history.q.shape == (3, 2)
+
+
 def test_one_weight_is_one_fit(problem):
     (one,) = cg.fit_path(*problem, transport_weights=[0.1], **OPTIONS)
     alone = cg.fit_pair(*problem, transport_weight=0.1, **OPTIONS)
