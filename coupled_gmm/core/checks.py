@@ -5,7 +5,7 @@ Types and shapes are always checked. Values are checked where they are known, th
 
 import functools
 import reprlib
-from typing import Any, cast
+from typing import Any, NoReturn, TypeGuard, cast
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +66,15 @@ def own_array(name: str, value: Any, *shape: int | str) -> Any:
     return result if jnp.issubdtype(result.dtype, jnp.floating) else result.astype(jnp.result_type(float))
 
 
+def _has_explicit_axes(sharding: Any) -> TypeGuard[NamedSharding]:
+    return isinstance(sharding, NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types
+
+
+def _refuse_explicit_axes(name: str, where: str, remedy: str) -> NoReturn:
+    auto = "make the mesh with axis_types=(jax.sharding.AxisType.Auto,)"
+    raise ArgumentError(name, f"is cut over a mesh of explicit axes, {where}", f"{remedy}, or {auto}")
+
+
 def representable(name: str, value: Any, dtype: Any, whole: bool = True) -> Any:
     """`value` in another precision, none of whose finite numbers becomes infinite there; where it is the whole, not all vanish."""
     with np.errstate(over="ignore"):
@@ -118,22 +127,26 @@ def _representable_dtype(dtype: Any) -> bool:
 def _ours(name: str, value: jax.Array) -> jax.Array | np.ndarray:
     """An array of JAX that its present settings let programs take: float64 where that is disabled is NumPy's."""
     if not known(value):
+        if _has_explicit_axes(sharding := jax.typeof(value).sharding) and any(sharding.spec):
+            _refuse_explicit_axes(name, "inside a transformation", "call this outside of it")
         return value
     if _representable_dtype(value.dtype):
-        return _sharded_by_jax(value)
+        return _sharded_by_jax(name, value)
     if meshes.is_spread(value):
         held(name, value)
     return np.asarray(value)
 
 
-def _sharded_by_jax(value: jax.Array) -> jax.Array:
+def _sharded_by_jax(name: str, value: jax.Array) -> jax.Array:
     """An array in the same pieces on the same devices, of which JAX may choose how results are cut.
 
     `jax.make_mesh` leaves that to the caller, who can't say it of our own intermediate results.
     """
     sharding = value.sharding
-    if not isinstance(sharding, NamedSharding) or AxisType.Explicit not in sharding.mesh.axis_types:
+    if not _has_explicit_axes(sharding):
         return value
+    if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
+        _refuse_explicit_axes(name, "where jax.set_mesh has set one", "call this outside of it")
     mesh = cast(Mesh, sharding.mesh)
     return jax.device_put(value, NamedSharding(Mesh(mesh.devices, mesh.axis_names), sharding.spec))
 

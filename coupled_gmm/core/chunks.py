@@ -273,6 +273,12 @@ def each(
 
 def over_points(program: Callable[..., Array], x: Any, numbers: int, *arguments: Any) -> Array:
     """A program (points (C, d, B), count, ...) -> (C, B, ...) at points (n, d), of so many numbers each: its values (n, ...)."""
+    mesh = meshes.of(x)
+    if mesh is not None:
+        rows, _ = meshes.cut(mesh, x, None)
+        size = length([len(rows) // mesh.size], numbers)
+        values = _over_own_points(rows, meshes.whole(arguments), program, size, mesh)
+        return values if len(values) == len(x) else values[: len(x)]
     n, size = len(x), length([len(x)], numbers, shared=checks.known(x))
     count = -(-n // size)
     if checks.at_hand(x):
@@ -285,6 +291,31 @@ def over_points(program: Callable[..., Array], x: Any, numbers: int, *arguments:
     values = program(jax.device_put(points), np.asarray(count, np.int32), *arguments)
     values: Any = np.asarray(values) if checks.at_hand(values) else values
     return first(values.reshape(-1, *values.shape[2:]), n)
+
+
+@program("function", "size", "mesh")
+def _over_own_points(x: Array, arguments: Any, function: Callable[..., Array], size: int, mesh: Mesh) -> Array:
+    """Values at points that lie on several devices, each where its point is."""
+
+    def values(x: Array, arguments: Any) -> Array:
+        points = _laid_out(x, size)
+        found = function(points, len(points), *arguments)
+        return found.reshape(-1, *found.shape[2:])[: len(x)]
+
+    return meshes.on_each(mesh, values, by_rows=True)(x, arguments)
+
+
+def mean(values: Any) -> Any:
+    """The mean of values (n,): in float64 where they are known, whatever their own precision."""
+    mesh = meshes.of(values)
+    if mesh is not None:
+        return np.float64(meshes.whole(_total(values, mesh))) / len(values)
+    return np.asarray(values, np.float64).mean() if checks.known(values) else jnp.mean(values)
+
+
+@program("mesh")
+def _total(values: Array, mesh: Mesh) -> Array:
+    return meshes.on_each(mesh, lambda own, _: meshes.total(own))(values, None)
 
 
 @program("size", "total")

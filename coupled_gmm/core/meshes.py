@@ -70,7 +70,12 @@ def on_each(mesh: Mesh, function: Callable[[Any, Any], T], *, by_rows: bool = Fa
     out = _ROWS if by_rows else _WHOLE
     # What is the same everywhere is ours to know: the check would ask for marks in code that serves a single device too.
     mapped = jax.shard_map(function, mesh=mesh, in_specs=(_ROWS, _WHOLE), out_specs=out, check_vma=False)
-    return cast(Callable[[Any, Any], T], mapped)
+
+    def on_this_mesh(own: Any, shared: Any) -> T:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # not on one that the caller may have set
+            return cast(T, mapped(own, shared))
+
+    return on_this_mesh
 
 
 def total(values: Float[Array, "n ..."]) -> Float[Array, "..."]:

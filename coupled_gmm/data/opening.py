@@ -31,9 +31,9 @@ def open_cloud(
         total, squares = cloud.reduce(sums)          # of sums(points, weights, first_row) over all chunks
 
     What is read at a time: of .npy, and arrays stored in a .npz, one chunk; of Parquet a row group; of zarr a chunk of its own; of
-    text 8 MB, converted anew in each pass (for a fit of many steps save it as .npy or .parquet), and once when it is opened, to
-    count its rows. Text is decided on, its header and its decimal mark, by its first 8 MB. float32 stays float32; integers become
-    float64.
+    text 8 MB, converted anew in each pass (for a fit of many steps go on with ``cloud.write("cells.npy")``), and once when it is
+    opened, to count its rows. Text is decided on, its header and its decimal mark, by its first 8 MB. float32 stays float32;
+    integers become float64.
 
     A Dask array keeps its blocks on its workers, where sums are made: persist it, or each pass makes it again. A block that is lost
     with its worker is made again from the array's graph, and can't be where that has no more than data that were scattered.

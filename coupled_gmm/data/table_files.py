@@ -1,8 +1,8 @@
 """Clouds in tables on disk that are read in blocks: Parquet by row groups, text by pieces.
 
 A text is decided on by its first eight megabytes: a shorter one is taken as `clouds.read_cloud` takes it, and in a longer one
-whatever speaks against the decision is refused. Every pass cuts and converts the text again: for a fit of many steps save
-it as .npy or .parquet.
+whatever speaks against the decision is refused. Every pass cuts and converts the text again: a fit of many steps is
+better served by what `OpenCloud.write` makes of it.
 """
 
 import contextlib

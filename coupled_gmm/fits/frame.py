@@ -154,7 +154,7 @@ class Sight:
     frame: Frame
     variances: Float[AnyArray, "V d"]  # of each cloud
     pooled: Float[AnyArray, " d"]  # of all
-    has_cloud: Bool[Array, " V"]
+    has_cloud: Bool[AnyArray, " V"]
     far: bool = static()
 
     @property

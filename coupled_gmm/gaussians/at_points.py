@@ -7,10 +7,10 @@ The mean over it needs no array of as many numbers, and of a Dask array nothing 
 
 import functools
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -41,9 +41,7 @@ def density(gmm: Any, x: Any, what: str, values: Any = None) -> Array:
 def score(gmm: Any, x: Any) -> Score:
     """Of points (n, d), in float64 where they are known; where they have weights the weighted mean, of those above zero."""
     if not foreign.is_open(x):
-        log_prob = density(gmm, x, "mixture")
-        mean = np.asarray(log_prob, np.float64).mean() if checks.known(log_prob) else jnp.mean(log_prob)
-        return Score(mean, len(x))
+        return Score(chunks.mean(density(gmm, x, "mixture")), len(x))
     x, x64 = _checked(gmm, x), np.asarray(jax.config.read("jax_enable_x64"))
     total, mass, count = x.reduce(log_prob_sums, jax.tree.map(np.asarray, gmm), x64)
     if not mass < _MOST_WEIGHT:
@@ -111,4 +109,10 @@ def _of_part(gmm: Any, x: Any, first: int | None, what: str, values: Any = None)
     x, means = seen(gmm, x, passes.rows("x", first, len(x)), whole=first is None)
     numbers = gmm.n_components * gmm.n_features
     parameters = means, gmm.covariances, gmm.weights
-    return chunks.over_points(functools.partial(densities, what=what), x, numbers, parameters, values)
+    return chunks.over_points(_densities(what), x, numbers, parameters, values)
+
+
+@functools.cache
+def _densities(what: str) -> Callable[..., Array]:
+    """The same object for the same thing: by that `chunks.over_points` knows its programs."""
+    return functools.partial(densities, what=what)

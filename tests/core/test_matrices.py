@@ -221,6 +221,7 @@ ELSEWHERE = {
     "mw2_matrix",
     "open_cloud",
     "save",
+    "shard_cloud",
     "to_ott",
     "to_pot",
     "to_sklearn",
