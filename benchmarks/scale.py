@@ -75,35 +75,36 @@ def steps(largest: int) -> dict:
     return found
 
 
-def pairs(largest: int, n: int = 1000) -> dict:
-    """Of the tutorial's kind: two clouds of n x 2, three components each."""
-    sizes = [size for size in PAIRS if size * n <= largest]
-    rng, times, loops = np.random.default_rng(0), [], []
-    for size in sizes:
-        means = 3 * rng.normal(size=(size, 3, 2))
-        clouds = [
-            [(m[rng.integers(3, size=n)] + rng.normal(size=(n, 2))).astype(np.float32) for m in means] for _ in range(2)
-        ]
-        gmms = [cg.GaussianMixture.from_moments(m, np.tile(np.eye(2), (3, 1, 1)), np.full(3, 1 / 3)) for m in means]
-        starts = [cg.GaussianMixturePair(gmm, gmm) for gmm in gmms]
+def cohort(size: int, n: int) -> tuple[list, list, list]:
+    """Pairs of the tutorial's kind: two clouds of n x 2, three components each, which all fits start at."""
+    rng = np.random.default_rng(0)
+    means = 3 * rng.normal(size=(size, 3, 2))
+    sides = [[(m[rng.integers(3, size=n)] + rng.normal(size=(n, 2))).astype(np.float32) for m in means] for _ in "01"]
+    gmms = [cg.GaussianMixture.from_moments(m, np.tile(np.eye(2), (3, 1, 1)), np.full(3, 1 / 3)) for m in means]
+    return *sides, [cg.GaussianMixturePair(gmm, gmm) for gmm in gmms]
 
-        def together(starts=starts, clouds=clouds):
-            return cg.fit_pairs(*clouds, starts, transport_weight=0.01, em_steps=30, tol=1e-5)
+
+def pairs(largest: int, n: int = 1000) -> dict:
+    sizes, options = [size for size in PAIRS if size * n <= largest], {"transport_weight": 0.01, "tol": 1e-5}
+    times, loops = [], []
+    for size in sizes:
+        given = cohort(size, n)
+
+        def together(given=given):
+            return cg.fit_pairs(*given, **options)
+
+        def in_turn(given=given):
+            return [cg.fit_pair(*one, **options) for one in zip(*(some[:8] for some in given), strict=True)]
 
         first, fits = seconds(together)
         times.append(min(seconds(together)[0] for _ in range(3)))
+        in_turn()
+        loops.append(seconds(in_turn)[0] / 8)
         print(
             f"{size:>5} pairs of {n:,}: first {first:6.2f} s, warm {times[-1]:.3f} s, {size / times[-1]:8.0f} fits/s, "
-            f"{float(np.mean(np.asarray(fits.n_steps))):.1f} steps",
+            f"{float(np.mean(np.asarray(fits.n_steps))):.1f} steps; a loop of fit_pair {1 / loops[-1]:8.0f} fits/s",
             flush=True,
         )
-        few = starts[:8]
-        one = lambda i: cg.fit_pair(  # noqa: E731
-            clouds[0][i], clouds[1][i], starts[i], transport_weight=0.01, em_steps=30, tol=1e-5
-        )
-        one(0)
-        loops.append(seconds(lambda: [one(i) for i in range(len(few))])[0] / len(few))
-        print(f"      a loop of fit_pair: {1 / loops[-1]:8.0f} fits/s", flush=True)
     return {"sizes": sizes, "seconds": times, "loop": loops, "slope": slope(sizes, times)}
 
 

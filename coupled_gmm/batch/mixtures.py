@@ -85,7 +85,7 @@ def fit_gmms(
     given = []
     for i, (cloud, start) in enumerate(zip(given_clouds, begun, strict=True)):
         view = view_of([cloud], [start], request.controls.ridge)
-        parts.check_in_memory("fit_gmm", [cloud], view)
+        view.check_in_memory(cloud.name, remedy="fit_gmm takes it")
         given.append(Given(i, (start,), view, solvers.ENTROPIC))
     return MixtureFits(*stacks.fitted(_KIND, given, request, progress, executor))
 

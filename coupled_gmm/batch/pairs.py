@@ -133,7 +133,7 @@ def _checked(lists: list[list], weight: Any, frozen: np.ndarray, request: FitReq
         check_densities(f"pairs[{i}]", pair, frozen, ridge)
         seen = [GivenCloud(f"clouds{s}[{i}]", x, f"point_weights{s}[{i}]", w) for s, (x, w) in enumerate(sides)]
         view = view_of(seen, [pair.gmm0, pair.gmm1], ridge)
-        parts.check_in_memory("fit_pair", seen, view)
+        view.check_in_memory(*(cloud.name for cloud in seen), remedy="fit_pair takes it")
         solver = solvers.solver_for(method, pair)
         price = np.broadcast_to(weight, n)[i].astype(pair.gmm0.dtype)
         given.append(Given(i, (stated(pair, balanced=False), price, frozen), view, solver))

@@ -4,7 +4,7 @@ A part's clouds lie one after the other in one buffer of chunks, and each proble
 the largest of their part with components of weight zero.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,6 @@ from coupled_gmm.core import checks, chunks
 from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.tree import unchecked
 from coupled_gmm.fits.frame import Frame, View
-from coupled_gmm.fits.request import GivenCloud
 from coupled_gmm.gaussians.mixture import GaussianMixture
 from coupled_gmm.transport import solvers
 
@@ -93,12 +92,6 @@ def one_each(name: str, values: Any, n: int, clouds: str, alone: Any = None) -> 
 def check_known(name: str, single: str, *values: Any) -> None:
     if not checks.known(values):
         raise ArgumentError(name, "arguments are traced", f"call it outside of jit; there map over {single}")
-
-
-def check_in_memory(single: str, clouds: Sequence[GivenCloud], view: View) -> None:
-    """Refuse clouds whose points a part's buffer would have to hold, though they are not in memory."""
-    for node in view.external:
-        raise ArgumentError(clouds[node].name, "is not in memory, as clouds of a batch are", f"give it to {single}")
 
 
 def over_mixtures(function: Callable[[Any], Any], start: Any) -> Any:

@@ -19,6 +19,8 @@ from coupled_gmm.fits import statistics
 from coupled_gmm.fits.frame import Frame, View
 from coupled_gmm.fits.statistics import Base, Sums
 
+_LONG, _NUMBERS = 2**12, 2**15  # points of longer chunks, where they are few numbers: no buffer is filled up for them
+
 
 @pytree
 class Rows:
@@ -73,6 +75,8 @@ def e_step(
       numbers: that a program holds of each point.
       chunk_size: points that it holds so at once; None suits the machine.
     """
+    if chunk_size is None and jax.default_backend() == "cpu" and _LONG * numbers <= _NUMBERS:
+        chunk_size = _LONG
     base, floors, reference, frame = meshes.whole((base, floors, reference, view.frame))
     found = jax.tree.map(lambda leaf: np.array(leaf, np.float64), _sums_here(base, here, floors, reference))
     x64 = bool(jax.config.read("jax_enable_x64"))

@@ -148,9 +148,9 @@ def test_clouds_that_are_not_in_memory_are_refused_by_name_and_give_starts(tmp_p
     x = cloud(0, 60, 2)
     np.save(tmp_path / "x.npy", x)
     away, pair = cg.open_cloud(tmp_path / "x.npy"), cg.GaussianMixturePair(start(x, 2), start(x, 2), 1.0)
-    with pytest.raises(ValueError, match=r"^clouds\[1\]: is not in memory, .*give it to fit_gmm"):
+    with pytest.raises(ValueError, match=r"^clouds\[1\]: expected points in memory, .*fit_gmm takes it"):
         cg.fit_gmms([x, away], start(x, 2))
-    with pytest.raises(ValueError, match=r"^clouds1\[0\]: is not in memory, .*give it to fit_pair"):
+    with pytest.raises(ValueError, match=r"^clouds1\[0\]: expected points in memory, .*fit_pair takes it"):
         cg.fit_pairs([x], [away], pair, transport_weight=0.1)
     key = jax.random.key(0)
     (gmm,) = cg.init_gmms(key, [away], 2, n_init=2)
