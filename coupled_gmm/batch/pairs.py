@@ -100,30 +100,36 @@ def fit_pairs(
         method=method,
         chunk_size=chunk_size,
     )
-    frozen = frozen_sides(freeze)
-    given = _checked(
-        (clouds0, clouds1), pairs, transport_weight, (point_weights0, point_weights1), frozen, request, method
-    )
+    lists = _aligned(clouds0, clouds1, pairs, point_weights0, point_weights1)
+    given = _checked(lists, transport_weight, frozen_sides(freeze), request, method)
     return PairFits(*stacks.fitted(_KIND, given, request, progress, executor))
 
 
-def _checked(
-    clouds: Any, pairs: Any, weight: Any, weights: Any, frozen: np.ndarray, request: FitRequest, method: str
-) -> list[Given]:
+def _aligned(clouds0: Any, clouds1: Any, pairs: Any, weights0: Any, weights1: Any) -> list[list]:
+    """Lists of one of each for every pair."""
+    clouds0 = parts.at_least_one("clouds0", clouds0)
+
+    def each(name: str, values: Any, alone: Any = None) -> list:
+        return parts.one_each(name, values, len(clouds0), "clouds0", alone)
+
+    given = each("clouds1", clouds1), each("pairs", pairs, GaussianMixturePair)
+    none = type(None)
+    return [clouds0, *given, each("point_weights0", weights0, none), each("point_weights1", weights1, none)]
+
+
+def _checked(lists: list[list], weight: Any, frozen: np.ndarray, request: FitRequest, method: str) -> list[Given]:
     """Every pair with its clouds, in the frame that its fit sees them in."""
-    x0 = parts.at_least_one("clouds0", clouds[0])
-    n, ridge = len(x0), request.controls.ridge
-    lists = {"clouds1": clouds[1], "pairs": pairs, "point_weights0": weights[0], "point_weights1": weights[1]}
-    x1, starts, w0, w1 = (parts.one_each(name, each, n, "clouds0", _ALONE.get(name)) for name, each in lists.items())
+    x0, x1, pairs, w0, w1 = lists
+    n, ridge = len(pairs), request.controls.ridge
     weight = np.asarray(checks.scalar("transport_weight", weight, at_least=0, batched=True))
     if weight.shape not in ((), (n,)):
         raise ArgumentError("transport_weight", f"expected one number or ({n},), got shape {weight.shape}")
-    for i, pair in enumerate(starts):
+    for i, pair in enumerate(pairs):
         checks.instance(f"pairs[{i}]", pair, GaussianMixturePair)
-    parts.check_known("clouds0", "fit_pair", starts, x0, x1, w0, w1, weight)
-    starts = jax.device_get(starts)  # at once: an accelerator would be waited for at every leaf
+    parts.check_known("clouds0", "fit_pair", lists, weight)
+    pairs = jax.device_get(pairs)  # at once: an accelerator would be waited for at every leaf
     given = []
-    for i, (pair, *sides) in enumerate(zip(starts, zip(x0, w0, strict=True), zip(x1, w1, strict=True), strict=True)):
+    for i, (pair, *sides) in enumerate(zip(pairs, zip(x0, w0, strict=True), zip(x1, w1, strict=True), strict=True)):
         check_densities(f"pairs[{i}]", pair, frozen, ridge)
         seen = [GivenCloud(f"clouds{s}[{i}]", x, f"point_weights{s}[{i}]", w) for s, (x, w) in enumerate(sides)]
         view = view_of(seen, [pair.gmm0, pair.gmm1], ridge)
@@ -132,9 +138,6 @@ def _checked(
         price = np.broadcast_to(weight, n)[i].astype(pair.gmm0.dtype)
         given.append(Given(i, (stated(pair, balanced=False), price, frozen), view, solver))
     return given
-
-
-_ALONE = {"pairs": GaussianMixturePair, "point_weights0": type(None), "point_weights1": type(None)}
 
 
 def _lost(nothing: PairFit, start: tuple) -> PairFit:

@@ -144,6 +144,19 @@ def test_what_is_lost_of_far_clouds_has_the_structure_of_a_fit():
     assert jax.tree.structure(fit) == jax.tree.structure(cg.fit_gmm(x, start(x, 2), max_steps=2))
 
 
+def test_clouds_that_are_not_in_memory_are_refused_by_name_and_give_starts(tmp_path):
+    x = cloud(0, 60, 2)
+    np.save(tmp_path / "x.npy", x)
+    away, pair = cg.open_cloud(tmp_path / "x.npy"), cg.GaussianMixturePair(start(x, 2), start(x, 2), 1.0)
+    with pytest.raises(ValueError, match=r"^clouds\[1\]: expected points in memory, .*fit_gmm takes it"):
+        cg.fit_gmms([x, away], start(x, 2))
+    with pytest.raises(ValueError, match=r"^clouds1\[0\]: expected points in memory, .*fit_pair takes it"):
+        cg.fit_pairs([x], [away], pair, transport_weight=0.1)
+    key = jax.random.key(0)
+    (gmm,) = cg.init_gmms(key, [away], 2, n_init=2)
+    same_bits(gmm, cg.init_gmm(jax.random.fold_in(key, 0), away, 2, n_init=2))
+
+
 def test_what_is_fitted_can_be_told_to_another_process():
     for kind in (mixtures._KIND, pairs._KIND):
         assert pickle.loads(pickle.dumps(kind)) == kind
