@@ -25,7 +25,7 @@ def test_there_are_notebooks():
     assert NOTEBOOKS
 
 
-LONG = ("02_barycenters", "03_flow", "04_transport_maps")  # half a minute of compilation and more
+LONG = ("02_barycenters", "03_flow", "04_transport_maps", "05_batches")  # half a minute of compilation and more
 
 
 @pytest.mark.timeout(600)
