@@ -1,14 +1,16 @@
-"""Time and memory against points, components, features, pairs and files, with slopes.
+"""Time and memory against points, components, features, pairs, files and devices, with slopes.
 
-    python benchmarks/scale.py [steps] [pairs] [files] [--largest 1e7] [--out results.json]
+    python benchmarks/scale.py [steps] [pairs] [files] [devices] [--largest 1e7] [--out results.json]
 
-An EM step's seconds are those of a fit of many steps less those of a fit of few. A slope is that of logarithms: 1 is in proportion.
+Devices are simulated, on the cores that there are. An EM step's seconds are those of a fit of many steps less those of a fit of few. A slope is that of logarithms: 1 is in proportion.
 """
 
 import argparse
 import json
 import os
 import resource
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -25,6 +27,15 @@ STEPS = {  # what is varied: N, K, d of each
 }
 PAIRS = [16, 64, 256, 1024, 4096]
 FILES = [10**6, 10**7, 10**8]
+DEVICES = [1, 2, 4, 8]
+ON_DEVICES = """
+import jax, scale
+import coupled_gmm as cg
+x, start = scale.problem({n}, 20, 10)
+mesh = jax.make_mesh((len(jax.devices()),), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+points = cg.shard_cloud(x, mesh)[0] if mesh.size > 1 else jax.device_put(x)
+print(scale.per_step(points, start))
+"""
 
 
 def seconds(call):
@@ -143,16 +154,35 @@ def files(largest: int) -> dict:
     return {"files": found}
 
 
+def devices(largest: int) -> dict:
+    """A cloud n x 10, K 20, over simulated devices."""
+    n, times = min(largest, 500_000), []
+    for count in DEVICES:
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
+        code = [sys.executable, "-c", ON_DEVICES.format(n=n)]
+        end = subprocess.run(
+            code, env=os.environ | {"XLA_FLAGS": flags}, cwd=Path(__file__).parent, capture_output=True, text=True
+        )
+        if end.returncode:
+            raise RuntimeError(end.stderr)
+        times.append(float(end.stdout))
+        print(f"{count} devices, N {n:,}, K 20, d 10: {1e3 * times[-1]:.1f} ms a step", flush=True)
+    return {"sizes": DEVICES, "seconds": times}
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sections", nargs="*", choices=["steps", "pairs", "files", []])
+    parser.add_argument("sections", nargs="*", choices=["steps", "pairs", "files", "devices", []])
     parser.add_argument("--largest", type=float, default=1e7, help="points at most")
     parser.add_argument("--points", type=int, default=1000, help="points in each cloud of a pair")
     parser.add_argument("--out", default=None)
     arguments = parser.parse_args()
     print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}")
     results, largest = {}, int(arguments.largest)
-    for section in arguments.sections or ["steps", "pairs", "files"]:
-        results[section] = pairs(largest, arguments.points) if section == "pairs" else globals()[section](largest)
+    for section in arguments.sections or ["steps", "pairs", "files", "devices"]:
+        if section == "pairs":
+            results[section] = pairs(largest, arguments.points)
+        else:
+            results[section] = {"steps": steps, "files": files, "devices": devices}[section](largest)
     if arguments.out:
         Path(arguments.out).write_text(json.dumps(results, indent=1))
