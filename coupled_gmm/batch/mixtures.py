@@ -24,7 +24,7 @@ from coupled_gmm.transport import solvers
 
 @saved
 @pytree
-class MixtureFits(StackedFits):
+class MixtureFits(StackedFits[MixtureFit]):
     """Fits of a mixture to each of many clouds: `fits[i]` is what `fit_gmm` returns of the i-th; numbers of all are (B,)."""
 
     stacks: list[MixtureFit]
@@ -36,8 +36,13 @@ class MixtureFits(StackedFits):
     def log_likelihood(self) -> Float[Array, " B"]:
         return self._read("log_likelihood")
 
-    def __getitem__(self, i: int) -> MixtureFit:
-        fit, (size,) = self._row(i)
+    @property
+    def gmms(self) -> list[GaussianMixture]:
+        """The mixtures, as `mw2_matrix` takes them."""
+        return [fit.gmm for fit in self]
+
+    def _alone(self, index: int) -> MixtureFit:
+        fit, (size,) = self._row(index)
         return dataclasses.replace(fit, gmm=unpadded(fit.gmm, size))
 
     def _words(self) -> list[str]:

@@ -24,14 +24,14 @@ from coupled_gmm.transport.pair import GaussianMixturePair, stated
 
 @saved
 @pytree
-class PairFits(StackedFits):
+class PairFits(StackedFits[PairFit]):
     """Fits of many pairs: `fits[i]` is what `fit_pair` returns of the i-th; status, J and steps are those of all, (B,)."""
 
     stacks: list[PairFit]
     sizes: Int[AnyArray, "B 2"]
 
-    def __getitem__(self, i: int) -> PairFit:
-        fit, (k0, k1) = self._row(i)
+    def _alone(self, index: int) -> PairFit:
+        fit, (k0, k1) = self._row(index)
         balanced = bool(np.all(np.isinf(np.asarray(fit.pair.rho))))
         plan = trimmed(fit.plan, unpadded(fit.pair.gmm0, k0), unpadded(fit.pair.gmm1, k1))
         plan = dataclasses.replace(plan, pair=stated(plan.pair, balanced))

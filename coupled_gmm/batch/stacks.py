@@ -8,7 +8,7 @@ nobody waits for the slowest. On a CPU parts go to a thread for each core.
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +29,11 @@ from coupled_gmm.fits.graph import MixtureGraph
 from coupled_gmm.fits.request import Controls, FitOptions, FitRequest
 from coupled_gmm.gaussians.mixture import GaussianMixture
 
+F = TypeVar("F")
+
 
 @pytree
-class StackedFits(Outcome):
+class StackedFits(Outcome, Generic[F]):
     """Fits of a batch, of which each is read by its number; what is asked of all is (B,)."""
 
     stacks: list[Any]  # of each part, padded
@@ -66,15 +68,24 @@ class StackedFits(Outcome):
     def __bool__(self) -> bool:
         return True
 
-    def __getitem__(self, i: int) -> Any:
+    @overload
+    def __getitem__(self, i: int) -> F: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[F]: ...
+    def __getitem__(self, i: int | slice) -> F | list[F]:
+        if isinstance(i, slice):
+            return [self._alone(number) for number in range(len(self))[i]]
+        return self._alone(range(len(self))[i])
+
+    def __iter__(self) -> Iterator[F]:
+        return (self._alone(i) for i in range(len(self)))
+
+    def _alone(self, index: int) -> F:
+        """The fit of this number, as it would be returned alone."""
         raise NotImplementedError
 
-    def __iter__(self) -> Iterator[Any]:
-        return (self[i] for i in range(len(self)))
-
-    def _row(self, i: int) -> tuple[Any, list[int]]:
-        """The i-th fit, padded, and the sizes of its mixtures."""
-        index = range(len(self))[i]
+    def _row(self, index: int) -> tuple[Any, list[int]]:
+        """The fit of this number, padded, and the sizes of its mixtures."""
         (part, row), sizes = (np.asarray(one[index]).tolist() for one in (self.places, self.sizes))
         return jax.device_put(jax.tree.map(lambda leaf: np.asarray(leaf)[row], self.stacks[part])), sizes
 

@@ -63,6 +63,11 @@ def test_each_is_what_fit_gmm_returns(cohort, tmp_path):
     assert int(fits[-1].n_steps) == int(fits.n_steps[6]) > 1
     with pytest.raises(IndexError):
         fits[7]
+    first, third = fits[:4:2]
+    same_bits(first, fits[0])
+    same_bits(third, fits[2])
+    for gmm, fit in zip(fits.gmms, fits, strict=True):
+        same_bits(gmm, fit.gmm)
     cg.save(tmp_path / "fits.npz", fits)
     same_bits(cg.load(tmp_path / "fits.npz"), fits)
 
