@@ -2,7 +2,7 @@
 
     python benchmarks/scale.py [steps] [pairs] [files] [devices] [--largest 1e7] [--out results.json]
 
-Devices are simulated, on the cores that there are. An EM step's seconds are those of a fit of many steps less those of a fit of few. A
+Devices are simulated, on the cores that there are. An EM step takes the seconds of a fit of many steps less those of a fit of few. A
 slope is that of logarithms: 1 is in proportion.
 """
 
