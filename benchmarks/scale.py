@@ -2,8 +2,8 @@
 
     python benchmarks/scale.py [steps] [pairs] [files] [devices] [--largest 1e7] [--out results.json]
 
-Devices are simulated, on the cores that there are. An EM step takes the seconds of a fit of many steps less those of a fit of few. A
-slope is that of logarithms: 1 is in proportion.
+Devices are simulated, on the cores that there are. An EM step takes what a fit of many steps takes more than one of few. A slope is
+that of logarithms: 1 is in proportion.
 """
 
 import argparse
