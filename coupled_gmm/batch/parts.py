@@ -4,6 +4,8 @@ A part's clouds lie one after the other in one buffer of chunks, and each proble
 the largest of their part with components of weight zero.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -43,7 +45,8 @@ class Part(NamedTuple):
     weights: Any
 
 
-class Given(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Given:
     """What was asked for of one problem, checked."""
 
     number: int
@@ -51,19 +54,19 @@ class Given(NamedTuple):
     view: View
     solver: solvers.PlanSolver
 
-    @property
+    @functools.cached_property
     def gmms(self) -> list[GaussianMixture]:
         return [leaf for leaf in jax.tree.leaves(self.start, is_leaf=_is_mixture) if _is_mixture(leaf)]
 
-    @property
+    @functools.cached_property
     def size(self) -> int:
         return max(gmm.n_components for gmm in self.gmms)
 
-    @property
+    @functools.cached_property
     def n_points(self) -> int:
         return sum(map(len, self.view.clouds))
 
-    @property
+    @functools.cached_property
     def kind(self) -> tuple:
         """What problems of one program share, but for their sizes."""
         tree, gmm = jax.tree.structure(self.start), self.gmms[0]
@@ -166,6 +169,8 @@ def _part(some: list[Given], size: int, length: int, total: int, room: int) -> P
 def _padded(gmm: GaussianMixture, size: int) -> GaussianMixture:
     """As `gaussians.mixture.padded`, by NumPy: a program for each size would cost more than the fit."""
     extra, d = size - gmm.n_components, gmm.n_features
+    if not extra:
+        return gmm
 
     def more(leaf: Any, fill: Any) -> np.ndarray:
         return np.concatenate([leaf, np.broadcast_to(np.asarray(fill, leaf.dtype), (extra, *leaf.shape[1:]))])

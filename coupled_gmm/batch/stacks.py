@@ -138,9 +138,9 @@ def fitted(
 
 def _done(tasks: list[tuple], executor: Any) -> Iterator[tuple[int, Any]]:
     """The number and fits of each part; here an exception is an error of ours, there it stands for what is lost."""
-    if executor is None:
+    if executor is None and executors.threads() > 1:
         shapes = {}
-        for kind, part, *rest in tasks:  # compiled once for each shape, by a call that fits nothing
+        for kind, part, *rest in tasks:  # compiled once for each shape, by a call that fits nothing: not by each thread
             blank = kind, part._replace(count=np.int32(0)), *rest
             shapes.setdefault(str(jax.tree.map(np.shape, part)) + repr(rest[1:]), blank)
         for _ in executors.outcomes(fit_part, list(shapes.values())):
