@@ -170,13 +170,18 @@ def _mixture_values(o: _Object) -> None:
     for name in ("means", "covariances", "remainders"):
         if o.held(name) is not None:
             o.require(name, np.isfinite(o.array(name)[present]), "must be finite")
-    covariances, d = o.array("covariances"), o.sizes["d"]
+    _positive_semidefinite(o, "covariances", present)
+
+
+def _positive_semidefinite(o: _Object, name: str, present: np.ndarray) -> None:
+    covariances, d = o.array(name), o.sizes["d"]
     looked_at = np.where(present[..., None, None], covariances, np.eye(d)).reshape(-1, d, d)
     if len(looked_at):
         try:
             check_covariances(looked_at.astype(np.float64), _ROUNDING * float(np.finfo(covariances.dtype).eps))
         except ValueError as error:
-            raise Invalid(f"{o.where}.{str(error).partition(';')[0]}") from error
+            said = str(error).partition(";")[0].removeprefix("covariances")
+            raise Invalid(f"{o.where}.{name}{said}") from error
 
 
 def _pair_sizes(o: _Object) -> None:
@@ -226,6 +231,22 @@ def _steps(o: _Object) -> None:
     o.require("n_steps", (n_steps >= 0) & (n_steps <= rows), f"must be from 0 to the {rows} of its history")
     if getattr(o.value, "start", None) is not None:
         o.require("start", o.array("start") >= 0, "must be at least 0")
+
+
+def _mixture_fit(o: _Object) -> None:
+    _steps(o)
+    if o.held("statistics") is not None:
+        sizes, given = (np.shape(o.held(name).means)[-2:] for name in ("gmm", "statistics"))
+        o.require("statistics", given == sizes, f"are of {given} components and features, and gmm is of {sizes}")
+
+
+def _statistics_values(o: _Object) -> None:
+    masses = o.array("masses").astype(np.float64)
+    _finite_values("mass", "masses", "means", "remainders", "scatters", "entropy")(o)
+    o.require("mass", o.array("mass") > 0, "must be above 0")
+    o.require("masses", (masses >= 0) & (np.abs(masses.sum(-1, keepdims=True) - 1) <= 1e-3), "must sum to 1 within 1e-3")
+    o.require("entropy", o.array("entropy") >= 0, "must be at least 0")
+    _positive_semidefinite(o, "scatters", masses > 0)
 
 
 def _pair_fit(o: _Object) -> None:
@@ -307,7 +328,7 @@ _RELATIONS: dict[str, Callable[[_Object], None]] = {
     "GaussianMixture": _mixture_sizes,
     "GaussianMixturePair": _pair_sizes,
     "GraphFit": _graph_fit,
-    "MixtureFit": _steps,
+    "MixtureFit": _mixture_fit,
     "MixtureFits": _stacked_fits(lambda fit: [fit.gmm]),
     "MixtureGraph": _graph,
     "PairFit": _pair_fit,
@@ -322,6 +343,7 @@ _VALUES: dict[str, Callable[[_Object], None]] = {
     "GraphFit": _finite_values("penalized_log_likelihood"),
     "MixtureFit": _finite_values("log_likelihood", "penalized_log_likelihood"),
     "MixtureGraph": _graph_values,
+    "MixtureStatistics": _statistics_values,
     "PairFit": _finite_values("penalized_log_likelihood"),
     "Plan": _plan_values,
 }
