@@ -200,4 +200,4 @@ def _check_present(masses: np.ndarray, weights: np.ndarray) -> None:
 def _held(mass: Any, dtype: Any) -> Any:
     """A mass as a positive number of this precision, of which two have a sum."""
     xp, limits = np if isinstance(mass, (np.ndarray, np.generic)) else jnp, np.finfo(dtype)
-    return xp.clip(mass, float(limits.tiny), float(limits.max) / 4).astype(dtype)
+    return xp.asarray(xp.clip(mass, float(limits.tiny), float(limits.max) / 4), dtype)
