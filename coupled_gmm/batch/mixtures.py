@@ -65,7 +65,7 @@ def fit_gmms(
       progress, executor: as in `fit_pairs`.
 
     Returns:
-      `MixtureFits`: `fits[i]` is what `fit_gmm` returns, and ends by itself.
+      `MixtureFits`: `fits[i]` is what `fit_gmm` returns, and ends by itself. Their `statistics` are None.
 
     Raises:
       TypeError, ValueError: an argument of the wrong kind, shape or range; it says of which cloud.

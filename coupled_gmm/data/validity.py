@@ -240,7 +240,9 @@ def _statistics_values(o: _Object) -> None:
     masses = o.array("masses").astype(np.float64)
     _finite_values("mass", "masses", "means", "remainders", "scatters", "entropy")(o)
     o.require("mass", o.array("mass") > 0, "must be above 0")
-    o.require("masses", (masses >= 0) & (np.abs(masses.sum(-1, keepdims=True) - 1) <= 1e-3), "must sum to 1 within 1e-3")
+    o.require(
+        "masses", (masses >= 0) & (np.abs(masses.sum(-1, keepdims=True) - 1) <= 1e-3), "must sum to 1 within 1e-3"
+    )
     o.require("entropy", o.array("entropy") >= 0, "must be at least 0")
 
 

@@ -208,8 +208,9 @@ class Sight:
     def floors(self, ridge: Array) -> Float[Array, "V d"]:
         """What ridge adds to the variances of each cloud, in the frame's coordinates.
 
-        A part of the feature's variance in the cloud, and in earlier data if there are any; where that is 0 of the one in all clouds, and where that is 0 too of 1 in
-        data units. No ridge but 0 is less than what covariances of so many features in this precision can hold.
+        A part of the feature's variance in the cloud, with earlier data if there are any; where that is 0 of the one in all clouds,
+        and where that is 0 too of 1 in data units. No ridge but 0 is less than what covariances of so many features in this
+        precision can hold.
         """
         ridge = ridge.astype(self.pooled.dtype)
         least = 2 * len(self.pooled) * jnp.finfo(ridge.dtype).eps

@@ -152,9 +152,8 @@ class MixtureFit(Outcome):
     """A fitted mixture and how the fit went.
 
     `log_likelihood` is the density's own at the end, mean per point; `penalized_log_likelihood` has the ridge's term in, and is
-    what the fit raised. Of several starts, the one that ended best, and which it was. `statistics` are those of all data so far, from
-    which `fit_gmm` goes on with others; where it has, likelihoods are the lower bounds of the mean over all data that its docstring
-    gives.
+    what the fit raised. Of several starts, the one that ended best, and which it was. `statistics` are those of all data so far:
+    `fit_gmm` goes on from them. Of a fit that has gone on from others, likelihoods are the lower bounds that its docstring gives.
     """
 
     gmm: GaussianMixture

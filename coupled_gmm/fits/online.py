@@ -199,5 +199,6 @@ def _check_present(masses: np.ndarray, weights: np.ndarray) -> None:
 
 def _held(mass: Any, dtype: Any) -> Any:
     """A mass as a positive number of this precision, of which two have a sum."""
-    xp, limits = np if isinstance(mass, (np.ndarray, np.generic)) else jnp, np.finfo(dtype)
+    xp: Any = np if isinstance(mass, (np.ndarray, np.generic, float)) else jnp
+    limits = np.finfo(dtype)
     return xp.asarray(xp.clip(mass, float(limits.tiny), float(limits.max) / 4), dtype)

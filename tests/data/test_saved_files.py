@@ -98,7 +98,12 @@ def mixture_fit(**changes):
 
 
 def statistics(k=2, **changes):
-    fields = {"mass": F(7), "masses": F(np.ones(k) / k), "means": F(np.zeros((k, 2))), "remainders": F(np.zeros((k, 2)))}
+    fields = {
+        "mass": F(7),
+        "masses": F(np.ones(k) / k),
+        "means": F(np.zeros((k, 2))),
+        "remainders": F(np.zeros((k, 2))),
+    }
     fields |= {"scatters": F([np.eye(2)] * k), "entropy": F(0.1)}
     return unchecked(cg.MixtureStatistics, **fields | changes)
 

@@ -66,15 +66,23 @@ class Twin:
     def q(self, floor):
         """Of earlier data, with their entropy."""
         total = float(self.earlier["entropy"])
-        for n, m, a, mean, s, w in zip(*(self.earlier[i] for i in ("masses", "means", "scatters")), *self.theta, strict=True):
+        for n, m, a, mean, s, w in zip(
+            *(self.earlier[i] for i in ("masses", "means", "scatters")), *self.theta, strict=True
+        ):
             second = a + np.diag(floor) + np.outer(m - mean, m - mean)
-            total += n * (np.log(w) - 0.5 * np.linalg.slogdet(2 * np.pi * s)[1] - 0.5 * np.trace(np.linalg.inv(s) @ second))
+            total += n * (
+                np.log(w) - 0.5 * np.linalg.slogdet(2 * np.pi * s)[1] - 0.5 * np.trace(np.linalg.inv(s) @ second)
+            )
         return total
 
     def e_step(self):
         """J with the ridge's term and without, and the sums; and the entropy of all."""
         joint = np.stack(
-            [scipy.stats.multivariate_normal(m, s).logpdf(self.x) + np.log(w) for m, s, w in zip(*self.theta, strict=True)], 1
+            [
+                scipy.stats.multivariate_normal(m, s).logpdf(self.x) + np.log(w)
+                for m, s, w in zip(*self.theta, strict=True)
+            ],
+            1,
         )
         penalty = np.array([0.5 * self.floor @ np.diag(np.linalg.inv(s)) for s in self.theta[1]])
         log_r = joint - penalty - scipy.special.logsumexp(joint - penalty, axis=1, keepdims=True)
@@ -83,7 +91,9 @@ class Twin:
         sums = self.raw(np.exp(log_r) * self.w[:, None])
         if self.earlier is not None:
             a = self.share
-            values = [(1 - a) * v + a * self.q(floor) for v, floor in zip(values, (self.floor, 0 * self.floor), strict=True)]
+            values = [
+                (1 - a) * v + a * self.q(floor) for v, floor in zip(values, (self.floor, 0 * self.floor), strict=True)
+            ]
             entropy = (1 - a) * entropy + a * self.earlier["entropy"]
             sums = [(1 - a) * one + a * other for one, other in zip(sums, self.before, strict=True)]
         return values, sums, entropy
@@ -127,7 +137,9 @@ def test_a_stream_equals_numpy(weighted, forgetting, precision):
         twin = Twin(gmm, x, w, earlier, forgetting)
         assert_same(fit, twin, rtol=1e-9 if precision < 1e-8 else 2e-4, atol=1e-10 if precision < 1e-8 else 2e-5)
         gmm, statistics, earlier = fit.gmm, fit.statistics, host(fit.statistics)
-    expected = 3 * N if w is None else sum((1 - forgetting) ** (2 - i) * v.sum() for i, (_, v) in enumerate(batches(True)))
+    expected = (
+        3 * N if w is None else sum((1 - forgetting) ** (2 - i) * v.sum() for i, (_, v) in enumerate(batches(True)))
+    )
     np.testing.assert_allclose(float(fit.statistics.mass), expected, rtol=4 * precision)
 
 
