@@ -238,7 +238,9 @@ def _mixture_fit(o: _Object) -> None:
 def _statistics_values(o: _Object) -> None:
     """Scatters may miss being positive semi-definite: of few points they are rounding, which no floor has raised yet."""
     masses = o.array("masses").astype(np.float64)
-    _finite_values("mass", "masses", "means", "remainders", "scatters", "entropy")(o)
+    _finite_values("mass", "masses", "entropy")(o)
+    for name in ("means", "remainders", "scatters"):
+        o.require(name, np.isfinite(o.array(name)[masses > 0]), "must be finite")
     o.require("mass", o.array("mass") > 0, "must be above 0")
     o.require(
         "masses", (masses >= 0) & (np.abs(masses.sum(-1, keepdims=True) - 1) <= 1e-3), "must sum to 1 within 1e-3"

@@ -97,7 +97,7 @@ class Frame:
             means=means,
             remainders=remainders,
             scatters=0.5 * (scatters + matrices.transpose(scatters)),
-            entropy=jnp.clip(entropy, 0, np.log(means.shape[-2])),
+            entropy=jnp.clip(entropy, 0, jnp.log(jnp.maximum(jnp.sum(seen.masses > 0, axis=-1), 1))),
         )
 
     def earlier(self, update: Update | None, dtype: Any) -> Earlier | None:

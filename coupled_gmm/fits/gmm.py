@@ -163,7 +163,7 @@ class MixtureFit(Outcome):
     history: MixtureHistory
     penalized_log_likelihood: Float[Array, "*b"] | None = None
     start: Int[Array, "*b"] | None = None
-    statistics: MixtureStatistics | None = None  # not of fits in batches, nor in files of before
+    statistics: MixtureStatistics | None = None  # files of before have none
 
     _remedies = MappingProxyType(
         {

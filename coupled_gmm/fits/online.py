@@ -15,6 +15,7 @@ log-likelihood of all; EM, whose M-step takes the mixed statistics, never lowers
 online EM of Cappé & Moulines (2009) with the step size 1 - a.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -49,6 +50,12 @@ class MixtureStatistics(Stackable):
     @property
     def batch_shape(self) -> tuple[int, ...]:
         return jnp.shape(self.mass)
+
+    def unpadded(self, size: int) -> "MixtureStatistics":
+        """Of the first components."""
+        cut = {name: getattr(self, name)[..., :size, :] for name in ("means", "remainders")}
+        cut |= {"masses": self.masses[..., :size], "scatters": self.scatters[..., :size, :, :]}
+        return dataclasses.replace(self, **cut)
 
     def _words(self) -> list[str]:
         k, d = self.means.shape[-2:]
@@ -92,17 +99,20 @@ class Earlier(NamedTuple):
 
     def variances_of_all(self, variances: Float[Array, "V d"]) -> Float[Array, "V d"]:
         """Variances of features in earlier data and a cloud about 0 together, of which the cloud's are given."""
-        mean = jnp.einsum("vk,vkd->vd", self.masses, self.means)
-        own = jnp.diagonal(self.scatters, axis1=-2, axis2=-1) + (self.means - mean[:, None]) ** 2
-        own, share = jnp.einsum("vk,vkd->vd", self.masses, own), self.share[:, None]
+        present = self.masses[..., None] > 0
+        means = jnp.where(present, self.means, 0)
+        mean = jnp.einsum("vk,vkd->vd", self.masses, means)
+        own = jnp.diagonal(self.scatters, axis1=-2, axis2=-1) + (means - mean[:, None]) ** 2
+        own, share = jnp.einsum("vk,vkd->vd", self.masses, jnp.where(present, own, 0)), self.share[:, None]
         return (1 - share) * variances + share * (own + (1 - share) * mean**2)
 
     def seen_from(self, found: Statistics, floors: Float[Array, "V d"], reference: Float[Array, " V"]) -> Statistics:
         """As an E-step would have found them under the same base, with the bound Q + H for the log-likelihoods."""
         base, whitening = found.base, found.whitening
-        apart = jnp.where(self.masses[..., None] > 0, self.means - base.means, 0)
-        shift = jnp.einsum("vkij,vkj->vki", whitening, apart)
-        scatter = whitening @ self.scatters @ matrices.transpose(whitening)
+        present = self.masses[..., None] > 0  # of what is absent anything may be said
+        shift = jnp.einsum("vkij,vkj->vki", whitening, jnp.where(present, self.means - base.means, 0))
+        scatters = jnp.where(present[..., None], self.scatters, 0)
+        scatter = whitening @ scatters @ matrices.transpose(whitening)
         nothing = jnp.zeros_like(reference)
         seen = Statistics(base, whitening, self.masses, shift, scatter, nothing, nothing)
         q = jax.vmap(expected_log_likelihood)
@@ -181,10 +191,13 @@ def checked(statistics: Any, forgetting: Any, init: GaussianMixture | None) -> t
 
 
 def _check_values(statistics: MixtureStatistics) -> None:
-    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(statistics)]
-    if not all(np.isfinite(leaf).all() for leaf in leaves):
-        raise ArgumentError("statistics", "are not finite", "the fit that they are of has failed: begin without them")
     masses = np.asarray(statistics.masses, np.float64)
+    of_present = (
+        np.asarray(leaf)[masses > 0] for leaf in (statistics.means, statistics.remainders, statistics.scatters)
+    )
+    numbers = (statistics.mass, statistics.entropy, masses, *of_present)
+    if not all(np.isfinite(np.asarray(leaf)).all() for leaf in numbers):
+        raise ArgumentError("statistics", "are not finite", "the fit that they are of has failed: begin without them")
     if not (np.asarray(statistics.mass) > 0 and (masses >= 0).all() and abs(masses.sum() - 1) <= 1e-3):
         raise ArgumentError("statistics", "mass must be above 0, and masses sum to 1", "take those of a fit")
 
