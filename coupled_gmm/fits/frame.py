@@ -90,6 +90,7 @@ class Frame:
         means, remainders = self._moved_back(base.means + shift)
         factors = self.unit * base.factors
         scatters = factors @ seen.scatter @ matrices.transpose(factors)
+        present = jnp.maximum(jnp.sum(seen.masses > 0, axis=-1), 1).astype(entropy.dtype)
         return unchecked(
             MixtureStatistics,
             mass=jnp.broadcast_to(mass, entropy.shape),
@@ -97,7 +98,7 @@ class Frame:
             means=means,
             remainders=remainders,
             scatters=0.5 * (scatters + matrices.transpose(scatters)),
-            entropy=jnp.clip(entropy, 0, jnp.log(jnp.maximum(jnp.sum(seen.masses > 0, axis=-1), 1))),
+            entropy=jnp.clip(entropy, 0, jnp.log(present)),
         )
 
     def earlier(self, update: Update | None, dtype: Any) -> Earlier | None:

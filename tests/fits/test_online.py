@@ -260,6 +260,34 @@ def test_far_from_0(offset, precision):
     np.testing.assert_allclose(far.history.log_likelihood, near.history.log_likelihood, rtol=atol)
 
 
+def test_means_far_from_0_do_not_stick():
+    """Forty batches move the mean by less each than one float32 tells apart there."""
+    x = np.float32(1e5 + np.random.RandomState(0).randn(40 * N, 1))
+    fit = cg.fit_gmm(x[:N], cg.GaussianMixture.from_moments(x[:1], [[[1.0]]], [1.0]), max_steps=1, tol=0)
+    for i in range(1, 40):
+        x_now = x[i * N : (i + 1) * N]
+        fit = cg.fit_gmm(x_now, fit.gmm, statistics=fit.statistics, max_steps=1, tol=0)
+    exact = np.asarray(x, np.float64)
+    np.testing.assert_allclose(host(fit.statistics)["means"][0], exact.mean(0), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(host(fit.statistics)["scatters"][0, 0], exact.var(0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("start_first", [True, False])
+def test_precisions_may_differ(start_first):
+    """Statistics of float32 beside a start of float64, and the other way round: the fit is in the start's."""
+    x = cloud(0)
+    with jax.enable_x64(True):
+        double = cg.fit_gmm(x, start(), max_steps=STEPS, tol=0)
+        single = jax.tree.map(lambda leaf: leaf.astype("float32"), (double.gmm, double.statistics))
+        gmm, statistics = (double.gmm, single[1]) if start_first else (single[0], double.statistics)
+        fit = cg.fit_gmm(x, gmm, statistics=statistics, forgetting=0.5, max_steps=STEPS, tol=0)
+        expected = cg.fit_gmm(x, double.gmm, statistics=double.statistics, forgetting=0.5, max_steps=STEPS, tol=0)
+    assert {leaf.dtype for leaf in jax.tree.leaves(fit.statistics)} == {gmm.dtype}
+    for name, value in host(expected.statistics).items():
+        if name != "remainders":
+            np.testing.assert_allclose(host(fit.statistics)[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
 def test_units_do_not_matter(scale):
     x, y = cloud(0), cloud(1)
