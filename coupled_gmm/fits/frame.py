@@ -105,10 +105,10 @@ class Frame:
         """What data of before said of one mixture's components; None where a fit does not go on from any."""
         if update is None or update.statistics is None:
             return None
-        found, share = update.statistics, update.kept / (update.kept + update.mass)
+        found, total = update.statistics, update.kept + update.mass
         means = ((found.means - self.origin) + (found.remainders - self.remainder)) / self.unit
         scatters = found.scatters / self.unit / self.unit
-        one = Earlier(share, found.masses, means, scatters, found.entropy)
+        one = Earlier(update.kept / total, update.mass / total, found.masses, means, scatters, found.entropy)
         return jax.tree.map(lambda leaf: leaf[None].astype(dtype), one)
 
 

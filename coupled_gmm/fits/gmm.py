@@ -225,7 +225,7 @@ def fit_gmm(
       point_weights: (n,), at least 0, not all 0; None weighs points equally.
       max_steps: EM steps, at most.
       tol: at least 0; converged when a step raises the mean log-likelihood by no more, and the next promises no more. Gains are
-        known to less than a rounding unit of the log-likelihood. 0 does all steps.
+        known to less than a rounding unit of the log-likelihood, with `statistics` to some. 0 does all steps.
       ridge: floor of the covariances relative to each feature's variance, as in `fit_pair`. A start is floored as the fit is.
         With earlier statistics variances are those of all data.
       statistics: of all data so far, as in an earlier fit's `statistics`, for one mixture to start from: that fit's own, as a rule.

@@ -89,9 +89,10 @@ class Update:
 
 
 class Earlier(NamedTuple):
-    """What earlier data say of the components of V nodes, in the coordinates of a fit's frame; and their share in all data."""
+    """What earlier data say of the components of V nodes, in the coordinates of a fit's frame; and the shares of all data."""
 
-    share: Float[Array, " V"]
+    share: Float[Array, " V"]  # a
+    new: Float[Array, " V"]  # 1 - a, of which rounding leaves nothing where a is nearly 1
     masses: Float[Array, "V K"]
     means: Float[Array, "V K d"]
     scatters: Float[Array, "V K d d"]
@@ -103,8 +104,9 @@ class Earlier(NamedTuple):
         means = jnp.where(present, self.means, 0)
         mean = jnp.einsum("vk,vkd->vd", self.masses, means)
         own = jnp.diagonal(self.scatters, axis1=-2, axis2=-1) + (means - mean[:, None]) ** 2
-        own, share = jnp.einsum("vk,vkd->vd", self.masses, jnp.where(present, own, 0)), self.share[:, None]
-        return (1 - share) * variances + share * (own + (1 - share) * mean**2)
+        own = jnp.einsum("vk,vkd->vd", self.masses, jnp.where(present, own, 0))
+        share, new = self.share[:, None], self.new[:, None]
+        return new * variances + share * (own + new * mean**2)
 
     def seen_from(self, found: Statistics, floors: Float[Array, "V d"], reference: Float[Array, " V"]) -> Statistics:
         """As an E-step would have found them under the same base, with the bound Q + H for the log-likelihoods."""
@@ -125,21 +127,22 @@ def with_earlier(
     found: Statistics, earlier: Earlier, floors: Float[Array, "V d"], reference: Float[Array, " V"]
 ) -> Statistics:
     """Statistics of a cloud and of earlier data together, in their shares."""
-    one, other, share = found, earlier.seen_from(found, floors, reference), earlier.share
-    masses = (1 - share)[:, None] * one.masses
-    total = masses + share[:, None] * other.masses
-    part = jnp.where(total > 0, share[:, None] * other.masses / jnp.where(total > 0, total, 1), 0)[..., None]
+    one, other = found, earlier.seen_from(found, floors, reference)
+    new, share = earlier.new, earlier.share
+    masses = new[:, None] * one.masses, share[:, None] * other.masses
+    total = masses[0] + masses[1]
+    # Of each component's mass the parts of both: one less one of them would have lost its digits.
+    here, before = (jnp.where(total > 0, mass / jnp.where(total > 0, total, 1), 0)[..., None] for mass in masses)
     apart = other.shift - one.shift
-    between = (part * (1 - part) * apart)[..., :, None] * apart[..., None, :]
-    scatter = one.scatter + part[..., None] * (other.scatter - one.scatter) + between
+    between = (here * before * apart)[..., :, None] * apart[..., None, :]
     return Statistics(
         base=one.base,
         whitening=one.whitening,
         masses=total,
-        shift=one.shift + part * apart,
-        scatter=scatter,
-        penalized=(1 - share) * one.penalized + share * other.penalized,
-        log_likelihood=(1 - share) * one.log_likelihood + share * other.log_likelihood,
+        shift=here * one.shift + before * other.shift,
+        scatter=here[..., None] * one.scatter + before[..., None] * other.scatter + between,
+        penalized=new * one.penalized + share * other.penalized,
+        log_likelihood=new * one.log_likelihood + share * other.log_likelihood,
     )
 
 

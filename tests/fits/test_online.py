@@ -218,6 +218,15 @@ def test_many_small_batches_come_near_the_fit_of_all(precision):
     np.testing.assert_allclose(float(fit.statistics.mass), len(x), rtol=1e-6)
 
 
+def test_a_point_beside_a_million_keeps_its_weight():
+    """In float32 one less the earlier share would be off by a twentieth of it."""
+    x = np.random.RandomState(0).randn(N, 1)
+    old = cg.fit_gmm(x, start(0, 1, 1), max_steps=1, tol=0, ridge=0)
+    many = dataclasses.replace(old.statistics, mass=jnp.float32(1e6))
+    fit = cg.fit_gmm([[2e3]], old.gmm, statistics=many, max_steps=1, tol=0, ridge=0)
+    np.testing.assert_allclose(fit.gmm.covariances.ravel(), x.var() + 1e-6 * (2e3 - x.mean()) ** 2, rtol=1e-3)
+
+
 def test_drift_is_followed_by_forgetting():
     first = cg.fit_gmm(cloud(0), cg.init_gmm(jax.random.key(0), cloud(0), K))
     ends = {}
