@@ -21,6 +21,7 @@ from coupled_gmm.data.saving import load, save
 from coupled_gmm.fits.coupled import GraphFit, fit_graph
 from coupled_gmm.fits.gmm import MixtureFit, fit_gmm, init_gmm
 from coupled_gmm.fits.graph import MixtureGraph
+from coupled_gmm.fits.online import MixtureStatistics
 from coupled_gmm.fits.pairs import PairFit, fit_pair, fit_path, penalized_log_likelihood
 from coupled_gmm.gaussians.bures import bures_cost_matrix
 from coupled_gmm.gaussians.mixture import GaussianMixture
@@ -47,6 +48,7 @@ __all__ = [
     "MixtureFit",
     "MixtureFits",
     "MixtureGraph",
+    "MixtureStatistics",
     "PairFit",
     "PairFits",
     "Plan",

@@ -88,6 +88,12 @@ def fit_gmm(**changes):
     return cg.fit_gmm(**arguments)
 
 
+def going_on(k=2, entropy=0.1, mass=20.0, **changes):
+    eyes, zeros = np.array([np.eye(2)] * k), np.zeros((k, 2))
+    leaves = (np.float32(mass), np.ones(k) / k, zeros, zeros, eyes, np.float32(entropy))
+    return fit_gmm(**{"statistics": cg.MixtureStatistics(*map(jnp.asarray, leaves)), **changes})
+
+
 def fit_gmms(**changes):
     arguments = {"clouds": [X, X], "inits": good().mixture, **changes}
     return cg.fit_gmms(**arguments)
@@ -320,6 +326,42 @@ SINGLE = [
         lambda: fit_gmm(max_steps=10**12),
         ValueError,
         "^max_steps: must be at most 1000000, got 1000000000000",
+    ),
+    (
+        "fit-forgets",
+        lambda: fit_gmm(forgetting=0.1),
+        ValueError,
+        "^forgetting: there are no earlier data .*statistics=",
+    ),
+    ("fit-rate", lambda: going_on(forgetting=1.5), ValueError, "^forgetting: must be .*at most 1, got 1.5"),
+    ("fit-rate-nan", lambda: going_on(forgetting=NAN), ValueError, "^forgetting: must be .*got nan"),
+    ("fit-statistics", lambda: going_on(statistics=X), TypeError, "^statistics: expected a MixtureStatistics"),
+    (
+        "fit-statistics-k",
+        lambda: going_on(k=3),
+        ValueError,
+        "^statistics: are of 3 components of 2 features, and init is of 2",
+    ),
+    (
+        "fit-statistics-d",
+        lambda: going_on(x=X[:, :1], init=good().line),
+        ValueError,
+        "^statistics: .* init is of 1 of 1",
+    ),
+    ("fit-statistics-nan", lambda: going_on(entropy=NAN), ValueError, "^statistics: are not finite.*failed"),
+    ("fit-statistics-mass", lambda: going_on(mass=0.0), ValueError, "^statistics: mass must be above 0"),
+    (
+        "fit-statistics-init",
+        lambda: going_on(init=2, key=good().key),
+        ValueError,
+        "^init: statistics go with one mixture",
+    ),
+    ("fit-statistics-inits", lambda: going_on(init=2 * [good().mixture]), ValueError, "^init: statistics go with one"),
+    (
+        "fit-statistics-absent",
+        lambda: going_on(init=moments(weights=[1, 0])),
+        ValueError,
+        "^statistics: component 1 has",
     ),
     ("fit-starts", lambda: fit_gmm(init=2, key=good().key, n_init=10**9), ValueError, "^n_init: must be at most 10000"),
     ("fit-steps", lambda: fit_gmm(max_steps=0), ValueError, "^max_steps: must be at least 1, got 0"),

@@ -44,7 +44,7 @@ def objects():
     barycenter = cg.barycenter(gmms, gmms[0], max_steps=1)
     flow = cg.flow(gmms[0], gmms[1], steps=1)
     found = [*gmms[:1], pair, fit, graph, stacked, graph_fit, mixture_fit, barycenter, flow, stacked.cost_parts]
-    found += [history, mixture_fit.history, barycenter.history, flow.history]
+    found += [history, mixture_fit.history, mixture_fit.statistics, barycenter.history, flow.history]
     return {type(one).__name__: one for one in found}
 
 

@@ -17,6 +17,7 @@ from coupled_gmm.fits import gmm, starts
 from coupled_gmm.fits.frame import View
 from coupled_gmm.fits.gmm import N_INIT, MixtureFit, mixture_fit
 from coupled_gmm.fits.graph import MixtureGraph, unpadded
+from coupled_gmm.fits.online import Update, total_weight
 from coupled_gmm.fits.request import FitRequest, GivenCloud, view_of
 from coupled_gmm.gaussians.mixture import GaussianMixture
 from coupled_gmm.transport import solvers
@@ -43,7 +44,8 @@ class MixtureFits(StackedFits[MixtureFit]):
 
     def _alone(self, index: int) -> MixtureFit:
         fit, (size,) = self._row(index)
-        return dataclasses.replace(fit, gmm=unpadded(fit.gmm, size))
+        statistics = None if fit.statistics is None else fit.statistics.unpadded(size)  # files of before have none
+        return dataclasses.replace(fit, gmm=unpadded(fit.gmm, size), statistics=statistics)
 
     def _words(self) -> list[str]:
         return self._went("cloud", "log-likelihood with the ridge's term")
@@ -91,7 +93,8 @@ def fit_gmms(
     for i, (cloud, start) in enumerate(zip(given_clouds, begun, strict=True)):
         view = view_of([cloud], [start], request.controls.ridge)
         parts.check_in_memory(view, [cloud.name], "fit_gmm")
-        given.append(Given(i, (start,), view, solvers.ENTROPIC))
+        update = Update.of(total_weight(cloud.weights, len(view.clouds[0])), start.dtype, None, None)
+        given.append(Given(i, (start,), view._replace(update=update), solvers.ENTROPIC))
     return MixtureFits(*stacks.fitted(_KIND, given, request, progress, executor))
 
 

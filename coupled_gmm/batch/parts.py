@@ -17,6 +17,7 @@ from coupled_gmm.core import checks, chunks, meshes
 from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.tree import unchecked
 from coupled_gmm.fits.frame import Frame, View
+from coupled_gmm.fits.online import Update
 from coupled_gmm.gaussians.mixture import GaussianMixture
 from coupled_gmm.transport import solvers
 
@@ -34,6 +35,7 @@ class Problem(NamedTuple):
     frame: Frame
     variances: Any
     pooled: Any
+    update: Update | None
 
 
 class Part(NamedTuple):
@@ -160,7 +162,7 @@ def _part(some: list[Given], size: int, length: int, total: int, room: int) -> P
         start = over_mixtures(lambda gmm: _padded(gmm, size), one.start)
         seen = (np.asarray(one.view.variances), np.asarray(one.view.pooled))
         where = np.array(ends, np.int32), np.int32(first)
-        problems.append(Problem(start, *where, place, *seen))
+        problems.append(Problem(start, *where, place, *seen, one.view.update))
     problems += [problems[-1]] * (room - len(problems))
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *problems)
     return Part(stacked, np.int32(len(some)), points, shares)

@@ -159,7 +159,8 @@ def _fits(kind: Kind, part: Part, controls: Controls, options: FitOptions, far: 
         graph = kind.graph(*problem.start)
         packed = Chunks(part.points, part.weights, problem.ends, problem.first)
         has_cloud = jnp.ones(graph.n_nodes, bool)
-        return graph, Sight(packed, problem.frame, problem.variances, problem.pooled, has_cloud, far)
+        seen = problem.frame, problem.variances, problem.pooled, has_cloud, far, problem.update
+        return graph, Sight(packed, *seen)
 
     def prepared(problem: Problem) -> em.Task:
         return em.prepare(*task(problem), controls, options)

@@ -228,6 +228,26 @@ def _steps(o: _Object) -> None:
         o.require("start", o.array("start") >= 0, "must be at least 0")
 
 
+def _mixture_fit(o: _Object) -> None:
+    _steps(o)
+    if o.held("statistics") is not None:
+        sizes, given = (np.shape(o.held(name).means)[-2:] for name in ("gmm", "statistics"))
+        o.require("statistics", given == sizes, f"are of {given} components and features, and gmm is of {sizes}")
+
+
+def _statistics_values(o: _Object) -> None:
+    """Scatters may miss being positive semi-definite: of few points they are rounding, which no floor has raised yet."""
+    masses = o.array("masses").astype(np.float64)
+    _finite_values("mass", "masses", "entropy")(o)
+    for name in ("means", "remainders", "scatters"):
+        o.require(name, np.isfinite(o.array(name)[masses > 0]), "must be finite")
+    o.require("mass", o.array("mass") > 0, "must be above 0")
+    o.require(
+        "masses", (masses >= 0) & (np.abs(masses.sum(-1, keepdims=True) - 1) <= 1e-3), "must sum to 1 within 1e-3"
+    )
+    o.require("entropy", o.array("entropy") >= 0, "must be at least 0")
+
+
 def _pair_fit(o: _Object) -> None:
     _steps(o)
     pair, plan = o.held("pair"), o.held("plan")
@@ -307,7 +327,7 @@ _RELATIONS: dict[str, Callable[[_Object], None]] = {
     "GaussianMixture": _mixture_sizes,
     "GaussianMixturePair": _pair_sizes,
     "GraphFit": _graph_fit,
-    "MixtureFit": _steps,
+    "MixtureFit": _mixture_fit,
     "MixtureFits": _stacked_fits(lambda fit: [fit.gmm]),
     "MixtureGraph": _graph,
     "PairFit": _pair_fit,
@@ -322,6 +342,7 @@ _VALUES: dict[str, Callable[[_Object], None]] = {
     "GraphFit": _finite_values("penalized_log_likelihood"),
     "MixtureFit": _finite_values("log_likelihood", "penalized_log_likelihood"),
     "MixtureGraph": _graph_values,
+    "MixtureStatistics": _statistics_values,
     "PairFit": _finite_values("penalized_log_likelihood"),
     "Plan": _plan_values,
 }

@@ -26,6 +26,7 @@ from coupled_gmm.fits.m_step import MStep, ascend
 from coupled_gmm.fits.merged import merged
 from coupled_gmm.fits.minorants import climb
 from coupled_gmm.fits.objective import Objective, Terms, all_costs, no_terms, transport_terms
+from coupled_gmm.fits.online import Earlier, MixtureStatistics, Moments, with_earlier
 from coupled_gmm.fits.optimisers import Optimiser
 from coupled_gmm.fits.request import Controls, FitOptions
 from coupled_gmm.fits.statistics import Parameters
@@ -51,6 +52,7 @@ class Task(NamedTuple):
     graph: MixtureGraph  # with its prices in the unit of the frame
     sight: Sight
     floors: Float[Array, "V d"]
+    earlier: Earlier | None
     controls: Controls
     options: FitOptions
     optimiser: Optimiser
@@ -71,6 +73,7 @@ class _Place(NamedTuple):
     rest: Float[Array, " V"]  # what rounding has left of these
     value: Float[Array, ""]
     rise: Float[Array, ""]  # by which it was reached
+    seen: Moments | None  # what all data say there of the components, where it is asked for
 
 
 class FitState(NamedTuple):
@@ -99,6 +102,7 @@ class Solution(NamedTuple):
     status: Int[Array, ""]
     n_steps: Int[Array, ""]
     history: History
+    statistics: MixtureStatistics | None
 
 
 class Underway(NamedTuple):
@@ -173,7 +177,7 @@ def prepare(problem: MixtureGraph, sight: Sight, controls: Controls, options: Fi
         rate = controls.learning_rate
         optimiser = optimisers.optax_optimiser(options.optimizer if rate is None else options.optimizer(rate))
     graph = _in_frame(problem, sight.frame.unit)
-    return Task(problem, graph, sight, sight.floors(controls.ridge), controls, options, optimiser)
+    return Task(problem, graph, sight, sight.floors(controls.ridge), sight.earlier, controls, options, optimiser)
 
 
 def start(task: Task) -> FitState:
@@ -183,11 +187,12 @@ def start(task: Task) -> FitState:
     parameters = frame.apart(parameters, task.sight.has_cloud & ~graph.frozen)
     terms, zeros = no_terms(graph), jnp.zeros(graph.n_nodes, parameters.means.dtype)
     zero = jnp.zeros((), zeros.dtype)
+    seen = None if task.sight.update is None else Moments.none(parameters)
     return FitState(
         step=jnp.asarray(0),
         base=statistics.Base.of(parameters),
         potentials=terms.potentials,
-        place=_Place(parameters, terms, zeros, zeros, zeros, value=zero - jnp.inf, rise=zero),
+        place=_Place(parameters, terms, zeros, zeros, zeros, value=zero - jnp.inf, rise=zero, seen=seen),
         left=zero + jnp.inf,
         moved=jnp.asarray(True),
         status=jnp.asarray(_RUNNING),
@@ -203,6 +208,8 @@ def m_step(task: Task, state: FitState, sums: statistics.Sums) -> tuple[FitState
     """The M-step, from the whole clouds' sums: J where the E-step was, whether the fit ends there, and where it goes next."""
     graph, controls = task.graph, task.controls
     found = statistics.centred(sums, state.base)
+    if task.earlier is not None:
+        found = with_earlier(found, task.earlier, task.floors, state.place.penalized)
     # The last round only looks at where the fit has come to.
     budget = jnp.where(state.step < controls.em_steps, controls.m_steps, 1)
     objective = Objective(found, task.floors, graph, task.options.solver)
@@ -261,6 +268,8 @@ def finish(task: Task, state: FitState, history: History) -> Solution:
         status=_status_of_end(task, state, nodes),
         n_steps=state.step,
         history=history,
+        # J less Q is the entropy of the probabilities that Q is under.
+        statistics=sight.statistics(place.parameters, place.seen, place.penalized - place.terms.q),
     )
 
 
@@ -283,7 +292,8 @@ def _arrived(before: _Place, found: statistics.Statistics, moved: MStep, graph: 
     gain = graph.node_weights @ (found.penalized - before.rest)
     gain = gain - graph.edge_weights @ (terms.transport - before.terms.transport)
     rise = graph.node_weights @ jnp.abs(found.penalized)
-    return _Place(found.base, terms, log_likelihoods, penalized, rest, value, rise), gain
+    seen = None if before.seen is None else Moments.of(found)
+    return _Place(found.base, terms, log_likelihoods, penalized, rest, value, rise, seen), gain
 
 
 def _rounding(before: _Place, place: _Place) -> Array:

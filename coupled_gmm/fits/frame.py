@@ -25,6 +25,7 @@ from coupled_gmm.core.programs import program
 from coupled_gmm.core.tree import AnyArray, pytree, static, unchecked
 from coupled_gmm.fits import shards
 from coupled_gmm.fits.external import External
+from coupled_gmm.fits.online import Earlier, MixtureStatistics, Moments, Update
 from coupled_gmm.fits.statistics import Parameters
 from coupled_gmm.gaussians.mixture import GaussianMixture
 
@@ -69,14 +70,46 @@ class Frame:
 
     def mixture(self, parameters: Parameters, far: bool) -> GaussianMixture:
         """Parameters as mixtures in data units, with remainders where the frame is far from 0."""
-        means, lost = two_sum(self.origin, self.unit * parameters.means)
+        means, remainders = self._moved_back(parameters.means)
         return unchecked(
             GaussianMixture,
             means=means,
             covariances=matrices.gram(self.unit * parameters.factors),
             weights=jnp.exp(parameters.log_weights),
-            remainders=lost + self.remainder if far else None,
+            remainders=remainders if far else None,
         )
+
+    def _moved_back(self, means: Array) -> tuple[Array, Array]:
+        """Means in data units, in two floats."""
+        means, lost = two_sum(self.origin, self.unit * means)
+        return means, lost + self.remainder
+
+    def statistics(self, base: Parameters, seen: Moments, entropy: Array, mass: Array) -> MixtureStatistics:
+        """What points say of the components of V nodes, in data units, as seen from the base."""
+        shift = jnp.einsum("vkij,vkj->vki", base.factors, seen.shift)
+        means, remainders = self._moved_back(base.means + shift)
+        factors = self.unit * base.factors
+        scatters = factors @ seen.scatter @ matrices.transpose(factors)
+        present = jnp.maximum(jnp.sum(seen.masses > 0, axis=-1), 1).astype(entropy.dtype)
+        return unchecked(
+            MixtureStatistics,
+            mass=jnp.broadcast_to(mass, entropy.shape),
+            masses=seen.masses,
+            means=means,
+            remainders=remainders,
+            scatters=0.5 * (scatters + matrices.transpose(scatters)),
+            entropy=jnp.clip(entropy, 0, jnp.log(present)),
+        )
+
+    def earlier(self, update: Update | None, dtype: Any) -> Earlier | None:
+        """What data of before said of one mixture's components; None where a fit does not go on from any."""
+        if update is None or update.statistics is None:
+            return None
+        found, total = update.statistics, update.kept + update.mass
+        means = ((found.means - self.origin) + (found.remainders - self.remainder)) / self.unit
+        scatters = found.scatters / self.unit / self.unit
+        one = Earlier(update.kept / total, update.mass / total, found.masses, means, scatters, found.entropy)
+        return jax.tree.map(lambda leaf: leaf[None].astype(dtype), one)
 
 
 def apart(parameters: Parameters, moving: Bool[Array, " V"]) -> Parameters:
@@ -147,7 +180,8 @@ def _exact(x: Any, xp: Any) -> Any:
 class Sight:
     """Clouds as a fit's program takes them: in chunks, in the coordinates of a frame, with their variances there.
 
-    `far`: whether fitted means need two floats.
+    `far`: whether fitted means need two floats. `update`: how the statistics of a cloud go into those of all data, where they are
+    asked for.
     """
 
     chunks: Chunks
@@ -156,6 +190,17 @@ class Sight:
     pooled: Float[AnyArray, " d"]  # of all
     has_cloud: Bool[AnyArray, " V"]
     far: bool = static()
+    update: Update | None = None
+
+    @property
+    def earlier(self) -> Earlier | None:
+        return self.frame.earlier(self.update, self.pooled.dtype)
+
+    def statistics(self, base: Parameters, seen: Moments | None, entropy: Array) -> MixtureStatistics | None:
+        """Of all data, as `Frame.statistics`; None where they are not asked for."""
+        if self.update is None or seen is None:
+            return None
+        return self.frame.statistics(base, seen, entropy, self.update.total)
 
     @property
     def n_features(self) -> int:
@@ -164,14 +209,19 @@ class Sight:
     def floors(self, ridge: Array) -> Float[Array, "V d"]:
         """What ridge adds to the variances of each cloud, in the frame's coordinates.
 
-        A part of the feature's variance in the cloud; where that is 0 of the one in all clouds, and where that is 0 too of 1 in
-        data units. No ridge but 0 is less than what covariances of so many features in this precision can hold.
+        A part of the feature's variance in the cloud, with earlier data if there are any; where that is 0 of the one in all clouds,
+        and where that is 0 too of 1 in data units. No ridge but 0 is less than what covariances of so many features in this
+        precision can hold.
         """
         ridge = ridge.astype(self.pooled.dtype)
         least = 2 * len(self.pooled) * jnp.finfo(ridge.dtype).eps
         ridge = jnp.where(ridge > 0, jnp.maximum(ridge, least), 0)
-        otherwise = jnp.where(self.pooled > 0, self.pooled, 1 / self.frame.unit**2)
-        floors = ridge * jnp.where(self.variances > 0, self.variances, otherwise)
+        variances, pooled, earlier = self.variances, self.pooled, self.earlier
+        if earlier is not None:
+            variances = earlier.variances_of_all(variances)
+            pooled = variances[0]
+        otherwise = jnp.where(pooled > 0, pooled, 1 / self.frame.unit**2)
+        floors = ridge * jnp.where(variances > 0, variances, otherwise)
         return jnp.where(self.has_cloud[:, None], floors, 0)
 
 
@@ -184,6 +234,7 @@ class View(NamedTuple):
     variances: Float[AnyArray, "V d"]
     pooled: Float[AnyArray, " d"]
     far: bool
+    update: Update | None = None
 
     def together(self) -> "View":
         """All clouds as one, in which each counts as much as the others."""
@@ -220,7 +271,7 @@ class View(NamedTuple):
             packed = chunks.none(len(clouds), self.pooled.shape[0], self.pooled.dtype)
         has_cloud: Any = np.array([cloud is not None for cloud in self.clouds])
         has_cloud = jax.device_put(has_cloud) if mesh is None else has_cloud
-        return Sight(packed, self.frame, self.variances, self.pooled, has_cloud, self.far)
+        return Sight(packed, self.frame, self.variances, self.pooled, has_cloud, self.far, self.update)
 
 
 @program()

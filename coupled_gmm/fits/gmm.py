@@ -15,10 +15,11 @@ from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.programs import program
 from coupled_gmm.core.status import Outcome, Status
 from coupled_gmm.core.tree import counted, number, pytree, saved, take
-from coupled_gmm.fits import em, external, frame, shards, starts
+from coupled_gmm.fits import em, external, frame, online, shards, starts
 from coupled_gmm.fits.external import External
 from coupled_gmm.fits.frame import Sight, View
 from coupled_gmm.fits.graph import MixtureGraph
+from coupled_gmm.fits.online import MixtureStatistics
 from coupled_gmm.fits.request import Controls, FitOptions, FitRequest, GivenCloud, Stretches, view_of
 from coupled_gmm.fits.statistics import Sums
 from coupled_gmm.gaussians.mixture import GaussianMixture, stack
@@ -151,7 +152,8 @@ class MixtureFit(Outcome):
     """A fitted mixture and how the fit went.
 
     `log_likelihood` is the density's own at the end, mean per point; `penalized_log_likelihood` has the ridge's term in, and is
-    what the fit raised. Of several starts, the one that ended best, and which it was.
+    what the fit raised. Of several starts, the one that ended best, and which it was. `statistics` are those of all data so far:
+    `fit_gmm` goes on from them. Of a fit that has gone on from others, likelihoods are the lower bounds that its docstring gives.
     """
 
     gmm: GaussianMixture
@@ -161,6 +163,7 @@ class MixtureFit(Outcome):
     history: MixtureHistory
     penalized_log_likelihood: Float[Array, "*b"] | None = None
     start: Int[Array, "*b"] | None = None
+    statistics: MixtureStatistics | None = None  # files of before have none
 
     _remedies = MappingProxyType(
         {
@@ -199,8 +202,19 @@ def fit_gmm(
     max_steps: int = 100,
     tol: Any = 1e-5,
     ridge: Any = 1e-6,
+    statistics: MixtureStatistics | None = None,
+    forgetting: Any = 0.0,
 ) -> MixtureFit:
-    """Fit one mixture to one cloud by EM: the coupled fit of a graph of one node.
+    r"""Fit one mixture to one cloud by EM: the coupled fit of a graph of one node.
+
+    With `statistics` of earlier data it goes on from these, without their points (online EM): it raises
+
+    .. math:: J = (1 - a) L + a (Q_0 + H_0), \quad a = (1 - f) M_0 / ((1 - f) M_0 + M),
+
+    with L the mean log-likelihood of the cloud, of mass M (its points, or the sum of their weights), and of earlier data, of mass
+    M0, the expected log-likelihood Q0 under the probabilities of components that were found then, and their mean entropy H0:
+    :math:`L_0 \ge Q_0 + H_0`, with equality where the earlier fit ended (Neal & Hinton 1998). So J is a lower bound of the mean
+    log-likelihood of all data, which no step lowers; a step a batch is the online EM of Cappé & Moulines (2009).
 
     Args:
       x: cloud (n, d). Given in more digits than the mixture has, it is centred in its own precision first.
@@ -211,14 +225,27 @@ def fit_gmm(
       point_weights: (n,), at least 0, not all 0; None weighs points equally.
       max_steps: EM steps, at most.
       tol: at least 0; converged when a step raises the mean log-likelihood by no more, and the next promises no more. Gains are
-        known to less than a rounding unit of the log-likelihood. 0 does all steps.
+        known to less than a rounding unit of the log-likelihood, with `statistics` to some. 0 does all steps.
       ridge: floor of the covariances relative to each feature's variance, as in `fit_pair`. A start is floored as the fit is.
+        With earlier statistics variances are those of all data.
+      statistics: of all data so far, as in an earlier fit's `statistics`, for one mixture to start from: that fit's own, as a rule.
+        None begins anew.
+      forgetting: f, from 0 to 1, the part of earlier data's mass that is forgotten: 0 weighs all points alike, 1 leaves the new
+        ones only.
 
     Raises:
-      TypeError, ValueError: an argument of the wrong kind, shape or range.
+      TypeError, ValueError: an argument of the wrong kind, shape or range; statistics of another size than the mixture's.
+
+    >>> yesterday = cg.fit_gmm([[0.0], [1.0], [7.0], [8.0]], 2, key=jax.random.key(0))
+    >>> today = cg.fit_gmm([[0.5], [9.5]], yesterday.gmm, statistics=yesterday.statistics, forgetting=0.5)
+    >>> print(float(today.statistics.mass), sorted(today.gmm.means.ravel().round(2).tolist()))
+    4.0 [0.5, 8.5]
     """
     request = FitRequest.checked(ridge=ridge, tol=tol, em_steps=max_steps, steps_name="max_steps")
     ridge = request.controls.ridge
+    if statistics is not None:
+        init = _going_on(init)
+    earlier = online.checked(statistics, forgetting, init if isinstance(init, GaussianMixture) else None)
     if isinstance(init, (int, np.integer)) and not isinstance(init, bool):
         key, n_init = _check_draws(key, n_init)
         n_components = checks.integer("init", int(init), 1)
@@ -228,12 +255,25 @@ def fit_gmm(
     else:
         inits = _given(init, key, n_init, ridge)
         view = view_of([_cloud(x, point_weights)], [inits], ridge)
+    (cloud,) = view.clouds
+    mass = cloud.moments.mass if isinstance(cloud, External) else online.total_weight(point_weights, len(cloud))
+    view = view._replace(update=online.Update.of(mass, inits.dtype, *earlier))
     seen = {"view": view, "numbers": inits.n_components * inits.n_features, "solver": solvers.ENTROPIC}
     if not view.external:
         return request.fit(_fit, inits, **seen)
     ends = [request.fit(Stretches(_begin_fit, _go_on_with_fit), init, **seen) for init in inits]
     best = highest(np.array([float(end.penalized_log_likelihood) for end in ends]))
     return dataclasses.replace(ends[best], start=jax.device_put(np.int32(best)))
+
+
+def _going_on(init: Any) -> GaussianMixture:
+    """The one mixture from which a fit may go on from earlier statistics."""
+    if isinstance(init, (tuple, list)) and len(init) == 1:
+        (init,) = init
+    if not isinstance(init, GaussianMixture):
+        raise ArgumentError("init", "statistics go with one mixture to start from", "give the earlier fit's, fit.gmm")
+    checks.instance("init", init, GaussianMixture)
+    return init
 
 
 def _given(init: Any, key: Any, n_init: Any, ridge: Array) -> GaussianMixture:
@@ -309,7 +349,8 @@ def mixture_fit(problem: MixtureGraph, end: em.Solution) -> MixtureFit:
     assert log_likelihoods is not None
     history = MixtureHistory(log_likelihoods[:, 0], end.history.penalized_log_likelihood)
     only = jnp.zeros((), jnp.int32)
-    return MixtureFit(gmm, end.log_likelihoods[0], end.status, end.n_steps, history, end.value, only)
+    statistics = None if end.statistics is None else take(end.statistics, 0)
+    return MixtureFit(gmm, end.log_likelihoods[0], end.status, end.n_steps, history, end.value, only, statistics)
 
 
 def highest(values: Any) -> Any:

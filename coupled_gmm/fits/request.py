@@ -140,7 +140,10 @@ class FitRequest(NamedTuple):
         sight = view.in_chunks(numbers, self.chunk_size)
         options = FitOptions(chunks.rows(self.em_steps), solver, self.optimizer, progress=False)
         sharded = sight.chunks.mesh is not None
-        problem, controls = meshes.whole((problem, self.controls)) if sharded else (problem, self.controls)
+        controls = self.controls
+        if sharded:
+            problem, controls, update = meshes.whole((problem, controls, sight.update))
+            sight = dataclasses.replace(sight, update=update)
         asked = (*problem, sight, controls, options)
         if isinstance(program, Stretches):
             with report.listening(self.progress) as listener:

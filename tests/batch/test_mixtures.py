@@ -31,6 +31,10 @@ def check_same(fit, alone, rtol=1e-5):
     np.testing.assert_allclose(fit.log_likelihood, alone.log_likelihood, rtol=rtol)
     np.testing.assert_allclose(fit.penalized_log_likelihood, alone.penalized_log_likelihood, rtol=rtol)
     assert int(fit.status) == int(alone.status)
+    assert float(fit.statistics.mass) == float(alone.statistics.mass)
+    for name in ("masses", "entropy", "means", "scatters"):
+        one, other = getattr(fit.statistics, name), getattr(alone.statistics, name)
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3 * np.abs(other).max(), err_msg=name)
 
 
 def same_bits(one, other):

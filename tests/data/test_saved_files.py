@@ -92,9 +92,20 @@ def barycenter_fit(**changes):
 
 def mixture_fit(**changes):
     fields = {"gmm": mixture(), "log_likelihood": F(1), "status": N(1), "n_steps": N(3)}
-    fields |= {"penalized_log_likelihood": F(1), "start": None}
+    fields |= {"penalized_log_likelihood": F(1), "start": None, "statistics": None}
     rows = unchecked(saved_class("MixtureHistory"), log_likelihood=F(np.ones(4)), penalized_log_likelihood=None)
     return unchecked(cg.MixtureFit, **fields | {"history": rows} | changes)
+
+
+def statistics(k=2, **changes):
+    fields = {
+        "mass": F(7),
+        "masses": F(np.ones(k) / k),
+        "means": F(np.zeros((k, 2))),
+        "remainders": F(np.zeros((k, 2))),
+    }
+    fields |= {"scatters": F([np.eye(2)] * k), "entropy": F(0.1)}
+    return unchecked(cg.MixtureStatistics, **fields | changes)
 
 
 NAN, NEGATIVE = mixture(means=F(np.full((2, 2), np.nan))), mixture(weights=F([1.5, -0.5]))
@@ -122,6 +133,9 @@ LEGAL = {
     "batch of flows": stacked(flow_fit()),
     "barycenter": barycenter_fit(),
     "mixture fit": mixture_fit(),
+    "with statistics": mixture_fit(statistics=statistics()),
+    "of few points": statistics(scatters=F(np.full((2, 2, 2), -1e-9))),
+    "statistics of many": stacked(mixture_fit(statistics=statistics())),
     "on the host": jax.device_get(pair_fit()),
 }
 ILLEGAL = {
@@ -136,6 +150,11 @@ ILLEGAL = {
         mixture(covariances=F([[[1, 2], [2, 1]]] * 2)),
         "tree.covariances: component 0 is indef",
     ),
+    "masses": (statistics(masses=F([0.5, 0.6])), "tree.masses: must sum to 1"),
+    "no mass": (statistics(mass=F(0)), "tree.mass: must be above 0"),
+    "negative entropy": (statistics(entropy=F(-1)), "tree.entropy: must be at least 0"),
+    "NaN in statistics": (mixture_fit(statistics=statistics(entropy=F(np.nan))), "tree.statistics.entropy: must be"),
+    "statistics of three": (mixture_fit(statistics=statistics(3)), "tree.statistics: are of (3, 2) components"),
     "not symmetric": (
         mixture(covariances=F([[[1, 0.5], [0, 1]]] * 2)),
         "tree.covariances: component 0 is not",
