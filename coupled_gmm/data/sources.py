@@ -16,6 +16,8 @@ from coupled_gmm.data import files, streams, writing
 from coupled_gmm.data.streams import Block, Stream
 from coupled_gmm.data.sums import Combine, Total
 
+_THREADS = 8  # at most, each with a chunk: more would wait for the one that reads
+
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class OpenCloud:
@@ -85,10 +87,10 @@ class OpenCloud:
           *arguments: trees of NumPy arrays.
           combine: what to do with two values in place of adding them, such as minima and maxima: associative, of a module too.
             The first belongs to the rows before those of the second.
-          threads: whether the function may be called on several threads at once, of as many chunks as there are cores. The sum is
-            the same: values are added in the order of their chunks.
+          threads: whether the function may be called on several threads at once, of as many chunks as there are cores, up to 8.
+            The sum is the same: values are added in the order of their chunks.
         """
-        total, first, n_threads = Total(combine), 0, host.n_cores() if threads else 1
+        total, first, n_threads = Total(combine), 0, min(_THREADS, host.n_cores()) if threads else 1
         if n_threads == 1 or len(self) <= self.chunk_size:
             for points, weights in self.chunks():
                 total.add(function(points, weights, first, *arguments))

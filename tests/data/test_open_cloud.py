@@ -11,6 +11,7 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 import chunk_sums
+import jax
 import numpy as np
 import polars as pl
 import pytest
@@ -118,6 +119,25 @@ def test_sums_are_those_of_the_whole(folder, name):
     again = pickle.loads(pickle.dumps(cloud))
     np.testing.assert_array_equal(again.reduce(chunk_sums.moments, reference)[3], squares)
     assert repr(again) == repr(cloud)
+
+
+def test_threads_change_no_sum(tmp_path):
+    """Nor do they hide what is refused."""
+    x = np.random.RandomState(0).randn(1000, 3)
+    np.save(tmp_path / "x.npy", x)
+    cloud = cg.open_cloud(tmp_path / "x.npy", chunk_size=37)
+    for function, combine in ((chunk_sums.extremes, chunk_sums.wider), (chunk_sums.shapes, None)):
+        found, expected = (cloud.reduce(function, combine=combine, threads=threads) for threads in (True, False))
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+    one, other = (cloud.reduce(chunk_sums.moments, x[0], threads=threads) for threads in (True, False))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+    x[700, 1] = np.nan
+    np.save(tmp_path / "x.npy", x)
+    with pytest.raises(ValueError, match=r"x.npy: column 1 .* row 701"):
+        cg.open_cloud(tmp_path / "x.npy", chunk_size=37).reduce(chunk_sums.shapes, threads=True)
+    with pytest.raises(ZeroDivisionError):
+        cloud_of = cg.open_cloud(tmp_path / "x.npy", chunk_size=37, columns=[0, 2])
+        cloud_of.reduce(lambda points, weights, first: 1 / (first < 500), threads=True)
 
 
 def test_sums_keep_what_rounding_takes():
