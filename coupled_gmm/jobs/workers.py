@@ -106,13 +106,16 @@ def remote(address: str, keep_programs: bool, console: Console) -> Runner:
       MissingExtraError: Dask is not installed.
     """
     with installation.needed("cluster", "--scheduler"):
+        import dask
         from distributed import Client
 
     @contextlib.contextmanager
     def runner(tasks: Sequence[Task]) -> Iterator[Iterator[Record]]:
+        chosen = dask.config.get("scheduler", None)
         try:
             client = Client(address, timeout=_SECONDS)
         except (OSError, ValueError, TypeError) as error:
+            dask.config.set(scheduler=chosen)  # of a client that reached nobody Dask keeps that it is to be used
             reason = _line(str(error) or type(error).__name__)
             raise ConfigError(f"--scheduler: {address}: can't be reached ({reason}); check the address") from error
         with client:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import dask
 import numpy as np
 import polars as pl
 import psutil
@@ -222,6 +223,7 @@ def test_addresses_where_nobody_answers(monkeypatch, tmp_path):
         )
         assert done.stderr.count("\n") == 1
     assert time.monotonic() - began < 30
+    assert dask.config.get("scheduler", None) is None, "who uses Dask in this process goes on as before"
 
 
 @pytest.mark.parametrize(("option", "value"), [("--workers", "2"), ("--scheduler", "tcp://127.0.0.1:1")])
