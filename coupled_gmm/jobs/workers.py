@@ -106,7 +106,7 @@ def remote(address: str, keep_programs: bool, console: Console) -> Runner:
       MissingExtraError: Dask is not installed.
     """
     with installation.needed("cluster", "--scheduler"):
-        import dask
+        import dask.config
         from distributed import Client
 
     @contextlib.contextmanager

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 
-import dask
+import dask.config
 import numpy as np
 import polars as pl
 import psutil
