@@ -51,7 +51,9 @@ def view_of(clouds: Sequence[GivenCloud], starts: Sequence[GaussianMixture], rid
     names = [cloud.name for cloud in clouds]
     points = foreign.same_features(names, [cloud.points for cloud in clouds])
     n_features = starts[0].n_features if starts else None
-    checked = [cloud._replace(points=x).checked(n_features, starts) for cloud, x in zip(clouds, points, strict=True)]
+    checked = [
+        cloud._replace(points=x).checked(n_features, starts, clouds) for cloud, x in zip(clouds, points, strict=True)
+    ]
     return frame.seen(names, [x for x, _ in checked], [w for _, w in checked], starts, ridge)
 
 

@@ -233,6 +233,12 @@ def test_what_is_refused(tmp_path):
         cg.penalized_log_likelihood(pair, x, cloud, transport_weight=0.1)
     with pytest.raises((TypeError, ValueError), match="under a transformation"):
         jax.jit(lambda gmm: cg.fit_gmm(cloud, gmm).log_likelihood)(gmm)
+    for traced in (
+        lambda y: cg.fit_pair(cloud, y, pair, transport_weight=0.1),
+        lambda y: cg.fit_pair(y, cloud, pair, transport_weight=0.1),
+    ):
+        with pytest.raises((TypeError, ValueError), match=r"x[01]: OpenCloud.*under a transformation"):
+            jax.jit(lambda y, fit=traced: fit(y).n_steps)(x)
     with pytest.raises((TypeError, ValueError), match="under a transformation"):
         jax.vmap(lambda weight: cg.fit_pair(cloud, x, pair, transport_weight=weight).n_steps)(jnp.ones(2))
     with pytest.raises(ValueError, match=r"clouds0\[0\]: expected points in memory"):
