@@ -184,11 +184,10 @@ def _weights(weights: Any, array: Any) -> Any:
     if not is_dask(weights):
         import dask.array
 
-        given: Any = checks.own_weights("weights", weights, len(array))
-        weights = dask.array.from_array(np.asarray(given), chunks=lengths)  # pyright: ignore[reportArgumentType]
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Sending large graph")  # they travel now, and once
-            return weights if _scheduler() is None else weights.persist()
+        given: Any = np.asarray(checks.own_weights("weights", weights, len(array)))
+        if _scheduler() is None:
+            return dask.array.from_array(given, chunks=lengths)  # pyright: ignore[reportArgumentType]
+        return _laid_beside(given, array)
     if weights.dtype.kind not in "fiub":
         raise ArgumentTypeError("weights", f"expected real numbers, got dtype {weights.dtype}")
     weights = _with_lengths(weights)
@@ -197,6 +196,26 @@ def _weights(weights: Any, array: Any) -> Any:
     if not _computed((weights != 0).any())[0]:
         raise ArgumentError("weights", "all weights are zero", "at least one must be positive")
     return weights.rechunk(lengths)
+
+
+def _laid_beside(weights: np.ndarray, array: Any) -> Any:
+    """Weights on the workers that hold the points: else they would travel in every pass, as clusters drop second copies."""
+    import dask.array
+    from dask.delayed import delayed
+
+    held, lengths, first, pieces = _holders(array), array.chunks[0], 0, []
+    for points, length in zip(array.to_delayed().ravel(), lengths, strict=True):
+        with _at(held.get(points.key)):
+            piece = delayed(_same, pure=False)(weights[first : (first := first + length)])
+        pieces.append(dask.array.from_delayed(piece, (length,), weights.dtype))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sending large graph")  # they travel now, and once
+        whole: Any = dask.array.concatenate(pieces)
+        return whole.persist(optimize_graph=False)  # which would forget who is to hold what
+
+
+def _same(values: np.ndarray) -> np.ndarray:
+    return values
 
 
 def _with_lengths(array: Any) -> Any:
