@@ -132,11 +132,11 @@ class BlockCloud(OpenCloud):
         for workers, block in parts:
             groups.setdefault(workers[0], []).append(block)
         threads = _threads_of_workers()
-        return [
-            ([worker], blocks[i :: threads[worker]])
-            for worker, blocks in groups.items()
-            for i in range(min(threads[worker], len(blocks)))
-        ]
+        tasks = []
+        for worker, blocks in groups.items():
+            n = min(threads.get(worker, 1), len(blocks))  # it may be gone by now
+            tasks += [([worker], blocks[i::n]) for i in range(n)]
+        return tasks
 
     def _parts(self) -> str:
         count = len(self.stream.parts)
