@@ -91,8 +91,8 @@ def fit_gmms(
     begun = jax.device_get(begun)  # at once: an accelerator would be waited for at every leaf
     given = []
     for i, (cloud, start) in enumerate(zip(given_clouds, begun, strict=True)):
-        view = view_of([cloud], [start], request.controls.ridge)
-        parts.check_in_memory(view, [cloud.name], "fit_gmm")
+        view = view_of([cloud], [start], request.controls.ridge, in_memory="fit_gmm takes it")
+        parts.check_whole(view, [cloud], "fit_gmm")
         update = Update.of(total_weight(cloud.weights, len(view.clouds[0])), start.dtype, None, None)
         given.append(Given(i, (start,), view._replace(update=update), solvers.ENTROPIC))
     return MixtureFits(*stacks.fitted(_KIND, given, request, progress, executor))

@@ -132,8 +132,8 @@ def _checked(lists: list[list], weight: Any, frozen: np.ndarray, request: FitReq
     for i, (pair, *sides) in enumerate(zip(pairs, zip(x0, w0, strict=True), zip(x1, w1, strict=True), strict=True)):
         check_densities(f"pairs[{i}]", pair, frozen, ridge)
         seen = [GivenCloud(f"clouds{s}[{i}]", x, f"point_weights{s}[{i}]", w) for s, (x, w) in enumerate(sides)]
-        view = view_of(seen, [pair.gmm0, pair.gmm1], ridge)
-        parts.check_in_memory(view, [cloud.name for cloud in seen], "fit_pair")
+        view = view_of(seen, [pair.gmm0, pair.gmm1], ridge, in_memory="fit_pair takes it")
+        parts.check_whole(view, seen, "fit_pair")
         solver = solvers.solver_for(method, pair)
         price = np.broadcast_to(weight, n)[i].astype(pair.gmm0.dtype)
         given.append(Given(i, (stated(pair, balanced=False), price, frozen), view, solver))

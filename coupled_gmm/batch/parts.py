@@ -18,6 +18,7 @@ from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.tree import unchecked
 from coupled_gmm.fits.frame import Frame, View
 from coupled_gmm.fits.online import Update
+from coupled_gmm.fits.request import GivenCloud
 from coupled_gmm.gaussians.mixture import GaussianMixture
 from coupled_gmm.transport import solvers
 
@@ -108,12 +109,12 @@ def _is_mixture(leaf: Any) -> bool:
     return isinstance(leaf, GaussianMixture)
 
 
-def check_in_memory(view: View, names: list[str], single: str) -> None:
-    """Refuse a cloud that is in files or on several devices, of clouds that are called so: batches take them whole."""
-    view.check_in_memory(*names, remedy=f"{single} takes it")
-    for name, x in zip(names, view.clouds, strict=True):
+def check_whole(view: View, clouds: list[GivenCloud], single: str) -> None:
+    """Refuse a cloud that lies on several devices."""
+    for cloud, x in zip(clouds, view.clouds, strict=True):
         if meshes.is_spread(x):
-            raise ArgumentError(name, "lies on several devices, and a batch keeps clouds whole", f"{single} takes it")
+            problem = "lies on several devices, and a batch keeps clouds whole"
+            raise ArgumentError(cloud.name, problem, f"{single} takes it")
 
 
 def alike(given: list[Given]) -> list[list[Given]]:

@@ -33,9 +33,9 @@ def shard_cloud(
 ) -> tuple[Float[Array, "N d"], Float[Array, " N"]]:
     """A cloud cut evenly over all devices of a mesh, as two arrays that go wherever a cloud and its weights go.
 
-    A fit of them computes on each device what its points say, and adds up sums: K (1 + d + d^2) + 2 numbers, and no point, travel
-    in an E-step. Where the number of points leaves some devices short, their last point is repeated with weight zero. Starts are
-    drawn from at most 50,000 points, which each process gets.
+    A fit of them computes on each device what its points say, and adds up sums: 2 (2 + K + K d + K d^2) numbers, and no point,
+    travel in an E-step. Where the number of points leaves some devices short, their last point is repeated with weight zero. Starts
+    are drawn from at most 50,000 points, which each process gets.
 
     Among several processes (`jax.distributed.initialize`) each calls this with its own part, and gets the arrays of the whole;
     parts may differ in length.

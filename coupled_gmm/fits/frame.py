@@ -254,11 +254,6 @@ class View(NamedTuple):
         """Nodes whose clouds are not in memory, and these."""
         return {node: cloud for node, cloud in enumerate(self.clouds) if isinstance(cloud, External)}
 
-    def check_in_memory(self, *names: str, remedy: str) -> None:
-        """Refuse a cloud that is not, of clouds that are called so."""
-        for node, cloud in self.external.items():
-            raise ArgumentError(names[node], f"expected points in memory, got {cloud.cloud!r}", remedy)
-
     def in_chunks(self, numbers: int, chunk_size: int | None = None) -> Sight:
         """What a program takes of those in memory, for so many numbers that it holds of each point."""
         clouds = [None if isinstance(x, External) else x for x in self.clouds]

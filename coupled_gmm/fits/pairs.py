@@ -112,10 +112,9 @@ def penalized_log_likelihood(
         checks.integer("chunk_size", chunk_size, 1)
     pair.gmm0.check_densities("pair.gmm0")
     pair.gmm1.check_densities("pair.gmm1")
-    view = view_of(_two_clouds(x0, x1, point_weights0, point_weights1), [pair.gmm0, pair.gmm1], ridge)
-    view.check_in_memory(
-        "x0", "x1", remedy="the first row of a fit's history is J where it starts: fit_pair(..., em_steps=1)"
-    )
+    clouds = _two_clouds(x0, x1, point_weights0, point_weights1)
+    otherwise = "the first row of a fit's history is J where it starts: fit_pair(..., em_steps=1)"
+    view = view_of(clouds, [pair.gmm0, pair.gmm1], ridge, in_memory=otherwise)
     sight = view.in_chunks(_numbers(pair), chunk_size)
     asked = stated(pair, balanced=False), transport_weight
     if sight.chunks.mesh is None:
@@ -291,10 +290,8 @@ def fit_path(
     if jnp.ndim(weights) != 1 or not len(weights):
         raise ArgumentError("transport_weights", f"expected a list of numbers, got shape {weights.shape}", "pass (W,)")
     clouds = _two_clouds(x0, x1, point_weights0, point_weights1)
-    asked = _PairRequest.checked(request, clouds, pair, freeze, method, n_init, key)
-    asked.view.check_in_memory(
-        "x0", "x1", remedy="call fit_pair for each weight, and start it where the one before ended"
-    )
+    otherwise = "call fit_pair for each weight, and start it where the one before ended"
+    asked = _PairRequest.checked(request, clouds, pair, freeze, method, n_init, key, in_memory=otherwise)
     return dataclasses.replace(asked.fit(_fit_pairs, asked.starts(), weights), transport_weights=weights)
 
 
@@ -334,6 +331,7 @@ class _PairRequest(NamedTuple):
         method: str,
         n_init: Any,
         key: Any,
+        in_memory: str | None = None,
     ) -> "_PairRequest":
         checks.instance("pair", pair, GaussianMixturePair)
         frozen, ridge = frozen_sides(freeze), request.controls.ridge
@@ -342,7 +340,7 @@ class _PairRequest(NamedTuple):
         if (key is None) != (n_init == 1):
             raise ArgumentError("key", "goes with an n_init above 1, whose starts it decides", "pass both, or neither")
         solver = solvers.solver_for(method, pair)
-        view = view_of(clouds, [pair.gmm0, pair.gmm1], ridge)
+        view = view_of(clouds, [pair.gmm0, pair.gmm1], ridge, in_memory)
         return cls(request, pair, view, frozen, solver, n_init, None if key is None else checks.key("key", key))
 
     def fit(self, program: Any, pairs: GaussianMixturePair, weights: Array) -> PairFit:

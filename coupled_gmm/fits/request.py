@@ -28,10 +28,12 @@ class GivenCloud(NamedTuple):
     weights_name: str
     weights: Any
 
-    def checked(self, n_features: int | None, *others: Any) -> tuple[Any, Any]:
+    def checked(self, n_features: int | None, in_memory: str | None, *others: Any) -> tuple[Any, Any]:
         if self.points is None:
             return None, None
         if foreign.is_open(self.points):
+            if in_memory is not None:
+                raise ArgumentError(self.name, f"expected points in memory, got {self.points!r}", in_memory)
             if self.weights is not None:
                 problem = f"{self.name} is not in memory, and its weights are where it is opened"
                 raise ArgumentError(self.weights_name, problem, "give them to open_cloud(..., weights=...)")
@@ -42,8 +44,12 @@ class GivenCloud(NamedTuple):
         return points, checks.relative_weights(self.weights_name, self.weights, len(points))
 
 
-def view_of(clouds: Sequence[GivenCloud], starts: Sequence[GaussianMixture], ridge: Any) -> View:
+def view_of(
+    clouds: Sequence[GivenCloud], starts: Sequence[GaussianMixture], ridge: Any, in_memory: str | None = None
+) -> View:
     """The clouds, checked against each other and the mixtures to start from, in the frame in which a fit is to see them.
+
+    `in_memory`: where clouds must be, what to do with one that is not; before it is read.
 
     Raises:
       TypeError, ValueError: a cloud or weights of the wrong kind, shape or range; features of other names or number.
@@ -52,7 +58,8 @@ def view_of(clouds: Sequence[GivenCloud], starts: Sequence[GaussianMixture], rid
     points = foreign.same_features(names, [cloud.points for cloud in clouds])
     n_features = starts[0].n_features if starts else None
     checked = [
-        cloud._replace(points=x).checked(n_features, starts, clouds) for cloud, x in zip(clouds, points, strict=True)
+        cloud._replace(points=x).checked(n_features, in_memory, starts, clouds)
+        for cloud, x in zip(clouds, points, strict=True)
     ]
     return frame.seen(names, [x for x, _ in checked], [w for _, w in checked], starts, ridge)
 

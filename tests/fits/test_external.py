@@ -247,6 +247,9 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(ValueError, match="n_components: 3 components need as many distinct points"):
         cg.init_gmm(jax.random.key(0), few, 3)
     x[200, 1] = np.nan
+    unread = in_file(tmp_path, x, "unread.npy")
+    with pytest.raises(ValueError, match=r"x1: expected points in memory"):  # before it is read
+        cg.fit_path(x[:100], unread, pair, transport_weights=[0.1])
     with pytest.raises(ValueError, match=r"bad\.npy: column 1 .*row 201"):
         cg.fit_gmm(in_file(tmp_path, x, "bad.npy", chunk_size=64), gmm)
 
