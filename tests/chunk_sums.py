@@ -68,3 +68,8 @@ def clusters(seed, rows, d, offset=0.0):
 
 def clusters_of(block, rows, d, offset):
     return clusters(int(block[0]), rows, d, offset)
+
+
+def sent(client):
+    """Bytes that the workers of a cluster have sent so far."""
+    return sum(client.run(lambda dask_worker: dask_worker.transfer_outgoing_bytes_total).values())

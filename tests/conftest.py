@@ -45,3 +45,12 @@ def precision(request):
     """The test runs in both precisions; the value is the rounding unit."""
     with jax.enable_x64(request.param == "float64"):
         yield float(np.finfo(request.param).eps)
+
+
+@pytest.fixture(scope="module")
+def client():
+    """Of two processes, by Dask."""
+    distributed = pytest.importorskip("distributed")
+    options = {"n_workers": 2, "threads_per_worker": 1, "processes": True, "dashboard_address": None}
+    with distributed.LocalCluster(**options) as cluster, distributed.Client(cluster) as client:
+        yield client

@@ -177,18 +177,6 @@ def recomputable(blocks, rows):
     )
 
 
-@pytest.fixture(scope="module")
-def client():
-    distributed = pytest.importorskip("distributed")
-    options = {"n_workers": 2, "threads_per_worker": 1, "processes": True, "dashboard_address": None}
-    with distributed.LocalCluster(**options) as cluster, distributed.Client(cluster) as client:
-        yield client
-
-
-def sent(client):
-    return sum(client.run(lambda dask_worker: dask_worker.transfer_outgoing_bytes_total).values())
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_only_sums_travel(client):
@@ -204,9 +192,9 @@ def test_only_sums_travel(client):
         5,
     ):  # in which the cluster drops what lies on two workers: weights are where the points are, from the first
         time.sleep(pause)
-        before = sent(client)
+        before = chunk_sums.sent(client)
         check_sums(cloud, x, np.arange(len(x)) % 7 + 0.5)
-        assert sent(client) - before < 50_000
+        assert chunk_sums.sent(client) - before < 50_000
     np.testing.assert_array_equal(cloud.rows([5, 1_234_567]), x[[5, 1_234_567]])
     assert next(cloud.chunks()).points.shape == (cloud.chunk_size, 4)
     bad = da.from_array(np.where(np.arange(N)[:, None] == 317, np.nan, X), chunks=(60, 3))

@@ -145,18 +145,6 @@ def test_sums_over_1e8_points_are_those_of_float64(offset):
     )
 
 
-@pytest.fixture(scope="module")
-def client():
-    distributed = pytest.importorskip("distributed")
-    options = {"n_workers": 2, "threads_per_worker": 1, "processes": True, "dashboard_address": None}
-    with distributed.LocalCluster(**options) as cluster, distributed.Client(cluster) as client:
-        yield client
-
-
-def sent(client):
-    return sum(client.run(lambda dask_worker: dask_worker.transfer_outgoing_bytes_total).values())
-
-
 def test_blocks_of_a_cluster_are_fitted_where_they_lie(client):
     """2e7 x 4 in 40 blocks on two processes: as in memory; what travels between workers does not grow with points."""
     from distributed import wait
@@ -165,9 +153,9 @@ def test_blocks_of_a_cluster_are_fitted_where_they_lie(client):
     wait(array)
     cloud, gmm = cg.open_cloud(array), start(4)
     cg.fit_gmm(cloud, gmm, max_steps=1)  # workers compile
-    before = sent(client)
+    before = chunk_sums.sent(client)
     found = cg.fit_gmm(cloud, gmm, max_steps=5, tol=0)
-    travelled = (sent(client) - before) / 7  # six E-steps, and the moments
+    travelled = (chunk_sums.sent(client) - before) / 7  # six E-steps, and the moments
     assert travelled < 40_000, travelled
     print(f"{travelled:.0f} bytes travel in a pass")
     x = np.concatenate([chunk_sums.clusters(i, 500_000, 4) for i in range(40)])
