@@ -21,6 +21,8 @@ from coupled_gmm.data.saving import load, save
 from coupled_gmm.fits.coupled import GraphFit, fit_graph
 from coupled_gmm.fits.gmm import MixtureFit, fit_gmm, init_gmm
 from coupled_gmm.fits.graph import MixtureGraph
+from coupled_gmm.fits.graphs import chain, grid, star
+from coupled_gmm.fits.growth import Growth
 from coupled_gmm.fits.online import MixtureStatistics
 from coupled_gmm.fits.pairs import PairFit, fit_pair, fit_path, penalized_log_likelihood
 from coupled_gmm.gaussians.bures import bures_cost_matrix
@@ -45,6 +47,7 @@ __all__ = [
     "GaussianMixture",
     "GaussianMixturePair",
     "GraphFit",
+    "Growth",
     "MixtureFit",
     "MixtureFits",
     "MixtureGraph",
@@ -55,6 +58,7 @@ __all__ = [
     "Status",
     "barycenter",
     "bures_cost_matrix",
+    "chain",
     "fit_gmm",
     "fit_gmms",
     "fit_graph",
@@ -64,6 +68,7 @@ __all__ = [
     "flow",
     "from_ott",
     "from_sklearn",
+    "grid",
     "init_gmm",
     "init_gmms",
     "interpolate",
@@ -78,6 +83,7 @@ __all__ = [
     "save",
     "shard_cloud",
     "solve_plan",
+    "star",
     "to_ott",
     "to_pot",
     "to_sklearn",

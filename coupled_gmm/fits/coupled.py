@@ -163,7 +163,8 @@ def fit_graph(
     view = view_of(given, [graph.nodes], ridge)
     numbers = max(graph.sizes) * graph.nodes.n_features
     program = Stretches(_begin_graph, _go_on_with_graph)
-    problem = dataclasses.replace(graph, balanced=False)  # one program, whatever the prices are
+    # One program, whatever the prices are and nodes are called.
+    problem = dataclasses.replace(graph, balanced=False, times=None, names=None)
     fit = request.fit(program, problem, view=view, numbers=numbers, solver=_edge_solver(method, graph))
     plans = dataclasses.replace(fit.plans, pair=stated(fit.plans.pair, graph.balanced))
-    return dataclasses.replace(fit, plans=plans)
+    return dataclasses.replace(fit, plans=plans, times=graph.times, names=graph.names)
