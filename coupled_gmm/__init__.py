@@ -28,6 +28,8 @@ from coupled_gmm.fits.pairs import PairFit, fit_pair, fit_path, penalized_log_li
 from coupled_gmm.gaussians.bures import bures_cost_matrix
 from coupled_gmm.gaussians.mixture import GaussianMixture
 from coupled_gmm.interop.convert import from_ott, from_sklearn, to_ott, to_pot, to_sklearn
+from coupled_gmm.trajectories.densities import mixture_at
+from coupled_gmm.trajectories.points import trajectories
 from coupled_gmm.transport.maps import interpolate, map_points, plan_density
 from coupled_gmm.transport.pair import GaussianMixturePair
 from coupled_gmm.transport.plan import CostParts, Plan
@@ -74,6 +76,7 @@ __all__ = [
     "interpolate",
     "load",
     "map_points",
+    "mixture_at",
     "mw2_matrix",
     "mw2_squared",
     "open_cloud",
@@ -87,6 +90,7 @@ __all__ = [
     "to_ott",
     "to_pot",
     "to_sklearn",
+    "trajectories",
 ]
 
 

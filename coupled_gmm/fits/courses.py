@@ -64,7 +64,7 @@ class Course(NamedTuple):
     def ancestors(self, node: Any, component: Any) -> list[Any]:
         """Where what is in a component comes from, at each earlier node; None where no path leads there."""
         start, share = self._of(node, component)
-        earlier = [i for i in self._in_order() if self.places[i] < self.places[start]]
+        earlier = [i for i in self.in_order if self.places[i] < self.places[start]]
         found = {start: share}
         for here, there in self._steps(start, earlier, routes.backward(self.edges, self.places)):
             _, origins = self.plan((there, here)).conditionals()
@@ -74,7 +74,7 @@ class Course(NamedTuple):
     def descendants(self, node: Any, component: Any) -> list[Any]:
         """Where what is in a component goes, at each later node; None where no path leads there."""
         start, share = self._of(node, component)
-        later = [i for i in self._in_order() if self.places[i] > self.places[start]]
+        later = [i for i in self.in_order if self.places[i] > self.places[start]]
         found, carried = {}, {start: share}
         for here, there in self._steps(start, later, routes.forward(self.edges, self.places)):
             plan = self.plan((here, there))
@@ -84,7 +84,8 @@ class Course(NamedTuple):
             carried[there] = product(carried[here], origins)
         return [found.get(i) for i in later]
 
-    def _in_order(self) -> list[int]:
+    @property
+    def in_order(self) -> list[int]:
         return sorted(range(self.called.n_nodes), key=lambda i: self.places[i])
 
     def _of(self, node: Any, component: Any) -> tuple[int, Float[Array, " K"]]:

@@ -70,7 +70,7 @@ class GraphFit(Stackable, Outcome):
         Raises:
           TypeError, ValueError: there is no such edge, or the fit is a batch, or traced.
         """
-        index, reverse = self._edge(edge)
+        index, reverse = self.edge_index(edge)
         i, j = np.asarray(self.edges)[index].tolist()
         plan = trimmed(self.plans[index], self.gmms[i], self.gmms[j])
         return plan.reverse() if reverse else plan
@@ -91,12 +91,12 @@ class GraphFit(Stackable, Outcome):
         Raises:
           ValueError: there is no such node, or no path, or several shortest ones; the fit is a batch, or traced.
         """
-        return self._course().compose(i, j)
+        return self.course().compose(i, j)
 
     @single
     def growth(self) -> list[Growth]:
         """What becomes of the mass of each component along each edge, from its earlier node to its later: factor, and rate."""
-        return self._course().growth()
+        return self.course().growth()
 
     @single
     def ancestors(self, node: Any, component: Any) -> list[Any]:
@@ -113,14 +113,15 @@ class GraphFit(Stackable, Outcome):
         Raises:
           TypeError, ValueError: there is no such node or component; several shortest paths lead to a node; a batch, or traced.
         """
-        return self._course().ancestors(node, component)
+        return self.course().ancestors(node, component)
 
     @single
     def descendants(self, node: Any, component: Any) -> list[Any]:
         """Where the mass of a component goes: as `ancestors`, over each later node: a row of `compose(node, j)` over its sum."""
-        return self._course().descendants(node, component)
+        return self.course().descendants(node, component)
 
-    def _course(self) -> Course:
+    def course(self) -> Course:
+        """The fit's nodes, edges and plans, to be read along paths."""
         sizes = tuple(gmm.n_components for gmm in self.gmms)
         return Course(self._called(), sizes, self.gmms[0].dtype, self._written(), self.times, self.plan)
 
@@ -137,7 +138,7 @@ class GraphFit(Stackable, Outcome):
             )
         return [(i, j) for i, j in np.asarray(self.edges).tolist()]
 
-    def _edge(self, edge: Any) -> tuple[int, bool]:
+    def edge_index(self, edge: Any) -> tuple[int, bool]:
         """The index of an edge, and whether it was asked for against its direction."""
         written = self._written()
         if isinstance(edge, (tuple, list)) and len(edge) == 2:
