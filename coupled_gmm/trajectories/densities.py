@@ -25,7 +25,7 @@ from coupled_gmm.trajectories.chains import Chain
 _LEAST = 0.03  # part of the geodesic's standard deviations that is left where spline paths cross, times the other nodes' weights
 
 
-def mixture_at(fit: Any, t: Any, *, method: str = "spline", ends: str = "not-a-knot") -> GaussianMixture:
+def mixture_at(fit: Any, t: Any, *, method: str = "spline", ends: str = "parabolic") -> GaussianMixture:
     r"""The mixture at any time of a fitted chain.
 
     It has a component for each pair (k, l) that the plan around t joins, of mass :math:`(1 - u) a_k F_{kl} + u b_l B_{kl}` at the part

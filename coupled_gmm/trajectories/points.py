@@ -19,7 +19,7 @@ def trajectories(
     times: Any,
     *,
     method: str = "spline",
-    ends: str = "not-a-knot",
+    ends: str = "parabolic",
     key: PRNGKeyArray | None = None,
 ) -> Float[Array, "T n d"]:
     r"""Where points of the first node's cloud are at any times of a fitted chain.
@@ -27,7 +27,7 @@ def trajectories(
     .. math:: x(t) = \sum_v W_v(t) x_v , \qquad x_0 = x, \quad x_{v+1} = T_v(x_v)
 
     with the maps :math:`T_v` of the chain's plans, as `map_points` has them, and the weights W of a cubic spline through the nodes' times;
-    of two nodes a straight line, of three a parabola ("not-a-knot") or a natural spline. At a node's time x(t) is the image there.
+    of two nodes a straight line. At a node's time x(t) is the image there.
 
     Args:
       fit: of a chain (`fit_graph` of `chain(...)`, or of any graph with an edge between each two nodes that follow in time), or of a
@@ -35,8 +35,8 @@ def trajectories(
       x: (n, d), data units; of the first node.
       times: (T,), within those of the chain.
       method: "spline", or "geodesic" for straight lines between nodes.
-      ends: of the spline, "not-a-knot" (its third derivative is continuous at the second and the last but one node) or "natural" (no
-        curvature at the ends).
+      ends: what the spline does in its first and last stretch: "parabolic" (its curvature is constant there), "not-a-knot" (its
+        third derivative goes on from the stretch beside) or "natural" (the curvature falls to 0).
       key: a random key; with it points go by random couplings, as `map_points(..., method="random")`, and at every node they
         are distributed as its mixture. None: each goes where its mean goes, so that clouds become narrower from node to node.
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from coupled_gmm.core import matrices
 
 METHODS = ("spline", "geodesic")
-ENDS = ("not-a-knot", "natural")
+ENDS = ("parabolic", "not-a-knot", "natural")
 
 
 def weights(knots: Float[Array, " V"], t: Float[Array, " T"], method: str, ends: str) -> Float[Array, "T V"]:
@@ -40,25 +40,24 @@ def segment(knots: Float[Array, " V"], t: Float[Array, " T"]) -> tuple[Int[Array
 def _second_derivatives(h: Float[Array, " n"], ends: str) -> Float[Array, "V V"]:
     r"""The matrix of M as a function of y.
 
-    Inside, :math:`h_{i-1} M_{i-1} + 2 (h_{i-1} + h_i) M_i + h_i M_{i+1} = 6 (s_i - s_{i-1})` with the slopes s. "natural": M = 0 at both
-    ends. "not-a-knot": the third derivative is continuous at the second knot and the last but one, so that M goes on along a line
-    beyond them; three knots have one parabola. Either way what is left inside is row-diagonally dominant.
+    Inside, :math:`h_{i-1} M_{i-1} + 2 (h_{i-1} + h_i) M_i + h_i M_{i+1} = 6 (s_i - s_{i-1})` with the slopes s. At the ends M is 0
+    ("natural"), or goes on as a constant ("parabolic"), or along the line of the two next ("not-a-knot": the third derivative is
+    continuous at the second knot and the last but one); of three knots the last two are one parabola. Eliminated, they leave a
+    system that is row-diagonally dominant.
     """
-    n = len(h) + 1
-    slopes = jnp.diff(jnp.eye(n, dtype=h.dtype), axis=0) / h[:, None]
+    slopes = jnp.diff(jnp.eye(len(h) + 1, dtype=h.dtype), axis=0) / h[:, None]
     right = 6 * jnp.diff(slopes, axis=0)
-    natural = ends == "natural"
-    if n == 3:
-        inner = right / (2 * (h[0] + h[1]) if natural else 3 * (h[0] + h[1]))
-        ends_too = [jnp.zeros_like(inner)] * 2 if natural else [inner, inner]
-        return jnp.concatenate([ends_too[0], inner, ends_too[1]])
+    n = len(right)
     left = jnp.diag(2 * (h[:-1] + h[1:])) + jnp.diag(h[1:-1], 1) + jnp.diag(h[1:-1], -1)
-    if natural:
-        return jnp.pad(matrices.invert_dominant(left) @ right, ((1, 1), (0, 0)))
-    first, last = h[0] / h[1], h[-1] / h[-2]  # M_0 = (1 + first) M_1 - first M_2, and so at the other end
-    left = left.at[0, 0].add(h[0] * (1 + first)).at[0, 1].add(-h[0] * first)
-    left = left.at[-1, -1].add(h[-1] * (1 + last)).at[-1, -2].add(-h[-1] * last)
+    # M_0 = (1 + tilt) M_1 - tilt M_2, and so at the other end.
+    tilts = [h[0] / h[1], h[-1] / h[-2]] if ends == "not-a-knot" and n > 1 else [jnp.zeros((), h.dtype)] * 2
+    outer = []
+    for (at, beside), step, tilt in zip(((0, 1), (n - 1, n - 2)), (h[0], h[-1]), tilts, strict=True):
+        row = jnp.zeros(n, h.dtype)
+        if ends != "natural":
+            row = row.at[at].add(1 + tilt)
+            row = row.at[beside].add(-tilt) if n > 1 else row
+        left = left.at[at].add(step * row)
+        outer.append(row)
     inner = matrices.invert_dominant(left) @ right
-    before = (1 + first) * inner[0] - first * inner[1]
-    after = (1 + last) * inner[-1] - last * inner[-2]
-    return jnp.concatenate([before[None], inner, after[None]])
+    return jnp.concatenate([outer[0][None] @ inner, inner, outer[1][None] @ inner])
