@@ -58,8 +58,10 @@ class Course(NamedTuple):
 
     def _growth(self, i: int, j: int) -> Growth:
         i, j = (j, i) if self.places[j] < self.places[i] else (i, j)
-        timeless = self.times is None or (checks.known(self.times) and self.places[i] == self.places[j])
-        return Growth.of(self.plan((i, j)), i, j, None if timeless else self.times[j] - self.times[i])
+        elapsed = None
+        if self.times is not None and not (checks.known(self.times) and self.places[i] == self.places[j]):
+            elapsed = self.times[j] - self.times[i]
+        return Growth.of(self.plan((i, j)), i, j, elapsed)
 
     def ancestors(self, node: Any, component: Any) -> list[Any]:
         """Where what is in a component comes from, at each earlier node; None where no path leads there."""

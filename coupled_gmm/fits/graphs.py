@@ -101,8 +101,9 @@ def grid(rows: Sequence[Sequence[GaussianMixture]], **options: Unpack[GraphOptio
 def check_increasing(times: Any) -> None:
     """Refuse times of a chain, where they are known, that do not increase in the precision that they are held in."""
     if checks.known(times):
-        steps = np.diff(np.asarray(times))
-        if not (steps > 0).all():
-            i = int(np.argmin(steps > 0))
+        at = np.asarray(times)
+        later = at[1:] > at[:-1]
+        if not later.all():
+            i = int(np.argmin(later))
             problem = f"must increase along a chain, and {times[i]:g} comes before {times[i + 1]:g}"
             raise ArgumentError("times", problem, "put the mixtures in the order of their times, from a near origin")

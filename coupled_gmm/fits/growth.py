@@ -14,8 +14,8 @@ class Growth:
     r"""What becomes of the mass of each component of a node on its way to another.
 
     `change` is the plan's `mass_change`: the mass of `target` that comes from a component, over that component's own; 1 where
-    transport is balanced. `rate` is :math:`\log(change) / (t_1 - t_0)`, per unit of the nodes' times: below 0 for what dies, -inf for
-    what leaves nothing; None where the nodes have no times, or equal ones.
+    transport is balanced. `rate` is :math:`\log(change) / (t_1 - t_0)`, per unit of the nodes' times: below 0 for what dies, -inf
+    for what leaves nothing; None where the nodes have no times, or equal ones.
     """
 
     change: Float[Array, " K"]

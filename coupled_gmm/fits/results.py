@@ -107,8 +107,8 @@ class GraphFit(Stackable, Outcome):
           component: its index.
 
         Returns:
-          For each node of an earlier time (of a lower index, where there are no times), in their order, shares (K,) that sum to 1: a
-          column of `compose(i, node)` over its sum. Edges are followed back in time; None for a node that they don't lead to.
+          For each node of an earlier time (of a lower index, where there are no times), in their order, shares (K,) that sum to 1:
+          a column of `compose(i, node)` over its sum. Edges are followed back in time; None for a node that they don't lead to.
 
         Raises:
           TypeError, ValueError: there is no such node or component; several shortest paths lead to a node; a batch, or traced.

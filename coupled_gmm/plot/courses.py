@@ -22,7 +22,8 @@ def plot_mass_flow(fit: Any, *, least: float = 1e-3, labels: bool = True) -> Fig
 
     A ribbon from k to l leaves the bar of k as wide as the part of its mass that goes to l, and enters that of l as wide as the
     part of its mass that comes from k. Where masses change the two differ: what is born on the way is hatched, what dies is grey.
-    Bars are stacked so that ribbons cross little. The component that most of another's mass goes to keeps its colour; others have new ones.
+    Bars are stacked so that ribbons cross little. The component that most of another's mass goes to keeps its colour; others have
+    new ones.
 
     Args:
       fit: of a chain or a pair, as for `trajectories`.
@@ -55,7 +56,16 @@ def plot_mass_flow(fit: Any, *, least: float = 1e-3, labels: bool = True) -> Fig
     for v, (mass, base) in enumerate(zip(masses, bases, strict=True)):
         ax.bar(np.full(len(mass), x[v]), mass, 2 * half, base, color=colors[v], edgecolor="white", zorder=3)
         for k in np.flatnonzero(mass >= _WRITTEN) if labels else ():
-            ax.annotate(str(k), (x[v], base[k] + mass[k] / 2), ha="center", va="center", fontsize=9, color="white", weight="bold", zorder=4)
+            ax.annotate(
+                str(k),
+                (x[v], base[k] + mass[k] / 2),
+                ha="center",
+                va="center",
+                fontsize=9,
+                color="white",
+                weight="bold",
+                zorder=4,
+            )
     _finish(ax, fit, order, x)
     if changes:
         entries = [Patch(facecolor="white", edgecolor="0.3", hatch="////", label="born on the way")]
@@ -107,7 +117,11 @@ def _draw_ribbons(
         ax.fill_between(x, low, low + kept, color=colors[k], alpha=0.45, linewidth=0, label=f"{k} to {m}")
         if abs(entering[k, m] - leaving[k, m]) > 1e-3 * max(least, kept):
             born = entering[k, m] > leaving[k, m]
-            how = {"facecolor": colors[k], "alpha": 0.45, "hatch": "////", "edgecolor": "0.3"} if born else {"color": "0.75"}
+            how: dict[str, Any] = (
+                {"facecolor": colors[k], "alpha": 0.45, "hatch": "////", "edgecolor": "0.3"}
+                if born
+                else {"color": "0.75"}
+            )
             ax.fill_between(x, low + kept, low + width, linewidth=0, label=f"{k} to {m}, change", **how)
             changes = True
     return changes

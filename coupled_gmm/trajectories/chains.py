@@ -49,10 +49,16 @@ def ordered(fit: Any) -> tuple[list[int], Float[Array, " V"]]:
             problem = f"is no chain in time: {one} and {other} follow one another, and no edge joins them"
             if course.places[i] == course.places[j]:
                 problem = f"is no chain in time: {one} and {other} have one time"
-            raise ArgumentError("fit", problem, "fit a chain (coupled_gmm.chain), or name the plans' path by compose(i, j)")
+            raise ArgumentError(
+                "fit", problem, "fit a chain (coupled_gmm.chain), or name the plans' path by compose(i, j)"
+            )
     dtype = fit.gmms[0].dtype
     times = jnp.arange(len(order), dtype=dtype) if fit.times is None else fit.times[np.asarray(order)]
     return order, times
+
+
+def n_features(fit: Any) -> int:
+    return fit.pair.n_features if isinstance(fit, PairFit) else fit.gmms[0].n_features
 
 
 def plans(fit: Any, order: list[int]) -> list[Plan]:
@@ -60,13 +66,8 @@ def plans(fit: Any, order: list[int]) -> list[Plan]:
     return [fit.plan] if isinstance(fit, PairFit) else [fit.plan(edge) for edge in pairwise(order)]
 
 
-def of_fit(fit: Any) -> Chain:
-    """The chain of a fit, as `ordered` finds it.
-
-    Raises:
-      TypeError, ValueError: as `ordered`.
-    """
-    order, times = ordered(fit)
+def of_fit(fit: Any, order: list[int], times: Float[Array, " V"]) -> Chain:
+    """The chain that `ordered` has found in a fit."""
     if isinstance(fit, PairFit):
         gmms, edges, turned = [fit.pair.gmm0, fit.pair.gmm1], [0], [False]
         conditionals = jax.tree.map(lambda leaf: leaf[None], fit.plan.conditionals())
@@ -81,7 +82,9 @@ def of_fit(fit: Any) -> Chain:
 def _chain(nodes: GaussianMixture, times: Array, rows: Array, columns: Array, edges: Array, turned: Array) -> Chain:
     """From the conditionals of all edges, in their own order and directions."""
     size = nodes.n_components
-    rows, columns = (jnp.pad(c, ((0, 0), (0, size - c.shape[1]), (0, size - c.shape[2])))[edges] for c in (rows, columns))
+    rows, columns = (
+        jnp.pad(c, ((0, 0), (0, size - c.shape[1]), (0, size - c.shape[2])))[edges] for c in (rows, columns)
+    )
     turned = turned[:, None, None]
     forward = jnp.where(turned, columns.swapaxes(1, 2), rows)
     return Chain(nodes, times, forward, jnp.where(turned, rows.swapaxes(1, 2), columns))

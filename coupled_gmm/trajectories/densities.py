@@ -1,6 +1,6 @@
 r"""The mixture at any time of a fitted chain.
 
-Given the component at one node, the chain of components is a Markov chain into the past and into the future. So the moments of a spline
+Given the component at one node, components are a Markov chain into the past and into the future. So the moments of a spline
 :math:`X(t) = \sum_v W_v X_v`, given that it passes components k and l on both sides of t, are sums over the nodes: of means,
 
 .. math:: A_v(j) = W_v m_j + \sum_{j'} B_{j'j} A_{v-1}(j') ,
@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from coupled_gmm.core import checks, matrices
 from coupled_gmm.core.programs import program
-from coupled_gmm.core.tree import take, unchecked
+from coupled_gmm.core.tree import unchecked
 from coupled_gmm.gaussians import bures, mixture
 from coupled_gmm.gaussians.mixture import GaussianMixture
 from coupled_gmm.trajectories import chains, splines
@@ -28,19 +28,19 @@ _LEAST = 0.03  # part of the geodesic's standard deviations that is left where s
 def mixture_at(fit: Any, t: Any, *, method: str = "spline", ends: str = "parabolic") -> GaussianMixture:
     r"""The mixture at any time of a fitted chain.
 
-    It has a component for each pair (k, l) that the plan around t joins, of mass :math:`(1 - u) a_k F_{kl} + u b_l B_{kl}` at the part
-    u of the way, as `interpolate` does. "geodesic": on the Bures geodesic from k to l, so that on each edge it is
+    It has a component for each pair (k, l) that the plan around t joins, of mass :math:`(1 - u) a_k F_{kl} + u b_l B_{kl}` at the
+    part u of the way, as `interpolate` does. "geodesic": on the Bures geodesic from k to l, so that on each edge it is
     `interpolate(plan, u)`. "spline": with the mean and covariance of all spline paths through components that pass k and l,
 
     .. math:: X(t) = \sum_v W_v(t) X_v , \qquad X_v = m_{Z_v} + A_v \xi ,
 
     in the law that the plans give to components :math:`Z_v` and, by their Gaussian maps, to the points in them: that of
-    `trajectories(..., key=key)` of points drawn from the first node. At a node's time it is the node's mixture. Covariances of fits are
-    definite in between too: where spline paths cross a hundredth or so of the geodesic's standard deviations is left.
+    `trajectories(..., key=key)` of points drawn from the first node. At a node's time it is the node's mixture. Between definite
+    covariances they are definite: where spline paths cross, a hundredth or so of the geodesic's standard deviations is left.
 
     Args:
       fit: of a chain or a pair, as for `trajectories`.
-      t: one time within those of the chain, which may be traced (of many, by `jax.vmap`); traced and outside, it is the nearest end.
+      t: one time within those of the chain; it may be traced (many by `jax.vmap`), and is then the nearest end where it is outside.
       method, ends: as for `trajectories`.
 
     Returns:
@@ -51,8 +51,9 @@ def mixture_at(fit: Any, t: Any, *, method: str = "spline", ends: str = "parabol
     """
     checks.choice("method", method, splines.METHODS)
     checks.choice("ends", ends, splines.ENDS)
-    chain = chains.of_fit(fit)
-    t = chains.checked_times("t", t, chain.times)
+    order, times = chains.ordered(fit)
+    t = chains.checked_times("t", t, times)
+    chain = chains.of_fit(fit, order, times)
     (nodes,), centre = mixture.about_one_point(chain.nodes)
     return mixture.moved_back(_mixture_at(nodes, chain, t, method, ends), centre)
 
@@ -110,10 +111,11 @@ def _mixture_at(nodes: GaussianMixture, chain: Chain, t: Array, method: str, end
     factors = nodes.cholesky
     couplings = _couplings(factors)  # (E, here, there, d, d)
     steps = weights, nodes.means, factors
-    # Into the past xi there is U xi here, into the future U^T xi.
-    past = _sides(steps, chain.backward.swapaxes(1, 2), couplings.swapaxes(1, 2))
-    turned = jax.tree.map(lambda leaf: leaf[::-1], (steps, chain.forward, matrices.transpose(couplings)))
-    before, after = take(past, i), take(_sides(*turned), len(weights) - 2 - i)
+    # What is xi here is U xi in the past, and U^T xi in the future.
+    past = steps, chain.backward.swapaxes(1, 2), couplings.swapaxes(1, 2)
+    future = jax.tree.map(lambda leaf: leaf[::-1], (steps, chain.forward, matrices.transpose(couplings)))
+    sides = jax.vmap(_sides)(*jax.tree.map(lambda *both: jnp.stack(both), past, future))
+    before, after = (jax.tree.map(lambda leaf, at=at: leaf[at], sides) for at in ((0, i), (1, len(weights) - 2 - i)))
 
     def pairs(one: Array, other: Array) -> Array:
         both = jnp.broadcast_arrays(one[:, None], other[None])

@@ -26,12 +26,12 @@ def trajectories(
 
     .. math:: x(t) = \sum_v W_v(t) x_v , \qquad x_0 = x, \quad x_{v+1} = T_v(x_v)
 
-    with the maps :math:`T_v` of the chain's plans, as `map_points` has them, and the weights W of a cubic spline through the nodes' times;
-    of two nodes a straight line. At a node's time x(t) is the image there.
+    with the maps :math:`T_v` of the chain's plans, as `map_points` has them, and the weights W of a cubic spline with the nodes'
+    times as knots; of two nodes a straight line. At a node's time x(t) is the image there.
 
     Args:
-      fit: of a chain (`fit_graph` of `chain(...)`, or of any graph with an edge between each two nodes that follow in time), or of a
-        pair, whose times are 0 and 1. Without times of its own the nodes' indices are theirs.
+      fit: of a chain (`fit_graph` of `chain(...)`, or of any graph with an edge between each two nodes that follow in time), or of
+        a pair, whose times are 0 and 1. Nodes without times have their indices.
       x: (n, d), data units; of the first node.
       times: (T,), within those of the chain.
       method: "spline", or "geodesic" for straight lines between nodes.
@@ -53,10 +53,9 @@ def trajectories(
     times = chains.checked_times("times", times, knots, "T")
     if foreign.is_open(x):
         raise ArgumentError("x", f"expected points in memory, got {x!r}", "take some of them, by its rows(...)")
-    plans = chains.plans(fit, order)
-    x = checks.points("x", x, plans[0].pair.n_features)
+    x = checks.points("x", x, chains.n_features(fit))
     images = [x]
-    for v, plan in enumerate(plans):
+    for v, plan in enumerate(chains.plans(fit, order)):
         how: dict[str, Any] = {} if key is None else {"method": "random", "key": jax.random.fold_in(key, v)}
         images.append(map_points(plan, images[-1], **how))
     images[0] = jnp.asarray(x, images[1].dtype)

@@ -30,7 +30,7 @@ def composed(plans: Sequence[Plan]) -> Plan:
     Its status is the worst of theirs where that is a failure, and else `COMPOSED`: it is optimal for no problem of its own. It has
     no potentials and no bound on what it costs too much: its duality gap is infinite.
     """
-    first, *_, last = plans
+    first, last = plans[0], plans[-1]
     if len(plans) == 1:
         return first
     matrix = last.matrix

@@ -20,7 +20,7 @@ from coupled_gmm.transport.exact import Vertex
 from coupled_gmm.transport.pair import GaussianMixturePair, transport_problem
 from coupled_gmm.transport.problem import TransportProblem
 
-_NO_DERIVATIVE = (
+_JUMPS = (
     "an exact plan's matrix can't be differentiated: it jumps from vertex to vertex; differentiate plan.transport_cost, use "
     "an entropic plan, or jax.lax.stop_gradient(plan)"
 )
@@ -48,8 +48,9 @@ class Plan(Stackable, Outcome):
     r"""A solved transport problem, raw: never rounded to its marginals.
 
     Entropic plans are :math:`P = a b^T \exp((f + g - C) / \epsilon)`, and everything read off them is differentiable in both
-    mixtures, epsilon and rho. Exact ones are a vertex of the linear programme; their costs are differentiable. Those that are composed
-    of others have a matrix and no potentials, and are optimal for no problem: neither gap nor derivatives. Of plans stacked on leading axes (a graph's edges, a batch) `plan[i]` is one; all that is read off them comes stacked too.
+    mixtures, epsilon and rho. Exact ones are a vertex of the linear programme; their costs are differentiable. Composed ones have a
+    matrix, no potentials, no gap and no derivatives: they are optimal for nothing. Of plans stacked on leading axes (a graph's
+    edges, a batch) `plan[i]` is one; all that is read off them comes stacked too.
     """
 
     pair: GaussianMixturePair
@@ -136,8 +137,7 @@ class Plan(Stackable, Outcome):
         """Mass from each component of gmm0 to each of gmm1."""
         if self.vertex is not None:
             # With what it depends on: a vertex alone carries no derivative that could be refused.
-            said = _NO_DERIVATIVE if self.is_exact else _COMPOSED
-            return checks.value_only((self.vertex, self.cost, *self._masses), said)[0]
+            return checks.value_only((self.vertex, self.cost, *self._masses), _JUMPS if self.is_exact else _COMPOSED)[0]
         return self._problem.plan(*self._whole)
 
     @property
@@ -177,7 +177,7 @@ class Plan(Stackable, Outcome):
     @program()
     def transport_cost(self) -> Float[Array, ""]:
         """<P, C>, squared data units."""
-        if not self.is_exact:
+        if self.vertex is None or self.potentials is None:
             return jnp.sum(self.matrix * self.cost)
         # The envelope theorem: mass costs what the potentials say.
         (f, g), (a, b) = jax.lax.stop_gradient(self.potentials), self._masses
@@ -307,7 +307,7 @@ class Plan(Stackable, Outcome):
     @property
     def _whole(self) -> tuple[Words, Words]:
         """The potentials, not rounded."""
-        f, g = self.potentials
+        f, g = self.potentials  # pyright: ignore[reportGeneralTypeIssues]
         rests = (f - f, g - g) if self.rests is None else self.rests
         return (f, rests[0]), (g, rests[1])
 
@@ -321,7 +321,7 @@ class Plan(Stackable, Outcome):
 
     @matrices.precise
     def _dual(self) -> Array:
-        (a, b), (f, g) = self._masses, self.potentials
+        (a, b), (f, g) = self._masses, self.potentials  # pyright: ignore[reportGeneralTypeIssues]
         if self.vertex is not None:
             return f @ a + g @ b
         return duals.dual_value(self._problem, *self._whole)
