@@ -22,7 +22,6 @@ from coupled_gmm.fits.coupled import GraphFit, fit_graph
 from coupled_gmm.fits.gmm import MixtureFit, fit_gmm, init_gmm
 from coupled_gmm.fits.graph import MixtureGraph
 from coupled_gmm.fits.graphs import chain, grid, star
-from coupled_gmm.fits.growth import Growth
 from coupled_gmm.fits.online import MixtureStatistics
 from coupled_gmm.fits.pairs import PairFit, fit_pair, fit_path, penalized_log_likelihood
 from coupled_gmm.gaussians.bures import bures_cost_matrix
@@ -49,7 +48,6 @@ __all__ = [
     "GaussianMixture",
     "GaussianMixturePair",
     "GraphFit",
-    "Growth",
     "MixtureFit",
     "MixtureFits",
     "MixtureGraph",

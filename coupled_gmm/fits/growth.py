@@ -5,10 +5,11 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from coupled_gmm.core.tree import number, pytree, static
+from coupled_gmm.core.tree import number, pytree, saved, static
 from coupled_gmm.transport.plan import Plan
 
 
+@saved
 @pytree
 class Growth:
     r"""What becomes of the mass of each component of a node on its way to another.

@@ -94,7 +94,7 @@ def test_a_composed_plan_maps_points(course, x64):
     assert cg.interpolate(plan, 0.5).n_components == 4
 
 
-def test_growth(course, x64):
+def test_growth(course, x64, tmp_path):
     matrices, masses = parts(course)
     for i, (growth, m) in enumerate(zip(course.growth(), matrices, strict=True)):
         expected = (m / m.sum(0)) @ masses[i + 1] / masses[i]
@@ -105,6 +105,9 @@ def test_growth(course, x64):
         np.testing.assert_allclose(growth.rate, np.log(expected) / (TIMES[i + 1] - TIMES[i]), rtol=1e-9)
     if not course.plans.pair.balanced:
         assert min(float(growth.rate.min()) for growth in course.growth()) < -0.01, "something dies here"
+    path = tmp_path / "growth.npz"
+    cg.save(path, course.growth())
+    jax.tree.map(np.testing.assert_array_equal, cg.load(path), course.growth())
     timeless = unchecked(cg.GraphFit, **{**vars(course), "times": None})
     assert [growth.rate for growth in timeless.growth()] == [None] * 3
 
