@@ -1,7 +1,8 @@
 """Chains of many clouds beside chains of few: `python benchmarks/courses.py [--nodes 2 10 40]`, some two minutes.
 
-N 10,000 points a node, K 10, d 10, components that overlap and drift. A fit is one compiled call. Seconds of an EM step are what 20 steps
-add to a fit of five, the least of some runs by turns: of processors, which other work on the machine changes little, and of the clock.
+N 10,000 points a node, K 10, d 10, components that overlap and drift. A fit is one compiled call. Seconds of an EM step are what
+20 steps add to a fit of five, the least of some runs by turns: of processors, which other work on the machine changes little, and of
+the clock.
 """
 
 import argparse
@@ -51,7 +52,7 @@ if __name__ == "__main__":
         whole, step = least[v][0] / least[base][0] / times, steps[v] / steps[base] / times
         print(
             f"{v} nodes: first call {first[v][1]:.1f} s; {FEW} steps {least[v][0][0]:.3f} processor s, {least[v][0][1]:.3f} s, "
-            f"that is {whole[0]:.2f}, {whole[1]:.2f} of {times:g} times {base} nodes'; a step {steps[v][0]:.4f}, {steps[v][1]:.4f} s, "
-            f"{step[0]:.2f}, {step[1]:.2f}",
+            f"that is {whole[0]:.2f}, {whole[1]:.2f} of {times:g} times {base} nodes'; a step {steps[v][0]:.4f}, "
+            f"{steps[v][1]:.4f} s, {step[0]:.2f}, {step[1]:.2f}",
             flush=True,
         )
