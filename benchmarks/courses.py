@@ -1,8 +1,8 @@
 """Chains of many clouds beside chains of few: `python benchmarks/courses.py [--nodes 2 10 40]`, some two minutes.
 
-N 10,000 points a node, K 10, d 10, components that overlap and drift. A fit is one compiled call. Seconds of an EM step are what
-20 steps add to a fit of five, the least of some runs by turns: of processors, which other work on the machine changes little, and of
-the clock.
+N 10,000 points a node, K 10, d 10, components that overlap and drift. A fit is one compiled call. Seconds of an EM step are
+what 20 steps add to a fit of five, the least of some runs by turns: of processors, which other work on the machine changes
+little, and of the clock.
 """
 
 import argparse
