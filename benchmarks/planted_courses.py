@@ -1,14 +1,15 @@
-"""A planted time course, by a coupled chain, by mixtures fitted apart, and by consecutive pairs: `python benchmarks/planted_courses.py`.
+"""A planted course by a coupled chain, by mixtures fitted apart, by consecutive pairs: `python benchmarks/planted_courses.py`.
 
-Six times, four components that drift and grow or shrink; one splits at the third time, which makes five. Tracks: a component keeps the
-number of its main ancestor as long as it is that one's main heir. Points are compared by the track of their most probable component with
-the planted one (adjusted Rand index over all points of all times), and growth by the mean error of log(mass at the next time / mass now)
-of the planted component that most of a component's points are of. All start from the mixture of all points pooled; the mixtures apart
-also from the likeliest of ten starts of their own.
+Six times, four components that drift and grow or shrink; one splits at the third time, which makes five. Tracks: a component keeps
+the number of its main ancestor as long as it is that one's main heir. Points are compared by the track of their most probable
+component with the planted one (adjusted Rand index over all points of all times), and growth by the mean error of log(mass at the
+next time / mass now) of the planted component that most of a component's points are of. All start from the mixture of all points
+pooled; the mixtures apart also from the likeliest of ten starts of their own.
 """
 
 import argparse
 import time
+from itertools import pairwise
 
 import jax
 import numpy as np
@@ -95,9 +96,7 @@ def by_chain(planted: Planted, start: cg.GaussianMixture, relative: float):
 
 def apart(planted: Planted, gmms: list):
     """Matched by exact MW2 plans; a component grows as the mass of its track does."""
-    plans = [
-        np.asarray(cg.solve_plan(cg.GaussianMixturePair(*pair), method="exact").matrix) for pair in zip(gmms, gmms[1:])
-    ]
+    plans = [np.asarray(cg.solve_plan(cg.GaussianMixturePair(*pair), method="exact").matrix) for pair in pairwise(gmms)]
     masses = [np.asarray(gmm.weights) for gmm in gmms]
     heirs = [plan.argmax(1) for plan in plans]
     changes = [np.log(after[heir]) - np.log(now) for now, after, heir in zip(masses, masses[1:], heirs)]
