@@ -19,6 +19,7 @@ from coupled_gmm.fits.graph import MixtureGraph
 from coupled_gmm.fits.request import Controls, FitOptions, FitRequest, GivenCloud, Stretches, view_of
 from coupled_gmm.fits.results import GraphFit
 from coupled_gmm.fits.statistics import Sums
+from coupled_gmm.fits.weights import Weight
 from coupled_gmm.transport import plan, solvers
 from coupled_gmm.transport.pair import GaussianMixturePair, stated
 
@@ -87,15 +88,15 @@ def graph_fit(problem: MixtureGraph, end: em.Solution, order: Array) -> GraphFit
         found,
     )
     plans = plan.from_potentials(pairs, costs, potentials)
-    return GraphFit(
-        problem.split(end.nodes), plans, end.value, end.status, end.n_steps, history, end.log_likelihoods, edges
-    )
+    went = end.value, end.status, end.n_steps, history, end.log_likelihoods
+    return GraphFit(problem.split(end.nodes), plans, *went, edges, problem.edge_weights, end.feature_variance)
 
 
 def fit_graph(
     clouds: Sequence[Any],
     graph: MixtureGraph,
     *,
+    relative_weight: Any = None,
     point_weights: Sequence[Any] | None = None,
     em_steps: int = 30,
     m_steps: int = 20,
@@ -116,6 +117,8 @@ def fit_graph(
     Args:
       clouds: for each node a cloud (n, d), or None where it has none.
       graph: where to start, with the edges, their weights lambda, the nodes' weights v, epsilon, rho, and what is frozen.
+      relative_weight: at least 0, times which the edges' weights are taken, and without a unit: lambda is that product over the
+        mean variance of a feature within the clouds. None takes the edges' weights as they are, per squared data unit.
       point_weights: for each node (n,), at least 0, not all 0, or None; None weighs the points of every cloud equally.
       em_steps, m_steps, optimizer, learning_rate, tol, ridge, method, chunk_size, progress: as in `fit_pair`.
 
@@ -163,6 +166,9 @@ def fit_graph(
     view = view_of(given, [graph.nodes], ridge)
     numbers = max(graph.sizes) * graph.nodes.n_features
     program = Stretches(_begin_graph, _go_on_with_graph)
+    if relative_weight is not None:
+        weight = Weight.given(None, relative_weight).of(view)
+        graph = dataclasses.replace(graph, edge_weights=(weight * graph.edge_weights).astype(graph.nodes.dtype))
     problem = dataclasses.replace(graph, balanced=False)  # one program, whatever the prices are
     fit = request.fit(program, problem, view=view, numbers=numbers, solver=_edge_solver(method, graph))
     plans = dataclasses.replace(fit.plans, pair=stated(fit.plans.pair, graph.balanced))

@@ -102,6 +102,7 @@ class Solution(NamedTuple):
     status: Int[Array, ""]
     n_steps: Int[Array, ""]
     history: History
+    feature_variance: Float[Array, ""]
     statistics: MixtureStatistics | None
 
 
@@ -268,6 +269,7 @@ def finish(task: Task, state: FitState, history: History) -> Solution:
         status=_status_of_end(task, state, nodes),
         n_steps=state.step,
         history=history,
+        feature_variance=sight.feature_variance,
         # J less Q is the entropy of the probabilities that Q is under.
         statistics=sight.statistics(place.parameters, place.seen, place.penalized - place.terms.q),
     )

@@ -25,6 +25,7 @@ from coupled_gmm.fits.graph import MixtureGraph
 from coupled_gmm.fits.request import Controls, FitOptions, FitRequest, GivenCloud, Stretches, view_of
 from coupled_gmm.fits.results import PairFit, trimmed
 from coupled_gmm.fits.statistics import Sums
+from coupled_gmm.fits.weights import Weight
 from coupled_gmm.gaussians.mixture import GaussianMixture, stack
 from coupled_gmm.transport import solvers
 from coupled_gmm.transport.pair import GaussianMixturePair, stated
@@ -63,7 +64,7 @@ def pair_fit(problem: MixtureGraph, end: em.Solution) -> PairFit:
     fit = graph_fit(problem, end, jnp.zeros(1, jnp.int32))
     whole = trimmed(take(fit.plans, 0), *fit.gmms)
     went = fit.penalized_log_likelihood, fit.status, fit.n_steps, fit.history, fit.log_likelihoods
-    return PairFit(whole.pair, whole, *went)
+    return PairFit(whole.pair, whole, *went, problem.edge_weights[0], end.feature_variance)
 
 
 @program("options", over_matrices=True)
@@ -93,7 +94,8 @@ def penalized_log_likelihood(
     x0: Any,
     x1: Any,
     *,
-    transport_weight: Any,
+    transport_weight: Any = None,
+    relative_weight: Any = None,
     point_weights0: Any = None,
     point_weights1: Any = None,
     ridge: Any = 1e-6,
@@ -106,7 +108,7 @@ def penalized_log_likelihood(
     Arguments and errors as in `fit_pair`.
     """
     checks.instance("pair", pair, GaussianMixturePair)
-    transport_weight = checks.scalar("transport_weight", transport_weight, at_least=0, batched=True)
+    weight = Weight.given(transport_weight, relative_weight)
     ridge = checks.scalar("ridge", ridge, at_least=0, batched=True)
     if chunk_size is not None:
         checks.integer("chunk_size", chunk_size, 1)
@@ -116,7 +118,7 @@ def penalized_log_likelihood(
     otherwise = "the first row of a fit's history is J where it starts: fit_pair(..., em_steps=1)"
     view = view_of(clouds, [pair.gmm0, pair.gmm1], ridge, in_memory=otherwise)
     sight = view.in_chunks(_numbers(pair), chunk_size)
-    asked = stated(pair, balanced=False), transport_weight
+    asked = stated(pair, balanced=False), weight.of(view)
     if sight.chunks.mesh is None:
         return _value(*asked, sight, ridge)
     asked, ridge = meshes.whole((asked, ridge))
@@ -144,7 +146,8 @@ def fit_pair(
     x1: Any,
     pair: GaussianMixturePair,
     *,
-    transport_weight: Any,
+    transport_weight: Any = None,
+    relative_weight: Any = None,
     point_weights0: Any = None,
     point_weights1: Any = None,
     em_steps: int = 30,
@@ -170,7 +173,9 @@ def fit_pair(
     Args:
       x0, x1: clouds (n0, d) and (n1, d).
       pair: where to start, with epsilon and rho.
-      transport_weight: lambda, at least 0, per squared data unit.
+      transport_weight: lambda, at least 0, per squared data unit; or
+      relative_weight: in its place, lambda times the mean variance of a feature within the clouds, at least 0: it has no unit, and
+        0.1 is a fair begin. One of them is given, and the fit reports both.
       point_weights0, point_weights1: (n0,), (n1,), at least 0, not all 0; None weighs points equally.
       em_steps: EM steps, at most.
       m_steps: evaluations of the M-step's objective, or of what bounds it from below, and its gradient in each, at most.
@@ -215,17 +220,18 @@ def fit_pair(
         chunk_size=chunk_size,
         progress=progress,
     )
-    transport_weight = checks.scalar("transport_weight", transport_weight, at_least=0, batched=True)
+    weight = Weight.given(transport_weight, relative_weight)
     clouds = _two_clouds(x0, x1, point_weights0, point_weights1)
     asked, program = (
         _PairRequest.checked(request, clouds, pair, freeze, method, n_init, key),
         Stretches(_begin_pair, _go_on_with_pair),
     )
+    transport_weight = weight.of(asked.view)
     if n_init == 1:
         return asked.fit(program, pair, transport_weight)
     if jnp.ndim(transport_weight) or progress:
         raise ArgumentError(
-            "n_init", "fits of several starts take one transport_weight, and have no progress", "see fit_path"
+            "n_init", f"fits of several starts take one {weight.name}, and have no progress", "see fit_path"
         )
     if asked.view.external:
         ends = [asked.fit(program, start, transport_weight) for start in asked.starts()]
@@ -238,7 +244,8 @@ def fit_path(
     x1: Any,
     pair: GaussianMixturePair,
     *,
-    transport_weights: Any,
+    transport_weights: Any = None,
+    relative_weights: Any = None,
     point_weights0: Any = None,
     point_weights1: Any = None,
     em_steps: int = 30,
@@ -260,7 +267,8 @@ def fit_path(
     a neighbour's mixtures. So give weights in order, and a `tol` above 0, with which a start that is near costs few steps.
 
     Args:
-      transport_weights: lambda (W,), at least 0, per squared data unit.
+      transport_weights: lambda (W,), at least 0, per squared data unit; or
+      relative_weights: (W,), in their place, as in `fit_pair`.
       x0, x1, pair, point_weights0, point_weights1, em_steps, m_steps, optimizer, learning_rate, tol, freeze, n_init, key, ridge,
         method, chunk_size: as in `fit_pair`.
 
@@ -286,13 +294,16 @@ def fit_path(
         method=method,
         chunk_size=chunk_size,
     )
-    weights = checks.scalar("transport_weights", transport_weights, at_least=0, batched=True)
-    if jnp.ndim(weights) != 1 or not len(weights):
-        raise ArgumentError("transport_weights", f"expected a list of numbers, got shape {weights.shape}", "pass (W,)")
+    weights = Weight.given(transport_weights, relative_weights, plural="s")
+    if jnp.ndim(weights.value) != 1 or not len(weights.value):
+        raise ArgumentError(weights.name, f"expected a list of numbers, got shape {weights.value.shape}", "pass (W,)")
     clouds = _two_clouds(x0, x1, point_weights0, point_weights1)
     otherwise = "call fit_pair for each weight, and start it where the one before ended"
     asked = _PairRequest.checked(request, clouds, pair, freeze, method, n_init, key, in_memory=otherwise)
-    return dataclasses.replace(asked.fit(_fit_pairs, asked.starts(), weights), transport_weights=weights)
+    transport_weights = weights.of(asked.view)
+    return dataclasses.replace(
+        asked.fit(_fit_pairs, asked.starts(), transport_weights), transport_weights=transport_weights
+    )
 
 
 def frozen_sides(freeze: Any) -> Bool[np.ndarray, "2"]:

@@ -39,6 +39,8 @@ class GraphFit(Stackable, Outcome):
     history: History
     log_likelihoods: Float[Array, "*b V"] | None = None  # of each cloud, mean per point, without ridge
     edges: Int[Array, "*b E 2"] | None = None  # as given; files of before have none
+    edge_weights: Float[Array, "*b E"] | None = None
+    feature_variance: Float[Array, "*b"] | None = None  # mean within clouds, by which a weight has no unit
 
     def _words(self) -> list[str]:
         sizes = listed(gmm.n_components for gmm in self.gmms)
@@ -54,6 +56,11 @@ class GraphFit(Stackable, Outcome):
     @property
     def batch_shape(self) -> tuple[int, ...]:
         return jnp.shape(self.status)
+
+    @property
+    def relative_weights(self) -> Float[Array, "*b E"] | None:
+        """lambda of each edge times the clouds' mean variance of a feature: without a unit."""
+        return _relative(self.edge_weights, self.feature_variance)
 
     @single
     def plan(self, edge: Any) -> Plan:
@@ -102,11 +109,24 @@ class PairFit(Stackable, Outcome):
     n_steps: Int[Array, "*b"]
     history: History
     log_likelihoods: Float[Array, "*b 2"] | None = None  # of each cloud, mean per point, without ridge
-    transport_weights: Float[Array, "*b"] | None = None  # of the fits of a path
+    transport_weights: Float[Array, "*b"] | None = None  # lambda; of a path's fits, or of a batch's, each its own
+    feature_variance: Float[Array, "*b"] | None = None  # mean within clouds, by which a weight has no unit
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
         return jnp.shape(self.status)
+
+    @property
+    def transport_weight(self) -> Float[Array, "*b"] | None:
+        """lambda, per squared data unit."""
+        return self.transport_weights
+
+    @property
+    def relative_weight(self) -> Float[Array, "*b"] | None:
+        """lambda times the clouds' mean variance of a feature: without a unit."""
+        return _relative(self.transport_weights, self.feature_variance)
+
+    relative_weights = relative_weight
 
     def _words(self) -> list[str]:
         one, other = self.pair.gmm0, self.pair.gmm1
@@ -118,6 +138,12 @@ class PairFit(Stackable, Outcome):
 
     def _plans(self) -> Plan:
         return self.plan
+
+
+def _relative(weights: Any, variance: Any) -> Any:
+    if weights is None or variance is None:
+        return None
+    return weights * jnp.expand_dims(variance, range(jnp.ndim(variance), jnp.ndim(weights)))
 
 
 def _went(fit: GraphFit | PairFit) -> list[str]:
@@ -133,12 +159,20 @@ def _went(fit: GraphFit | PairFit) -> list[str]:
     ]
 
 
+def _prices(fit: GraphFit | PairFit) -> dict[str, str]:
+    """The weight of transport, in its unit and without one."""
+    weights = fit.edge_weights if isinstance(fit, GraphFit) else fit.transport_weights
+    relative = number(_relative(weights, fit.feature_variance))
+    return {"transport weight": f"{number(weights)} per squared data unit, relative {relative}" if relative else ""}
+
+
 def _facts(fit: GraphFit | PairFit) -> dict[str, str]:
     """What `summary` tells of a fit."""
     plans, each = fit._plans(), fit.log_likelihoods
     likelihoods = "" if each is None else ", ".join(number(each[..., i]) for i in range(each.shape[-1]))
     return {
         "J": number(fit.penalized_log_likelihood),
+        **_prices(fit),
         "log-likelihoods, mean per point": likelihoods,
         "transport cost": number(plans.regularized_cost) if plans.status.size else "",
         "marginal error": number(plans.marginal_error) if plans.status.size else "",
