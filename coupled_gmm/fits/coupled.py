@@ -16,10 +16,12 @@ from coupled_gmm.core.tree import take, unchecked
 from coupled_gmm.fits import em, frame
 from coupled_gmm.fits.frame import Sight
 from coupled_gmm.fits.graph import MixtureGraph
+from coupled_gmm.fits.refits import fidelity_of
 from coupled_gmm.fits.request import Controls, FitOptions, FitRequest, GivenCloud, Stretches, view_of
 from coupled_gmm.fits.results import GraphFit
 from coupled_gmm.fits.statistics import Sums
 from coupled_gmm.fits.weights import Weight
+from coupled_gmm.gaussians.mixture import stack
 from coupled_gmm.transport import plan, solvers
 from coupled_gmm.transport.pair import GaussianMixturePair, stated
 
@@ -89,7 +91,9 @@ def graph_fit(problem: MixtureGraph, end: em.Solution, order: Array) -> GraphFit
     )
     plans = plan.from_potentials(pairs, costs, potentials)
     went = end.value, end.status, end.n_steps, history, end.log_likelihoods
-    return GraphFit(problem.split(end.nodes), plans, *went, edges, problem.edge_weights, end.feature_variance)
+    return GraphFit(
+        problem.split(end.nodes), plans, *went, edges, problem.edge_weights, end.feature_variance, end.penalized
+    )
 
 
 def fit_graph(
@@ -107,6 +111,7 @@ def fit_graph(
     method: str = "entropic",
     chunk_size: int | None = None,
     progress: Any = False,
+    fidelity: bool = True,
 ) -> GraphFit:
     r"""The coupled fit of `fit_pair` for any graph of mixtures.
 
@@ -120,7 +125,7 @@ def fit_graph(
       relative_weight: at least 0, times which the edges' weights are taken, and without a unit: lambda is that product over the
         mean variance of a feature within the clouds. None takes the edges' weights as they are, per squared data unit.
       point_weights: for each node (n,), at least 0, not all 0, or None; None weighs the points of every cloud equally.
-      em_steps, m_steps, optimizer, learning_rate, tol, ridge, method, chunk_size, progress: as in `fit_pair`.
+      em_steps, m_steps, optimizer, learning_rate, tol, ridge, method, chunk_size, progress, fidelity: as in `fit_pair`.
 
     Returns:
       A `GraphFit` with the fitted mixtures, their plans, J, the status and the history.
@@ -172,4 +177,5 @@ def fit_graph(
     problem = dataclasses.replace(graph, balanced=False)  # one program, whatever the prices are
     fit = request.fit(program, problem, view=view, numbers=numbers, solver=_edge_solver(method, graph))
     plans = dataclasses.replace(fit.plans, pair=stated(fit.plans.pair, graph.balanced))
-    return dataclasses.replace(fit, plans=plans)
+    fit = dataclasses.replace(fit, plans=plans)
+    return fidelity_of(fit, stack(fit.gmms), graph.nodes, graph.frozen, request, view) if fidelity else fit

@@ -98,6 +98,7 @@ class Solution(NamedTuple):
     nodes: GaussianMixture
     terms: Terms
     log_likelihoods: Float[Array, " V"]
+    penalized: Float[Array, " V"]
     value: Float[Array, ""]
     status: Int[Array, ""]
     n_steps: Int[Array, ""]
@@ -265,6 +266,7 @@ def finish(task: Task, state: FitState, history: History) -> Solution:
         nodes=nodes,
         terms=terms,
         log_likelihoods=jnp.asarray(row.log_likelihoods),
+        penalized=place.penalized - _volume(task),
         value=row.penalized_log_likelihood,
         status=_status_of_end(task, state, nodes),
         n_steps=state.step,
@@ -368,10 +370,8 @@ def no_rows(task: Task, state: FitState) -> History:
 
 
 def _row(task: Task, place: _Place, marginal_error: Array) -> History:
-    """What was seen at a place, in data units, where a density per volume is less by the unit to the power d."""
-    unit, graph, terms = task.sight.frame.unit, task.graph, place.terms
-    n_features = place.parameters.means.shape[-1]
-    volume = jnp.where(task.sight.has_cloud, n_features * jnp.log(unit), 0)
+    """What was seen at a place, in data units."""
+    unit, graph, terms, volume = task.sight.frame.unit, task.graph, place.terms, _volume(task)
     return unchecked(
         History,
         q=terms.q - volume,
@@ -381,6 +381,12 @@ def _row(task: Task, place: _Place, marginal_error: Array) -> History:
         marginal_error=marginal_error,
         log_likelihoods=place.log_likelihoods - volume,
     )
+
+
+def _volume(task: Task) -> Float[Array, " V"]:
+    """By what log-densities in the frame exceed those in data units: a density is per volume."""
+    n_features = task.given.nodes.n_features
+    return jnp.where(task.sight.has_cloud, n_features * jnp.log(task.sight.frame.unit), 0)
 
 
 @matrices.precise

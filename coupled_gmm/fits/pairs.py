@@ -22,6 +22,7 @@ from coupled_gmm.fits.coupled import graph_fit
 from coupled_gmm.fits.frame import Sight, View
 from coupled_gmm.fits.gmm import draws, highest, sampled
 from coupled_gmm.fits.graph import MixtureGraph
+from coupled_gmm.fits.refits import fidelity_of
 from coupled_gmm.fits.request import Controls, FitOptions, FitRequest, GivenCloud, Stretches, view_of
 from coupled_gmm.fits.results import PairFit, trimmed
 from coupled_gmm.fits.statistics import Sums
@@ -64,7 +65,7 @@ def pair_fit(problem: MixtureGraph, end: em.Solution) -> PairFit:
     fit = graph_fit(problem, end, jnp.zeros(1, jnp.int32))
     whole = trimmed(take(fit.plans, 0), *fit.gmms)
     went = fit.penalized_log_likelihood, fit.status, fit.n_steps, fit.history, fit.log_likelihoods
-    return PairFit(whole.pair, whole, *went, problem.edge_weights[0], end.feature_variance)
+    return PairFit(whole.pair, whole, *went, problem.edge_weights[0], end.feature_variance, end.penalized)
 
 
 @program("options", over_matrices=True)
@@ -162,6 +163,7 @@ def fit_pair(
     method: str = "entropic",
     chunk_size: int | None = None,
     progress: Any = False,
+    fidelity: bool = True,
 ) -> PairFit:
     r"""Fit two mixtures to two clouds while a penalty on the transport cost between them keeps them close.
 
@@ -196,6 +198,8 @@ def fit_pair(
       progress: True draws a bar; a callable gets each row as a dict, between calls of the program that a fit without it runs too
         (inside somebody's ``jit``, by one host callback a step). After what a callable raises it gets no more rows, and the fit
         raises that at its end.
+      fidelity: whether the mixtures are refitted without coupling at the end, by at most 100 steps of plain EM, to say what
+        coupling has cost: `fit.fidelity`, and the message where the penalty has overruled the data.
 
     Returns:
       A `PairFit` with the fitted pair, its plan, J, the status and the history.
@@ -228,15 +232,17 @@ def fit_pair(
     )
     transport_weight = weight.of(asked.view)
     if n_init == 1:
-        return asked.fit(program, pair, transport_weight)
+        return asked.measured(asked.fit(program, pair, transport_weight), fidelity)
     if jnp.ndim(transport_weight) or progress:
         raise ArgumentError(
             "n_init", f"fits of several starts take one {weight.name}, and have no progress", "see fit_path"
         )
     if asked.view.external:
         ends = [asked.fit(program, start, transport_weight) for start in asked.starts()]
-        return ends[highest(np.array([float(end.penalized_log_likelihood) for end in ends]))]
-    return asked.fit(_fit_pairs, asked.starts(), transport_weight[None])[0]
+        best = ends[highest(np.array([float(end.penalized_log_likelihood) for end in ends]))]
+    else:
+        best = asked.fit(_fit_pairs, asked.starts(), transport_weight[None])[0]
+    return asked.measured(best, fidelity)
 
 
 def fit_path(
@@ -259,6 +265,7 @@ def fit_path(
     ridge: Any = 1e-6,
     method: str = "entropic",
     chunk_size: int | None = None,
+    fidelity: bool = True,
 ) -> PairFit:
     """`fit_pair` for each of several transport weights, in one program: the best of what the pair and the neighbours lead to.
 
@@ -270,7 +277,7 @@ def fit_path(
       transport_weights: lambda (W,), at least 0, per squared data unit; or
       relative_weights: (W,), in their place, as in `fit_pair`.
       x0, x1, pair, point_weights0, point_weights1, em_steps, m_steps, optimizer, learning_rate, tol, freeze, n_init, key, ridge,
-        method, chunk_size: as in `fit_pair`.
+        method, chunk_size, fidelity: as in `fit_pair`.
 
     Returns:
       A `PairFit` of W fits, stacked: `fits[i]` is one. `fits.transport_weights` are their weights.
@@ -301,9 +308,8 @@ def fit_path(
     otherwise = "call fit_pair for each weight, and start it where the one before ended"
     asked = _PairRequest.checked(request, clouds, pair, freeze, method, n_init, key, in_memory=otherwise)
     transport_weights = weights.of(asked.view)
-    return dataclasses.replace(
-        asked.fit(_fit_pairs, asked.starts(), transport_weights), transport_weights=transport_weights
-    )
+    fits = asked.fit(_fit_pairs, asked.starts(), transport_weights)
+    return asked.measured(dataclasses.replace(fits, transport_weights=transport_weights), fidelity)
 
 
 def frozen_sides(freeze: Any) -> Bool[np.ndarray, "2"]:
@@ -360,6 +366,17 @@ class _PairRequest(NamedTuple):
         balanced = self.pair.balanced
         plan = dataclasses.replace(fit.plan, pair=stated(fit.plan.pair, balanced))
         return dataclasses.replace(fit, pair=stated(fit.pair, balanced), plan=plan)
+
+    def measured(self, fit: PairFit, fidelity: bool) -> PairFit:
+        """A fit, or fits stacked, with what coupling has cost its mixtures where that is asked for."""
+        if not fidelity:
+            return fit
+
+        def both(pair: GaussianMixturePair) -> GaussianMixture:
+            return stack([pair.gmm0, pair.gmm1])
+
+        nodes = jax.vmap(both)(fit.pair) if fit.batch_shape else both(fit.pair)
+        return fidelity_of(fit, nodes, both(self.pair), self.frozen, self.request, self.view)
 
     def starts(self) -> GaussianMixturePair:
         """The pair, and pairs that are drawn, stacked; what is frozen is in all of them."""

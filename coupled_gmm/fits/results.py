@@ -12,6 +12,7 @@ from coupled_gmm.core import checks
 from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.status import Outcome, Status
 from coupled_gmm.core.tree import Stackable, counted, listed, number, pytree, saved, single
+from coupled_gmm.fits.fidelity import Fidelity
 from coupled_gmm.fits.history import History
 from coupled_gmm.gaussians.mixture import GaussianMixture
 from coupled_gmm.transport.pair import GaussianMixturePair
@@ -41,6 +42,8 @@ class GraphFit(Stackable, Outcome):
     edges: Int[Array, "*b E 2"] | None = None  # as given; files of before have none
     edge_weights: Float[Array, "*b E"] | None = None
     feature_variance: Float[Array, "*b"] | None = None  # mean within clouds, by which a weight has no unit
+    penalized_log_likelihoods: Float[Array, "*b V"] | None = None  # the same with the ridge's term
+    fidelity: Fidelity | None = None
 
     def _words(self) -> list[str]:
         sizes = listed(gmm.n_components for gmm in self.gmms)
@@ -111,6 +114,8 @@ class PairFit(Stackable, Outcome):
     log_likelihoods: Float[Array, "*b 2"] | None = None  # of each cloud, mean per point, without ridge
     transport_weights: Float[Array, "*b"] | None = None  # lambda; of a path's fits, or of a batch's, each its own
     feature_variance: Float[Array, "*b"] | None = None  # mean within clouds, by which a weight has no unit
+    penalized_log_likelihoods: Float[Array, "*b 2"] | None = None  # the same with the ridge's term
+    fidelity: Fidelity | None = None
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
