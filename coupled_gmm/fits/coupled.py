@@ -90,9 +90,19 @@ def graph_fit(problem: MixtureGraph, end: em.Solution, order: Array) -> GraphFit
         found,
     )
     plans = plan.from_potentials(pairs, costs, potentials)
-    went = end.value, end.status, end.n_steps, history, end.log_likelihoods
     return GraphFit(
-        problem.split(end.nodes), plans, *went, edges, problem.edge_weights, end.feature_variance, end.penalized
+        gmms=problem.split(end.nodes),
+        plans=plans,
+        penalized_log_likelihood=end.value,
+        status=end.status,
+        n_steps=end.n_steps,
+        history=history,
+        log_likelihoods=end.log_likelihoods,
+        penalized_log_likelihoods=end.penalized,
+        edges=edges,
+        edge_weights=problem.edge_weights,
+        node_weights=problem.node_weights,
+        feature_variance=end.feature_variance,
     )
 
 

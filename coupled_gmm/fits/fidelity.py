@@ -12,15 +12,21 @@ of the fit and T' that between the refitted mixtures,
 so that at :math:`\lambda \le \delta / T'` no more than :math:`\delta` can be lost.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from coupled_gmm.core.tree import Stackable, number, pytree, saved
+from coupled_gmm.core.tree import Stackable, listed, number, pytree, saved, take
 from coupled_gmm.fits.online import MixtureStatistics
 from coupled_gmm.gaussians.mixture import GaussianMixture
+from coupled_gmm.transport.pair import GaussianMixturePair
+from coupled_gmm.transport.plan import Plan
+from coupled_gmm.transport.solvers import solve_plan
 
 MOST_LOST = 0.1  # nats per point; a mixture that has lost more is none of its cloud
+_ONE = 0.01  # of the squared distance between two mixtures: with no more left they are one
 
 
 @saved
@@ -56,7 +62,50 @@ class Fidelity(Stackable):
     @property
     def overruled(self) -> np.ndarray:
         """Of which nodes the penalty has overruled the data, on the host."""
-        return np.nan_to_num(np.asarray(self.loss)) > MOST_LOST
+        return np.asarray(np.nan_to_num(np.asarray(self.loss)) > MOST_LOST)
+
+
+def overruled(
+    found: Fidelity,
+    plans: Plan,
+    edges: np.ndarray,
+    names: list[str],
+    edge_weights: Any,
+    node_weights: Any,
+    variance: Any,
+) -> list[str]:
+    """What is to be known where the penalty has overruled the data, with the remedy; on the host.
+
+    Args:
+      plans: of the edges, stacked, between the fitted mixtures.
+      edges: pairs of nodes, (E, 2).
+      names: of the nodes.
+      edge_weights, node_weights: lambda (E,) and v (V,); for several fits stacked.
+      variance: by which lambda has no unit.
+    """
+    lost = found.overruled
+    if not lost.any():
+        return []
+    if found.batch_shape:
+        each = lost.reshape(-1, lost.shape[-1]).any(axis=1)
+        return [f"the penalty has overruled the data in {each.sum()} of {each.size} fits: see the message of each"]
+    losses = [f"{names[i]} has lost {np.asarray(found.loss)[i]:.3g} nats per point" for i in np.flatnonzero(lost)]
+    said = [f"the penalty has overruled the data: {listed(losses)}, against itself without coupling"]
+    price = np.zeros(len(edges))
+    for edge, (i, j) in enumerate(edges.tolist()):
+        pair, alone = take(plans.pair, edge), (found.alone[i], found.alone[j])
+        price[edge] = float(solve_plan(pair.replace(*alone)).regularized_cost)
+        if (lost[i] or lost[j]) and _distance(pair.gmm0, pair.gmm1) < _ONE * _distance(*alone):
+            said.append(f"{names[i]} and {names[j]} have become one mixture")
+    weights, cost = np.asarray(edge_weights, np.float64), np.asarray(node_weights, np.float64)
+    least = cost[np.isfinite(np.asarray(found.loss))].min()
+    safe = MOST_LOST * least / (weights @ price) * weights.max()
+    given = f"transport_weight={safe:.2g} (relative_weight={safe * float(variance):.2g})"
+    return [*said, f"at {given} none of them need lose more than {MOST_LOST:g}: fit with that, or less"]
+
+
+def _distance(gmm0: GaussianMixture, gmm1: GaussianMixture) -> float:
+    return float(solve_plan(GaussianMixturePair(gmm0, gmm1, epsilon=1.0), method="exact").transport_cost)
 
 
 def shifts(

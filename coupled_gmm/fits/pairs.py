@@ -64,8 +64,18 @@ def _go_on_with_pair(
 def pair_fit(problem: MixtureGraph, end: em.Solution) -> PairFit:
     fit = graph_fit(problem, end, jnp.zeros(1, jnp.int32))
     whole = trimmed(take(fit.plans, 0), *fit.gmms)
-    went = fit.penalized_log_likelihood, fit.status, fit.n_steps, fit.history, fit.log_likelihoods
-    return PairFit(whole.pair, whole, *went, problem.edge_weights[0], end.feature_variance, end.penalized)
+    return PairFit(
+        pair=whole.pair,
+        plan=whole,
+        penalized_log_likelihood=fit.penalized_log_likelihood,
+        status=fit.status,
+        n_steps=fit.n_steps,
+        history=fit.history,
+        log_likelihoods=fit.log_likelihoods,
+        penalized_log_likelihoods=fit.penalized_log_likelihoods,
+        transport_weights=problem.edge_weights[0],
+        feature_variance=fit.feature_variance,
+    )
 
 
 @program("options", over_matrices=True)
