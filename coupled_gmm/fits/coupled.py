@@ -16,7 +16,7 @@ from coupled_gmm.core.tree import take, unchecked
 from coupled_gmm.fits import em, frame
 from coupled_gmm.fits.frame import Sight
 from coupled_gmm.fits.graph import MixtureGraph
-from coupled_gmm.fits.refits import fidelity_of
+from coupled_gmm.fits.refits import Coupled, fidelity_of
 from coupled_gmm.fits.request import Controls, FitOptions, FitRequest, GivenCloud, Stretches, view_of
 from coupled_gmm.fits.results import GraphFit
 from coupled_gmm.fits.statistics import Sums
@@ -188,4 +188,7 @@ def fit_graph(
     fit = request.fit(program, problem, view=view, numbers=numbers, solver=_edge_solver(method, graph))
     plans = dataclasses.replace(fit.plans, pair=stated(fit.plans.pair, graph.balanced))
     fit = dataclasses.replace(fit, plans=plans)
-    return fidelity_of(fit, stack(fit.gmms), graph.nodes, graph.frozen, request, view) if fidelity else fit
+    if not fidelity:
+        return fit
+    ended = Coupled(stack(fit.gmms), fit.penalized_log_likelihoods, fit.log_likelihoods)
+    return fidelity_of(fit, ended, graph.nodes, graph.frozen, request, view)

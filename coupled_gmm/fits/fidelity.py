@@ -88,9 +88,9 @@ def overruled(
         return []
     if found.batch_shape:
         each = lost.reshape(-1, lost.shape[-1]).any(axis=1)
-        return [f"the penalty has overruled the data in {each.sum()} of {each.size} fits: see the message of each"]
-    losses = [f"{names[i]} has lost {np.asarray(found.loss)[i]:.3g} nats per point" for i in np.flatnonzero(lost)]
-    said = [f"the penalty has overruled the data: {listed(losses)}, against itself without coupling"]
+        return [many_overruled(each.sum(), each.size)]
+    losses = [f"{names[i]} {np.asarray(found.loss)[i]:.3g}" for i in np.flatnonzero(lost)]
+    said = [f"the penalty has overruled the data: coupling has cost {listed(losses)} nats per point"]
     price = np.zeros(len(edges))
     for edge, (i, j) in enumerate(edges.tolist()):
         pair, alone = take(plans.pair, edge), (found.alone[i], found.alone[j])
@@ -102,6 +102,11 @@ def overruled(
     safe = MOST_LOST * least / (weights @ price) * weights.max()
     given = f"transport_weight={safe:.2g} (relative_weight={safe * float(variance):.2g})"
     return [*said, f"at {given} none of them need lose more than {MOST_LOST:g}: fit with that, or less"]
+
+
+def many_overruled(number: int, of: int) -> str:
+    """The same of several fits."""
+    return f"the penalty has overruled the data in {number} of {of} fits: see the message of each"
 
 
 def _distance(gmm0: GaussianMixture, gmm1: GaussianMixture) -> float:

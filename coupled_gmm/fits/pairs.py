@@ -22,7 +22,7 @@ from coupled_gmm.fits.coupled import graph_fit
 from coupled_gmm.fits.frame import Sight, View
 from coupled_gmm.fits.gmm import draws, highest, sampled
 from coupled_gmm.fits.graph import MixtureGraph
-from coupled_gmm.fits.refits import fidelity_of
+from coupled_gmm.fits.refits import Coupled, fidelity_of
 from coupled_gmm.fits.request import Controls, FitOptions, FitRequest, GivenCloud, Stretches, view_of
 from coupled_gmm.fits.results import PairFit, trimmed
 from coupled_gmm.fits.statistics import Sums
@@ -76,6 +76,17 @@ def pair_fit(problem: MixtureGraph, end: em.Solution) -> PairFit:
         transport_weights=problem.edge_weights[0],
         feature_variance=fit.feature_variance,
     )
+
+
+def both(pair: GaussianMixturePair) -> GaussianMixture:
+    """The mixtures of a pair, stacked."""
+    return stack([pair.gmm0, pair.gmm1])
+
+
+def coupled(fit: PairFit) -> Coupled:
+    """Where a fit, or each of some, ended."""
+    nodes = jax.vmap(both)(fit.pair) if fit.batch_shape else both(fit.pair)
+    return Coupled(nodes, fit.penalized_log_likelihoods, fit.log_likelihoods)
 
 
 @program("options", over_matrices=True)
@@ -187,7 +198,7 @@ def fit_pair(
       pair: where to start, with epsilon and rho.
       transport_weight: lambda, at least 0, per squared data unit; or
       relative_weight: in its place, lambda times the mean variance of a feature within the clouds, at least 0: it has no unit, and
-        0.1 is a fair begin. One of them is given, and the fit reports both.
+        0.01 is a fair begin. One of them is given, and the fit reports both.
       point_weights0, point_weights1: (n0,), (n1,), at least 0, not all 0; None weighs points equally.
       em_steps: EM steps, at most.
       m_steps: evaluations of the M-step's objective, or of what bounds it from below, and its gradient in each, at most.
@@ -381,12 +392,7 @@ class _PairRequest(NamedTuple):
         """A fit, or fits stacked, with what coupling has cost its mixtures where that is asked for."""
         if not fidelity:
             return fit
-
-        def both(pair: GaussianMixturePair) -> GaussianMixture:
-            return stack([pair.gmm0, pair.gmm1])
-
-        nodes = jax.vmap(both)(fit.pair) if fit.batch_shape else both(fit.pair)
-        return fidelity_of(fit, nodes, both(self.pair), self.frozen, self.request, self.view)
+        return fidelity_of(fit, coupled(fit), both(self.pair), self.frozen, self.request, self.view)
 
     def starts(self) -> GaussianMixturePair:
         """The pair, and pairs that are drawn, stacked; what is frozen is in all of them."""

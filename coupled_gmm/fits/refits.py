@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from coupled_gmm.core.programs import program
 from coupled_gmm.core.tree import pytree
@@ -20,12 +20,12 @@ from coupled_gmm.fits.statistics import Sums
 from coupled_gmm.gaussians.mixture import GaussianMixture, alike
 from coupled_gmm.transport import solvers
 
-_STEPS, _TOL = 100, 1e-4
+STEPS, _TOL = 100, 1e-4
 _NEAR = 1e-2
 
 
 @pytree
-class _Refit:
+class Refit:
     """What a program returns of it."""
 
     fidelity: Fidelity
@@ -34,31 +34,41 @@ class _Refit:
 
 
 def fidelity_of(
-    fit: Any, nodes: GaussianMixture, starts: GaussianMixture, frozen: Any, request: FitRequest, view: View
+    fit: Any, coupled: "Coupled", starts: GaussianMixture, frozen: Any, request: FitRequest, view: View
 ) -> Any:
-    """The same fit, or fits stacked, with what coupling has cost its nodes, of the view that it has had of the clouds.
+    """The same fit, or fits stacked, with what coupling has cost its nodes, by the view that it has had of the clouds.
 
     Args:
-      nodes, starts: where it ended, and where it began, stacked.
+      coupled: where it ended.
+      starts: where it began, stacked.
     """
-    controls = request.controls._replace(tol=jnp.float32(_TOL), em_steps=jnp.int32(_STEPS), learning_rate=None)
-    request = request._replace(controls=controls, em_steps=_STEPS, optimizer=None, progress=False)
-    update = online.Update.of(np.float64(1), nodes.dtype, None, None)
-    seen = {"view": view._replace(update=update), "numbers": nodes.n_components * nodes.n_features}
+    nodes = coupled.nodes
+    request = request._replace(controls=sparing(request.controls), em_steps=STEPS, optimizer=None, progress=False)
+    seen = {"view": view._replace(update=update(nodes.dtype)), "numbers": nodes.n_components * nodes.n_features}
     program = Stretches(_begin, _go_on) if view.external else _refit
-    coupled = _Coupled(nodes, fit.penalized_log_likelihoods, fit.log_likelihoods)
     found = request.fit(program, coupled, starts, frozen, solver=solvers.ENTROPIC, **seen)
     return dataclasses.replace(fit, fidelity=found.fidelity)
 
 
-class _Coupled(NamedTuple):
+def sparing(controls: Controls) -> Controls:
+    """The controls of a refit, of which no more is asked than a fair guess."""
+    tol, steps = jax.device_put((np.float32(_TOL), np.int32(STEPS)))
+    return controls._replace(tol=tol, em_steps=steps, learning_rate=None)
+
+
+def update(dtype: Any) -> online.Update:
+    """What makes an E-step keep the statistics of a cloud, of which its moments are read."""
+    return online.Update.of(np.float64(1), dtype, None, None)
+
+
+class Coupled(NamedTuple):
     """Where a coupled fit ended."""
 
     nodes: GaussianMixture
-    penalized: Float[Array, "*b V"]
-    log_likelihoods: Float[Array, "*b V"]
+    penalized: Any  # (V,), as the fit has them
+    log_likelihoods: Any
 
-    def alone(self, starts: GaussianMixture, frozen: Array) -> MixtureGraph:
+    def alone(self, starts: GaussianMixture, still: Array) -> MixtureGraph:
         """Its nodes without edges; where two components have become one, which EM hardly parts, as the fit began."""
         nodes, starts = alike([self.nodes, starts])
         became_one = _have_become_one(nodes)
@@ -66,9 +76,9 @@ class _Coupled(NamedTuple):
         def kept(end: Array, start: Array) -> Array:
             return jnp.where(jnp.expand_dims(became_one, range(1, end.ndim)), start, end)
 
-        return MixtureGraph.unjoined(jax.tree.map(kept, nodes, starts), frozen)
+        return MixtureGraph.unjoined(jax.tree.map(kept, nodes, starts), still)
 
-    def result(self, sight: Sight, controls: Controls, end: em.Solution) -> "_Refit":
+    def result(self, sight: Sight, controls: Controls, end: em.Solution) -> "Refit":
         assert end.statistics is not None
         floors = sight.floors(controls.ridge) * jnp.square(sight.frame.unit)
         mean_shift, covariance_shift = shifts(self.nodes, end.statistics, floors)
@@ -80,7 +90,7 @@ class _Coupled(NamedTuple):
             "covariance_shift": covariance_shift,
         }
         numbers = {name: jnp.where(sight.has_cloud, number, jnp.nan) for name, number in numbers.items()}
-        return _Refit(Fidelity(**numbers, alone=end.nodes), end.status, end.history)
+        return Refit(Fidelity(**numbers, alone=end.nodes), end.status, end.history)
 
 
 def _have_become_one(nodes: GaussianMixture) -> Bool[Array, " V"]:
@@ -96,34 +106,36 @@ def _have_become_one(nodes: GaussianMixture) -> Bool[Array, " V"]:
 
 @program("options", over_matrices=True)
 def _refit(
-    coupled: _Coupled,
+    coupled: Coupled,
     starts: GaussianMixture,
     frozen: Array,
     sight: Sight,
     controls: Controls,
     options: FitOptions,
-) -> _Refit:
-    def one(coupled: _Coupled) -> _Refit:
-        return coupled.result(sight, controls, em.run(coupled.alone(starts, frozen), sight, controls, options))
+) -> Refit:
+    def one(coupled: Coupled) -> Refit:
+        return coupled.result(
+            sight, controls, em.run(coupled.alone(starts, frozen | ~sight.has_cloud), sight, controls, options)
+        )
 
     return one(coupled) if coupled.penalized.ndim == 1 else jax.lax.map(one, coupled)
 
 
 @program("options", over_matrices=True)
 def _begin(
-    coupled: _Coupled,
+    coupled: Coupled,
     starts: GaussianMixture,
     frozen: Array,
     sight: Sight,
     controls: Controls,
     options: FitOptions,
 ) -> em.Underway:
-    return em.begin(coupled.alone(starts, frozen), sight, controls, options)
+    return em.begin(coupled.alone(starts, frozen | ~sight.has_cloud), sight, controls, options)
 
 
 @program("options", over_matrices=True)
 def _go_on(
-    coupled: _Coupled,
+    coupled: Coupled,
     starts: GaussianMixture,
     frozen: Array,
     sight: Sight,
@@ -132,6 +144,8 @@ def _go_on(
     underway: em.Underway,
     until: Array,
     sums: Sums | None = None,
-) -> tuple[em.Underway, _Refit]:
-    underway, end = em.go_on(coupled.alone(starts, frozen), sight, controls, options, underway, until, sums)
+) -> tuple[em.Underway, Refit]:
+    underway, end = em.go_on(
+        coupled.alone(starts, frozen | ~sight.has_cloud), sight, controls, options, underway, until, sums
+    )
     return underway, coupled.result(sight, controls, end)

@@ -32,7 +32,7 @@ class Weight(NamedTuple):
         """
         names = f"transport_weight{plural}", f"relative_weight{plural}"
         if transport is None and relative is None:
-            raise ArgumentError(names[0], "is missing", f"pass {names[1]}, which has no unit (0.1, say), or this one")
+            raise ArgumentError(names[0], "is missing", f"pass {names[1]}, which has no unit (0.01, say), or this one")
         if transport is not None and relative is not None:
             raise ArgumentError(names[0], f"given beside {names[1]}, and both say the same", "keep one of them")
         name, value = (names[1], relative) if transport is None else (names[0], transport)
