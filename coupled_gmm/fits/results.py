@@ -13,6 +13,7 @@ from coupled_gmm.core import checks
 from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.status import Outcome, Status
 from coupled_gmm.core.tree import Stackable, counted, listed, number, pytree, saved, single
+from coupled_gmm.fits.contest import StartEnds
 from coupled_gmm.fits.fidelity import Fidelity, overruled
 from coupled_gmm.fits.history import History
 from coupled_gmm.gaussians.mixture import GaussianMixture
@@ -46,6 +47,7 @@ class GraphFit(Stackable, Outcome):
     penalized_log_likelihoods: Float[Array, "*b V"] | None = None  # the same with the ridge's term
     fidelity: Fidelity | None = None
     node_weights: Float[Array, "*b V"] | None = None
+    starts: StartEnds | None = None  # where several were asked for
 
     def _words(self) -> list[str]:
         sizes = listed(gmm.n_components for gmm in self.gmms)
@@ -125,6 +127,7 @@ class PairFit(Stackable, Outcome):
     feature_variance: Float[Array, "*b"] | None = None  # mean within clouds, by which a weight has no unit
     penalized_log_likelihoods: Float[Array, "*b 2"] | None = None  # the same with the ridge's term
     fidelity: Fidelity | None = None
+    starts: StartEnds | None = None  # where several were asked for
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
@@ -191,6 +194,10 @@ def _fidelity(found: Fidelity | None) -> dict[str, str]:
     }
 
 
+def _starts(ends: StartEnds | None) -> dict[str, str]:
+    return {"starts": f"{', '.join(ends._words())}"} if ends is not None else {}
+
+
 def _prices(fit: GraphFit | PairFit) -> dict[str, str]:
     """The weight of transport, in its unit and without one."""
     weights = fit.edge_weights if isinstance(fit, GraphFit) else fit.transport_weights
@@ -211,4 +218,5 @@ def _facts(fit: GraphFit | PairFit) -> dict[str, str]:
         "EM steps": number(fit.n_steps),
         "plan": plans.status_name if plans.status.size else "",
         **_fidelity(fit.fidelity),
+        **_starts(fit.starts),
     }
