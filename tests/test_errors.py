@@ -12,7 +12,7 @@ import pytest
 
 import coupled_gmm as cg
 from coupled_gmm.batch import stacks, tiles
-from coupled_gmm.fits import coupled, gmm, pairs
+from coupled_gmm.fits import coupled, gmm, pairs, penalized, refits
 from coupled_gmm.transport import maps, solvers
 
 NAN, INF = np.nan, np.inf
@@ -24,9 +24,11 @@ PROGRAMS = [
     (pairs, "_begin_pair"),
     (pairs, "_go_on_with_pair"),
     (pairs, "_fit_pairs"),
-    (pairs, "_value"),
+    (penalized, "_value_of_pair"),
     (coupled, "_begin_graph"),
     (coupled, "_go_on_with_graph"),
+    (coupled, "_fit_graphs"),
+    (refits, "_refit"),
     (gmm, "_fit"),
     (gmm, "_init"),
     (stacks, "_fits"),
@@ -735,12 +737,13 @@ class Entered(Exception):
 
 def test_every_program_is_watched():
     """The refusals above would prove nothing if the legal arguments did not enter the programs under those names."""
-    calls = {"_value": objective}
+    calls = {"_value_of_pair": objective, "_refit": fit_pair}
     calls |= {"_begin_pair": fit_pair, "_begin_graph": fit_graph}
     calls |= {"_go_on_with_pair": fit_pair, "_go_on_with_graph": fit_graph}
     calls |= {"_fit": fit_gmm, "_init": init, "_solve_plan": solve, "_mw2_squared": distance}
     calls |= {"_solve_exactly": lambda: solve(method="exact"), "_map_barycentric": map_points}
     calls |= {"_map_random": lambda: map_points(method="random", key=good().key)}
+    calls |= {"_fit_graphs": lambda: fit_graph(n_init=2, key=good().key)}
     calls |= {"_fit_pairs": lambda: fit_pair(n_init=2, key=good().key)}
     calls |= {"_fits": fit_gmms, "_costs": lambda: cg.mw2_matrix([good().mixture])}
     calls |= {"_interpolate": lambda: interpolate(0.5), "_plan_density": density}
