@@ -29,7 +29,7 @@ def _edge_solver(method: str, graph: MixtureGraph) -> solvers.PlanSolver:
         return solvers.ENTROPIC
     with jax.ensure_compile_time_eval():  # of a graph that is known, inside jit as well
         graph, _ = graph.in_node_order()
-        prices = {"epsilon": graph.epsilon, "rho": graph.rho, "balanced": graph.balanced}
+        prices = {"epsilon": graph.epsilon, "rho": graph.rho, "balanced": graph.balanced, "links": None}
         edges = unchecked(
             GaussianMixturePair, gmm0=graph.nodes, gmm1=graph.nodes, **prices
         )  # of which prices are looked at
@@ -79,6 +79,7 @@ def graph_fit(problem: MixtureGraph, end: em.Solution, order: Array) -> GraphFit
         epsilon=problem.epsilon,
         rho=problem.rho,
         balanced=problem.balanced,
+        links=problem.links,
     )
     found = take((end.terms.costs, end.terms.potentials), back)
     costs, potentials = jax.tree.map(
