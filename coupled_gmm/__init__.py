@@ -26,6 +26,7 @@ from coupled_gmm.fits.pairs import PairFit, fit_pair, fit_path, penalized_log_li
 from coupled_gmm.gaussians.bures import bures_cost_matrix
 from coupled_gmm.gaussians.mixture import GaussianMixture
 from coupled_gmm.interop.convert import from_ott, from_sklearn, to_ott, to_pot, to_sklearn
+from coupled_gmm.transport.links import links
 from coupled_gmm.transport.maps import interpolate, map_points, plan_density
 from coupled_gmm.transport.pair import GaussianMixturePair
 from coupled_gmm.transport.plan import CostParts, Plan
@@ -67,6 +68,7 @@ __all__ = [
     "init_gmm",
     "init_gmms",
     "interpolate",
+    "links",
     "load",
     "map_points",
     "mw2_matrix",

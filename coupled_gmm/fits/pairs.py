@@ -22,6 +22,7 @@ from coupled_gmm.fits.coupled import graph_fit
 from coupled_gmm.fits.frame import Sight, View
 from coupled_gmm.fits.gmm import draws, highest, sampled
 from coupled_gmm.fits.graph import MixtureGraph
+from coupled_gmm.fits.linked import started
 from coupled_gmm.fits.request import Controls, FitOptions, FitRequest, GivenCloud, Stretches, view_of
 from coupled_gmm.fits.results import PairFit, trimmed
 from coupled_gmm.fits.statistics import Sums
@@ -222,7 +223,7 @@ def fit_pair(
         Stretches(_begin_pair, _go_on_with_pair),
     )
     if n_init == 1:
-        return asked.fit(program, pair, transport_weight)
+        return asked.fit(program, asked.pair, transport_weight)
     if jnp.ndim(transport_weight) or progress:
         raise ArgumentError(
             "n_init", "fits of several starts take one transport_weight, and have no progress", "see fit_path"
@@ -336,9 +337,13 @@ class _PairRequest(NamedTuple):
         checks.instance("pair", pair, GaussianMixturePair)
         frozen, ridge = frozen_sides(freeze), request.controls.ridge
         check_densities("pair", pair, frozen, ridge)
+        pair = started(pair, frozen)
         n_init = checks.integer("n_init", n_init, 1, checks.MOST_STARTS)
         if (key is None) != (n_init == 1):
             raise ArgumentError("key", "goes with an n_init above 1, whose starts it decides", "pass both, or neither")
+        if n_init > 1 and pair.links is not None:
+            problem = "draws components in no order, and the pair's links say of each what it may be linked to"
+            raise ArgumentError("n_init", problem, "fit from pairs of your own, one by one")
         solver = solvers.solver_for(method, pair)
         view = view_of(clouds, [pair.gmm0, pair.gmm1], ridge, in_memory)
         return cls(request, pair, view, frozen, solver, n_init, None if key is None else checks.key("key", key))

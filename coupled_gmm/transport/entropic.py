@@ -124,11 +124,11 @@ def _annealed(problem: TransportProblem, f0: Words, g0: Words, goal: Goal) -> An
         """At f and the g that is optimal for it, found from one that is near."""
         tau1 = 1 / (1 + epsilon * inverse_rho1)
         columns = reduced.at(epsilon).log_kernel(f, g) + log_a[:, None]
-        log_columns = jax.nn.logsumexp(columns, axis=0)
+        log_columns = summed(columns, axis=0)
         v = jnp.exp(columns - log_columns)
         g = tau1 * (g - epsilon * (log_columns + paid1))
         rows = reduced.at(epsilon).log_kernel(f, g) + log_b
-        log_rows = jax.nn.logsumexp(rows, axis=1)
+        log_rows = summed(rows, axis=1)
         u = jnp.exp(rows - log_rows[:, None])
         log_mass = jnp.where(problem.balanced, 0, jax.nn.logsumexp(log_a + log_rows))
         flow = jnp.exp(log_a + log_rows - log_mass)
@@ -143,6 +143,11 @@ def _annealed(problem: TransportProblem, f0: Words, g0: Words, goal: Goal) -> An
             warm_start=g,
             merit=Merit(jnp.where(problem.balanced, -jnp.sum(terms), 0), size),
         )
+
+    def summed(logits: Array, axis: int) -> Array:
+        """Logarithms of sums; 0 of a component that has no link to any mass, which has no part in the equations."""
+        found = jax.nn.logsumexp(logits, axis=axis)
+        return found if problem.links is None else jnp.where(jnp.isneginf(found), 0, found)
 
     scale = jnp.max(jnp.where(problem.usable(present, log_b > -jnp.inf), jnp.abs(cost), 0))
     shift = problem.shifts(present, log_b > -jnp.inf, jnp.where(problem.balanced, a, 0))

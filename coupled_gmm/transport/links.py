@@ -27,8 +27,8 @@ def links(
     A pinned link carries all that its component of gmm0 sends: the other links of its row are forbidden. Of several pins of one
     component it may use each. Other components may still send to the pinned one of gmm1, unless links are `one_to_one`.
 
-    A pin says where mass goes, not how much, since in a fit masses move. Where they are known, an exact plan with an amount on a link
-    is the one of what is left: less that amount on both sides, with the link forbidden.
+    A pin says where mass goes, not how much, since in a fit masses move. Where they are known, the exact plan that has an amount on
+    a link is that of what is left: less the amount on both sides, with the link forbidden.
 
     Args:
       shape: (K0, K1), numbers of components.
@@ -126,7 +126,7 @@ def _named(index: np.ndarray) -> str:
 
 
 def shortage(allowed: np.ndarray, a: np.ndarray, b: np.ndarray) -> tuple[float, tuple[np.ndarray, np.ndarray]]:
-    """How much of the mass no plan over these links can move, and the components that hold too much, with all they are linked to."""
+    """How much of the mass no plan over these links can move; and the components that hold too much, and what they lead to."""
     from scipy.sparse import csr_array  # slow to import, and only needed here
     from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 

@@ -124,7 +124,7 @@ class GaussianMixturePair(Stackable):
 
     @single
     def geometry(self) -> "pointcloud.PointCloud":
-        """The same costs as an OTT point cloud of packed Gaussians under `BuresCost`, for OTT's solvers."""
+        """The same costs as an OTT point cloud of packed Gaussians under `BuresCost`, for OTT's solvers; it knows of no links."""
         from ott.geometry import pointcloud  # slow to import, and only needed here
 
         from coupled_gmm.gaussians.ott_cost import BuresCost
