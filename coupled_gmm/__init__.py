@@ -11,6 +11,7 @@ if interrupts.is_command():
 from coupled_gmm.barycenters.barycenter import BarycenterFit, barycenter
 from coupled_gmm.barycenters.flow import FlowFit, flow
 from coupled_gmm.barycenters.reduction import reduce_gmm
+from coupled_gmm.batch.classes import Classes, fit_classes
 from coupled_gmm.batch.distances import mw2_matrix
 from coupled_gmm.batch.mixtures import MixtureFits, fit_gmms, init_gmms
 from coupled_gmm.batch.pairs import PairFits, fit_pairs
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BarycenterFit",
     "BuresCost",
+    "Classes",
     "CostParts",
     "FitError",
     "FlowFit",
@@ -56,6 +58,7 @@ __all__ = [
     "Status",
     "barycenter",
     "bures_cost_matrix",
+    "fit_classes",
     "fit_gmm",
     "fit_gmms",
     "fit_graph",

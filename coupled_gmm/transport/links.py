@@ -39,8 +39,8 @@ def links(
     Raises:
       TypeError, ValueError: indices out of range; a pin that is forbidden; a component that is left without any link.
 
-    >>> print(cg.links((2, 3), forbidden=[(0, 2)], pinned=[(1, 0)]).astype(int).tolist())
-    [[1, 1, 0], [1, 0, 0]]
+    >>> print(cg.links((2, 3), pinned=[(0, 0)], forbidden=[(1, 0)]).astype(int).tolist())
+    [[1, 0, 0], [0, 1, 1]]
     """
     sizes = _sizes(shape)
     banned, kept = (_cells(name, given, sizes) for name, given in (("forbidden", forbidden), ("pinned", pinned)))
