@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from coupled_gmm.batch.mixtures import fit_gmms, init_gmms
-from coupled_gmm.core import checks, foreign
+from coupled_gmm.core import checks, foreign, matrices
 from coupled_gmm.core.errors import ArgumentError, ArgumentTypeError
 from coupled_gmm.core.tree import AnyArray, pytree, static
 from coupled_gmm.gaussians.mixture import GaussianMixture
@@ -57,6 +57,7 @@ class Classes:
         free = [[(a, b) not in banned if banned else a == b for b in other] for a in one]
         return np.array(free, bool)
 
+    @matrices.precise
     def proportions(self, plan: Plan) -> Float[Array, " C"]:
         r"""The mass of each class in gmm1, as the plan has it from gmm0: :math:`\sum_l b_l q_{cl}`, summing to 1.
 
@@ -66,6 +67,7 @@ class Classes:
         mass = self._origins(plan) @ plan.pair.gmm1.weights
         return mass / jnp.sum(mass)
 
+    @matrices.precise
     def posterior(self, plan: Plan, y: Any) -> Float[Array, "n C"]:
         """The probability of each class given a point of gmm1's cloud, (n, C)."""
         self._check(plan)
@@ -207,7 +209,8 @@ def _mixtures(
     sizes = [min(n_components, len(np.unique(cloud, axis=0))) for cloud in clouds]
     starts = init_gmms(key, clouds, sizes, point_weights=theirs, ridge=max(ridge, 1e-6))
     fits = fit_gmms(clouds, starts, point_weights=theirs, ridge=max(ridge, 1e-6))
-    return [tuple(np.asarray(leaf, np.float64) for leaf in (g.means, g.covariances, g.weights)) for g in fits.gmms]
+    read = lambda leaf: np.asarray(leaf, np.float64)  # noqa: E731
+    return [(read(gmm.means), read(gmm.covariances), read(gmm.weights)) for gmm in fits.gmms]
 
 
 def _regular(covariances: np.ndarray, shares: np.ndarray, counts: np.ndarray, tied: float | None) -> np.ndarray:

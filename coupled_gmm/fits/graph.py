@@ -13,7 +13,7 @@ from coupled_gmm.core import checks
 from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.tree import counted, listed, pytree, saved, static, take
 from coupled_gmm.gaussians.mixture import GaussianMixture, alike, in_one_space, stack
-from coupled_gmm.transport.links import padded, per_edge, transposed
+from coupled_gmm.transport.links import padded, per_edge
 from coupled_gmm.transport.pair import GaussianMixturePair
 from coupled_gmm.transport.problem import BALANCED, Prices
 
@@ -165,7 +165,7 @@ class MixtureGraph:
         edges = {"sources": sources, "targets": targets, "rho": rho}
         edges |= {"edge_weights": self.edge_weights, "epsilon": self.epsilon}
         if self.links is not None:
-            edges["links"] = jnp.where(self.turned[:, None, None], transposed(self.links), self.links)
+            edges["links"] = jnp.where(self.turned[:, None, None], jnp.swapaxes(self.links, 1, 2), self.links)
         return dataclasses.replace(self, **take(edges, order)), order
 
     def fitted(self, fitted: GaussianMixture) -> GaussianMixture:

@@ -126,7 +126,9 @@ def solve(
         shift = jnp.where(improves, inverse[leaving], 0)
         by = _of_cell(price, f, g, row, column)
         potentials = expansions.added(state.potentials, expansions.scaled(by, shift))
-        infinities = None if over is None else state.infinities + over[row, column] * shift
+        infinities = state.infinities
+        if over is not None and infinities is not None:
+            infinities = infinities + over[row, column] * shift
 
         def updated(values: Array) -> Array:
             return values - change * values[leaving]
@@ -146,7 +148,7 @@ def solve(
     matrix = jnp.zeros_like(cost).at[end.basis.rows, end.basis.columns].set(units.mass(end.basis, end.flow))
     potentials = end.potentials
     over = _over(infinite, end.infinities, k0)
-    if over is not None:
+    if over is not None and end.infinities is not None:
         matrix = jnp.where(free, matrix, 0)
         potentials = _finite(price, potentials, end.infinities, jnp.where(free, over, 0), k0)
     return certified(cost, a, b, free, matrix, *_sides(potentials, k0), end.iteration, end.done), end.basis

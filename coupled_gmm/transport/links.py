@@ -66,7 +66,7 @@ def _sizes(shape: Any) -> tuple[int, int]:
 def _cells(name: str, pairs: Any, sizes: tuple[int, int]) -> list[tuple[int, int]]:
     cells = []
     for pair in checks.sequence(name, list(pairs) if isinstance(pairs, (set, frozenset, np.ndarray)) else pairs):
-        cell = tuple(pair) if isinstance(pair, (tuple, list, np.ndarray)) else ()
+        cell: tuple[Any, ...] = tuple(pair) if isinstance(pair, (tuple, list, np.ndarray)) else ()
         whole = len(cell) == 2 and all(isinstance(i, (int, np.integer)) and not isinstance(i, bool) for i in cell)
         if not whole or not all(0 <= i < size for i, size in zip(cell, sizes, strict=True)):
             problem = f"{checks.brief(pair)} is no pair (i, j) with i below {sizes[0]} and j below {sizes[1]}"
