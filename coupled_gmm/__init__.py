@@ -11,6 +11,7 @@ if interrupts.is_command():
 from coupled_gmm.barycenters.barycenter import BarycenterFit, barycenter
 from coupled_gmm.barycenters.flow import FlowFit, flow
 from coupled_gmm.barycenters.reduction import reduce_gmm
+from coupled_gmm.batch.classes import Classes, fit_classes
 from coupled_gmm.batch.distances import mw2_matrix
 from coupled_gmm.batch.mixtures import MixtureFits, fit_gmms, init_gmms
 from coupled_gmm.batch.pairs import PairFits, fit_pairs
@@ -29,6 +30,7 @@ from coupled_gmm.fits.penalized import penalized_log_likelihood
 from coupled_gmm.gaussians.bures import bures_cost_matrix
 from coupled_gmm.gaussians.mixture import GaussianMixture
 from coupled_gmm.interop.convert import from_ott, from_sklearn, to_ott, to_pot, to_sklearn
+from coupled_gmm.transport.links import links
 from coupled_gmm.transport.maps import interpolate, map_points, plan_density
 from coupled_gmm.transport.pair import GaussianMixturePair
 from coupled_gmm.transport.plan import CostParts, Plan
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BarycenterFit",
     "BuresCost",
+    "Classes",
     "CostParts",
     "Fidelity",
     "FitError",
@@ -60,6 +63,7 @@ __all__ = [
     "Status",
     "barycenter",
     "bures_cost_matrix",
+    "fit_classes",
     "fit_gmm",
     "fit_gmms",
     "fit_graph",
@@ -72,6 +76,7 @@ __all__ = [
     "init_gmm",
     "init_gmms",
     "interpolate",
+    "links",
     "load",
     "map_points",
     "mw2_matrix",

@@ -183,6 +183,9 @@ def _mixture_values(o: _Object) -> None:
 def _pair_sizes(o: _Object) -> None:
     left, right = (o.held(name).means.shape[-1] for name in ("gmm0", "gmm1"))
     o.require("gmm1", left == right, f"has {right} features, and gmm0 has {left}")
+    if o.held("links") is not None:
+        sizes = _components(o.value)
+        o.require("links", np.shape(o.held("links"))[-2:] == sizes, f"are no links of {sizes} components")
 
 
 def _pair_values(o: _Object) -> None:
@@ -301,6 +304,9 @@ def _graph(o: _Object) -> None:
     for name in ("sources", "targets"):
         _nodes(o, name, n_nodes)
     o.require("targets", o.array("sources") != o.array("targets"), "must be other nodes than the sources")
+    if o.held("links") is not None:
+        shape = np.shape(o.held("links"))[-2:]
+        o.require("links", shape == (largest, largest), f"must be of {largest} components on either side")
 
 
 def _graph_values(o: _Object) -> None:

@@ -13,6 +13,7 @@ from coupled_gmm.core import checks
 from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.tree import counted, listed, pytree, saved, static, take
 from coupled_gmm.gaussians.mixture import GaussianMixture, alike, in_one_space, stack
+from coupled_gmm.transport.links import padded, per_edge
 from coupled_gmm.transport.pair import GaussianMixturePair, given_epsilon, given_rho, mean_cost
 from coupled_gmm.transport.problem import BALANCED, Prices
 
@@ -39,6 +40,7 @@ class MixtureGraph:
     frozen: Bool[Array, " V"]
     sizes: tuple[int, ...] = static()
     balanced: bool = static()
+    links: Bool[Array, "E K K"] | None = None  # where mass may go, of padded mixtures; None is everywhere
 
     @classmethod
     def from_mixtures(
@@ -54,6 +56,7 @@ class MixtureGraph:
         relative_rho: Any = None,
         node_weights: Any = None,
         frozen: Sequence[int] = (),
+        links: Sequence[Any] | None = None,
     ) -> "MixtureGraph":
         r"""A graph from mixtures and pairs of their indices.
 
@@ -69,6 +72,8 @@ class MixtureGraph:
           relative_epsilon, relative_rho: in place of epsilon, and of rho and tau: as parts of each edge's mean starting cost.
           node_weights: v, at least 0, (V,); None is 1 each.
           frozen: nodes that a fit leaves as they are.
+          links: for each edge (i, j) a mask, True where components of i may send mass to those of j, or None, as in
+            `GaussianMixturePair`; None is everywhere, on all edges.
 
         Raises:
           TypeError, ValueError: an argument of the wrong kind, shape or range; tau and rho both given.
@@ -107,14 +112,15 @@ class MixtureGraph:
             frozen=jax.device_put(np.array([node in frozen for node in range(n_nodes)])),
             sizes=tuple(gmm.n_components for gmm in gmms),
             balanced=prices.balanced,
+            links=per_edge(links, [(gmms[i].weights, gmms[j].weights) for i, j in edges], nodes.weights.shape[-1]),
         )
 
     @classmethod
     def from_pair(cls, pair: GaussianMixturePair, transport_weight: Array, frozen: Any) -> "MixtureGraph":
         """The graph of two nodes and one edge."""
-        dtype = pair.epsilon.dtype
+        dtype, nodes = pair.epsilon.dtype, stack([pair.gmm0, pair.gmm1])
         return cls(
-            nodes=stack([pair.gmm0, pair.gmm1]),
+            nodes=nodes,
             sources=jnp.zeros(1, jnp.int32),
             targets=jnp.ones(1, jnp.int32),
             edge_weights=jnp.reshape(transport_weight, 1).astype(dtype),
@@ -124,6 +130,7 @@ class MixtureGraph:
             frozen=jnp.asarray(frozen),
             sizes=(pair.gmm0.n_components, pair.gmm1.n_components),
             balanced=pair.balanced,
+            links=None if pair.links is None else padded(pair.links, nodes.weights.shape[-1])[None],
         )
 
     @classmethod
@@ -173,6 +180,8 @@ class MixtureGraph:
         rho = self.rho if self.rho.ndim == 1 else jnp.where(self.turned[:, None], self.rho[:, ::-1], self.rho)
         edges = {"sources": sources, "targets": targets, "rho": rho}
         edges |= {"edge_weights": self.edge_weights, "epsilon": self.epsilon}
+        if self.links is not None:
+            edges["links"] = jnp.where(self.turned[:, None, None], jnp.swapaxes(self.links, 1, 2), self.links)
         return dataclasses.replace(self, **take(edges, order)), order
 
     def fitted(self, fitted: GaussianMixture) -> GaussianMixture:

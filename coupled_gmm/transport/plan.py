@@ -17,6 +17,7 @@ from coupled_gmm.core.tree import Stackable, counted, mapped, number, pytree, sa
 from coupled_gmm.transport import duals
 from coupled_gmm.transport.entropic import Potentials
 from coupled_gmm.transport.exact import Vertex
+from coupled_gmm.transport.links import shares
 from coupled_gmm.transport.pair import GaussianMixturePair, transport_problem
 from coupled_gmm.transport.problem import TransportProblem
 
@@ -102,6 +103,7 @@ class Plan(Stackable, Outcome):
         if vertex is None:
             (f, g), (a, b) = (np.add(*side) for side in words), (pair.gmm0.weights, pair.gmm1.weights)
             exponents = (f[..., :, None] + g[..., None, :] - cost) / pair.epsilon[..., None, None]
+            exponents = exponents if pair.links is None else np.where(pair.links, exponents, -np.inf)
             with np.errstate(all="ignore"):
                 vertex = a[..., :, None] * b[..., None, :] * np.exp(exponents)
         with np.errstate(all="ignore"):
@@ -159,9 +161,11 @@ class Plan(Stackable, Outcome):
             rows, columns = matrix.sum(1, keepdims=True), matrix.sum(0)
             return matrix / jnp.where(rows > 0, rows, 1), matrix / jnp.where(columns > 0, columns, 1)
         pair = self.pair
-        log_kernel = self._problem.exponent(*self._whole) / pair.epsilon
-        forward = jax.nn.softmax(log_kernel + pair.gmm1.log_weights, axis=1)
-        return forward, jax.nn.softmax(log_kernel + pair.gmm0.log_weights[:, None], axis=0)
+        log_kernel = self._problem.log_kernel(*self._whole)
+        forward, backward = log_kernel + pair.gmm1.log_weights, log_kernel + pair.gmm0.log_weights[:, None]
+        if pair.links is None:
+            return jax.nn.softmax(forward, axis=1), jax.nn.softmax(backward, axis=0)
+        return shares(forward, axis=1), shares(backward, axis=0)
 
     @property
     @mapped
@@ -251,12 +255,15 @@ class Plan(Stackable, Outcome):
 
         Masses that are kept count as such: of a plan rounded to its marginals (Altschuler, Weed & Rigollet 2017). The optimum lies
         between that feasible plan's cost and the dual's; the raw plan's own may lie outside. Of an exact plan, a sum of mass times
-        reduced cost, which does not cancel: a bound for the masses that the plan has.
+        reduced cost, which does not cancel: a bound for the masses that the plan has; so it is where there are links, over which
+        no plan may have others.
         """
         if self.gap is not None:
             return jax.lax.stop_gradient(self.gap)
         fixed = jax.lax.stop_gradient(self)
         raw, dual = fixed._parts(fixed.matrix).total, fixed._dual()
+        if self.pair.links is not None:
+            return raw - jnp.minimum(dual, raw)
         feasible = fixed._parts(_feasible(fixed.matrix, *fixed._masses, fixed.pair)).total
         return jnp.maximum(feasible, raw) - jnp.minimum(dual, raw)
 
