@@ -172,7 +172,7 @@ def test_statuses_under_a_transformation_are_refused_by_name(objects):
 
 # Which statuses a class can have, the function that makes it, and arguments that its inputs take.
 CAN_HAVE = {
-    "Plan": (cg.solve_plan, {"CONVERGED", "NOT_CONVERGED", "PRECISION", "NOT_FINITE"}),
+    "Plan": (cg.solve_plan, {"CONVERGED", "COMPOSED", "NOT_CONVERGED", "PRECISION", "NOT_FINITE"}),
     "PairFit": (cg.fit_pair, {status.name for status in Status} - {"STARVED", "MEAN_NOT_CONVERGED"}),
     "GraphFit": (cg.fit_graph, {status.name for status in Status} - {"MEAN_NOT_CONVERGED"}),
     "MixtureFit": (cg.fit_gmm, {status.name for status in Status} - {"PLAN_NOT_CONVERGED", "MEAN_NOT_CONVERGED"}),

@@ -289,6 +289,13 @@ def _graph_fit(o: _Object) -> None:
     o.require("plans", _components(pair) == (size, size), f"must be between mixtures of {size} components")
     if o.held("edges") is not None:
         _nodes(o, "edges", len(gmms))
+    _names(o, len(gmms))
+
+
+def _names(o: _Object, n_nodes: int) -> None:
+    names = o.held("names")
+    if names is not None:
+        o.require("names", len(set(names)) == len(names) == n_nodes, f"must be {n_nodes} that differ")
 
 
 def _nodes(o: _Object, name: str, n_nodes: int) -> None:
@@ -303,6 +310,7 @@ def _graph(o: _Object) -> None:
     o.require("sizes", [0 < size <= largest for size in sizes], f"must be from 1 to {largest}")
     for name in ("sources", "targets"):
         _nodes(o, name, n_nodes)
+    _names(o, n_nodes)
     o.require("targets", o.array("sources") != o.array("targets"), "must be other nodes than the sources")
     if o.held("links") is not None:
         shape = np.shape(o.held("links"))[-2:]
@@ -313,13 +321,15 @@ def _graph_values(o: _Object) -> None:
     _prices(o, o.held("balanced"))
     for name in ("edge_weights", "node_weights"):
         o.require(name, np.isfinite(o.array(name)) & (o.array(name) >= 0), "must be finite and at least 0")
+    _finite_values("times")(o)
 
 
 def _finite_values(*names: str) -> Callable[[_Object], None]:
     def values(o: _Object) -> None:
         for name in names:
             if o.held(name) is not None:
-                o.require(name, np.isfinite(o.array(name)), "must be finite, or the status say that it is not")
+                said = ", or the status say that it is not" if hasattr(o.value, "status") else ""
+                o.require(name, np.isfinite(o.array(name)), f"must be finite{said}")
 
     return values
 
@@ -353,7 +363,7 @@ _VALUES: dict[str, Callable[[_Object], None]] = {
     "FlowFit": _finite_values("loss"),
     "GaussianMixture": _mixture_values,
     "GaussianMixturePair": _pair_values,
-    "GraphFit": _finite_values("penalized_log_likelihood"),
+    "GraphFit": _finite_values("penalized_log_likelihood", "times"),
     "MixtureFit": _finite_values("log_likelihood", "penalized_log_likelihood"),
     "MixtureGraph": _graph_values,
     "MixtureStatistics": _statistics_values,

@@ -223,7 +223,8 @@ def fit_graph(
     if relative_weight is not None:
         weight = Weight.given(None, relative_weight).of(view)
         graph = dataclasses.replace(graph, edge_weights=(weight * graph.edge_weights).astype(graph.nodes.dtype))
-    problem = dataclasses.replace(graph, balanced=False)  # one program, whatever the prices are
+    # One program, whatever the prices are and nodes are called.
+    problem = dataclasses.replace(graph, balanced=False, times=None, names=None)
     seen = {"view": view, "numbers": numbers, "solver": _edge_solver(method, graph)}
     if n_init == 1:
         fit = request.fit(program, problem, **seen)
@@ -236,7 +237,7 @@ def fit_graph(
         else:
             fit = request.fit(_fit_graphs, problem, starts, **seen)
     plans = dataclasses.replace(fit.plans, pair=stated(fit.plans.pair, graph.balanced))
-    fit = dataclasses.replace(fit, plans=plans)
+    fit = dataclasses.replace(fit, plans=plans, times=graph.times, names=graph.names)
     if not fidelity:
         return fit
     ended = Coupled(stack(fit.gmms), fit.penalized_log_likelihoods, fit.log_likelihoods)

@@ -21,10 +21,11 @@ from coupled_gmm.transport.links import shares
 from coupled_gmm.transport.pair import GaussianMixturePair, transport_problem
 from coupled_gmm.transport.problem import TransportProblem
 
-_NO_DERIVATIVE = (
+_JUMPS = (
     "an exact plan's matrix can't be differentiated: it jumps from vertex to vertex; differentiate plan.transport_cost, use "
     "an entropic plan, or jax.lax.stop_gradient(plan)"
 )
+_COMPOSED = "a composed plan can't be differentiated: use jax.lax.stop_gradient(plan)"
 
 
 @saved
@@ -48,16 +49,17 @@ class Plan(Stackable, Outcome):
     r"""A solved transport problem, raw: never rounded to its marginals.
 
     Entropic plans are :math:`P = a b^T \exp((f + g - C) / \epsilon)`, and everything read off them is differentiable in both
-    mixtures, epsilon and rho. Exact ones are a vertex of the linear programme; their costs are differentiable. Of plans stacked on
-    leading axes (a graph's edges, a batch) `plan[i]` is one; all that is read off them comes stacked too.
+    mixtures, epsilon and rho. Exact ones are a vertex of the linear programme; their costs are differentiable. Composed ones have a
+    matrix, no potentials, no gap and no derivatives: they are optimal for nothing. Of plans stacked on leading axes (a graph's
+    edges, a batch) `plan[i]` is one; all that is read off them comes stacked too.
     """
 
     pair: GaussianMixturePair
     cost: Float[Array, "*b K0 K1"]
-    potentials: tuple[Float[Array, "*b K0"], Float[Array, "*b K1"]]
+    potentials: tuple[Float[Array, "*b K0"], Float[Array, "*b K1"]] | None  # of a composed plan None
     status: Int[Array, "*b"]
     n_iterations: Int[Array, "*b"]
-    vertex: Float[Array, "*b K0 K1"] | None = None  # an exact plan's matrix
+    vertex: Float[Array, "*b K0 K1"] | None = None  # the matrix of an exact plan, or of a composed one
     gap: Float[Array, "*b"] | None = None  # and its duality gap, from potentials more precise than `potentials`
     # Of an entropic plan's potentials, what rounding has left of them; files of before have none.
     rests: tuple[Float[Array, "*b K0"], Float[Array, "*b K1"]] | None = None
@@ -82,7 +84,7 @@ class Plan(Stackable, Outcome):
     def _words(self) -> list[str]:
         k0, k1 = self.cost.shape[-2:]
         epsilon = [f"epsilon {said}" for said in [number(self.pair.epsilon)] if said and self.vertex is None]
-        how = ["exact"] if self.vertex is not None else ["balanced" if self.pair.balanced else "unbalanced"]
+        how = ["exact" if self.is_exact else "balanced" if self.pair.balanced else "unbalanced"]
         cost = [f"<P, C> {said}" for said in [number(self._cost_on_host())] if said]
         return [
             *self._stacked(),
@@ -96,7 +98,7 @@ class Plan(Stackable, Outcome):
 
     def _cost_on_host(self) -> Any:
         """<P, C> by NumPy, which compiles nothing; None where it is not known."""
-        read = self.cost, self.vertex, self._whole, self.pair
+        read = self.cost, self.vertex, self.vertex is None and self._whole, self.pair
         if not checks.known(read):
             return None
         cost, vertex, words, pair = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), read)
@@ -125,7 +127,7 @@ class Plan(Stackable, Outcome):
             self,
             pair=self.pair.reverse(),
             cost=matrices.transpose(self.cost),
-            potentials=self.potentials[::-1],
+            potentials=None if self.potentials is None else self.potentials[::-1],
             rests=None if self.rests is None else self.rests[::-1],
             vertex=vertex,
         )
@@ -137,7 +139,7 @@ class Plan(Stackable, Outcome):
         """Mass from each component of gmm0 to each of gmm1."""
         if self.vertex is not None:
             # With what it depends on: a vertex alone carries no derivative that could be refused.
-            return checks.value_only((self.vertex, self.cost, *self._masses), _NO_DERIVATIVE)[0]
+            return checks.value_only((self.vertex, self.cost, *self._masses), _JUMPS if self.is_exact else _COMPOSED)[0]
         return self._problem.plan(*self._whole)
 
     @property
@@ -179,7 +181,7 @@ class Plan(Stackable, Outcome):
     @program()
     def transport_cost(self) -> Float[Array, ""]:
         """<P, C>, squared data units."""
-        if self.vertex is None:
+        if self.vertex is None or self.potentials is None:
             return jnp.sum(self.matrix * self.cost)
         # The envelope theorem: mass costs what the potentials say.
         (f, g), (a, b) = jax.lax.stop_gradient(self.potentials), self._masses
@@ -193,7 +195,7 @@ class Plan(Stackable, Outcome):
         r""":math:`\langle P, C \rangle + \epsilon KL(P | a b^T) + \rho_0 KL(P 1 | a) + \rho_1 KL(P^T 1 | b)`, the primal
         objective.
 
-        Of an exact plan, <P, C>: what it minimises.
+        Of an exact plan, <P, C>: what it minimises; of a composed one as well, which minimises nothing.
         """
         if self.vertex is not None:
             return self.transport_cost
@@ -242,7 +244,8 @@ class Plan(Stackable, Outcome):
     @mapped
     @program()
     def marginal_error(self) -> Float[Array, ""]:
-        r"""L1 distance of the raw plan's marginals from a and b, or from :math:`a e^{-f/\rho_0}` and :math:`b e^{-g/\rho_1}`."""
+        r"""L1 distance of the raw plan's marginals from a and b, or from :math:`a e^{-f/\rho_0}` and :math:`b e^{-g/\rho_1}`; a
+        composed plan's from a and b."""
         if self.vertex is not None:
             return _distance(self.vertex, *self._masses)
         return self._problem.marginal_error(*self._whole)
@@ -256,7 +259,7 @@ class Plan(Stackable, Outcome):
         Masses that are kept count as such: of a plan rounded to its marginals (Altschuler, Weed & Rigollet 2017). The optimum lies
         between that feasible plan's cost and the dual's; the raw plan's own may lie outside. Of an exact plan, a sum of mass times
         reduced cost, which does not cancel: a bound for the masses that the plan has; so it is where there are links, over which
-        no plan may have others.
+        no plan may have others. Of a composed plan infinite: none is known.
         """
         if self.gap is not None:
             return jax.lax.stop_gradient(self.gap)
@@ -304,9 +307,14 @@ class Plan(Stackable, Outcome):
         return self.pair.gmm0.posterior_mean(x, self.mass_change())
 
     @property
+    def is_exact(self) -> bool:
+        """Whether it is a vertex of the linear programme."""
+        return self.vertex is not None and self.potentials is not None
+
+    @property
     def _whole(self) -> tuple[Words, Words]:
         """The potentials, not rounded."""
-        f, g = self.potentials
+        f, g = self.potentials  # pyright: ignore[reportGeneralTypeIssues]
         rests = (f - f, g - g) if self.rests is None else self.rests
         return (f, rests[0]), (g, rests[1])
 
@@ -320,7 +328,7 @@ class Plan(Stackable, Outcome):
 
     @matrices.precise
     def _dual(self) -> Array:
-        (a, b), (f, g) = self._masses, self.potentials
+        (a, b), (f, g) = self._masses, self.potentials  # pyright: ignore[reportGeneralTypeIssues]
         if self.vertex is not None:
             return f @ a + g @ b
         return duals.dual_value(self._problem, *self._whole)
