@@ -26,6 +26,7 @@ from coupled_gmm.fits.pairs import PairFit, fit_pair, fit_path, penalized_log_li
 from coupled_gmm.gaussians.bures import bures_cost_matrix
 from coupled_gmm.gaussians.mixture import GaussianMixture
 from coupled_gmm.interop.convert import from_ott, from_sklearn, to_ott, to_pot, to_sklearn
+from coupled_gmm.selection.bootstrap import Bootstrap, Intervals, bootstrap
 from coupled_gmm.transport.maps import interpolate, map_points, plan_density
 from coupled_gmm.transport.pair import GaussianMixturePair
 from coupled_gmm.transport.plan import CostParts, Plan
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BarycenterFit",
+    "Bootstrap",
     "BuresCost",
     "CostParts",
     "FitError",
@@ -45,6 +47,7 @@ __all__ = [
     "GaussianMixture",
     "GaussianMixturePair",
     "GraphFit",
+    "Intervals",
     "MixtureFit",
     "MixtureFits",
     "MixtureGraph",
@@ -54,6 +57,7 @@ __all__ = [
     "Plan",
     "Status",
     "barycenter",
+    "bootstrap",
     "bures_cost_matrix",
     "fit_gmm",
     "fit_gmms",

@@ -115,7 +115,7 @@ class _Object:
 
     def _below(self, name: str) -> Shape | None:
         """The axes that a field of this object is stacked on; None where these are its own."""
-        if self.name in ("MixtureFits", "PairFits"):
+        if self.name in ("Bootstrap", "MixtureFits", "PairFits"):
             return None
         axis = _STACKED.get((self.name, name))
         lead = self.lead or ()
