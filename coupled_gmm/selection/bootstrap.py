@@ -1,6 +1,5 @@
 """How sure a coupled fit is: intervals by refits under random weights of the points."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -132,14 +131,15 @@ def bootstrap(
     .. math:: \omega_i = w_i e_i \big/ \textstyle\sum_j w_j e_j, \quad e_i \sim \mathrm{Exp}(1),
 
     in each cloud by itself: the Bayesian bootstrap (Rubin 1981), with which a maximum of likelihood varies as from sample to sample
-    (Newton & Raftery 1994). Unlike counts, no such weight is 0, so that no replicate loses a rare component. It starts where the fit
-    ends, with the same prices, and its components are put in the fit's order by the assignment of least total squared
-    Bures-Wasserstein distance. An interval lies between the quantiles of the replicates that leave (1 - level) / 2 on both sides: of a
-    plan entry near 0 it stays at or above 0, where one mirrored at the estimate would not.
+    (Newton & Raftery 1994). Unlike counts, no such weight is 0, so that no replicate loses a rare component. It starts where the
+    fit ends, with the same prices, and its components are put in the fit's order by the assignment of least total squared
+    Bures-Wasserstein distance. An interval lies between the quantiles of the replicates that leave (1 - level) / 2 on both sides:
+    of a plan entry near 0 it stays at or above 0, where one mirrored at the estimate would not.
 
-    What intervals cover is what sampling of points does to the fit: of the population's own penalised optimum, which the penalty has
-    moved from the population, near which the fit lies. They say nothing of the number of components, the transport weight or the
-    optimum among several, all of which are taken as chosen; and clouds are taken as independent samples of independent points.
+    What intervals cover is what the sampling of points does to the fit. Their target is the population's own penalised optimum near
+    the fit, not the population that the penalty has moved it from. They say nothing of the number of components, the transport
+    weight, or which of several optima is meant: all of these are taken as chosen. Clouds are taken as independent of each other, and
+    points as independent draws.
 
     Args:
       key: decides the weights.
@@ -253,8 +253,8 @@ def _given(clouds: Any, weights: Any, problem: MixtureGraph) -> list[GivenCloud]
 
 def _read(fit: PairFit | GraphFit, problem: MixtureGraph, settled: Refit, found: Refit, level: float) -> Bootstrap:
     """Intervals from replicates that have a result, their components in the fit's order."""
-    numbers = found.nodes.weights, found.plans, found.mass_changes, found.distances, found.apart
-    usable = np.isin(found.status, _USABLE)
+    numbers = [np.asarray(leaf) for leaf in (found.nodes.weights, *found[1:5])]
+    usable = np.isin(np.asarray(found.status), _USABLE)
     for leaf in numbers:
         usable &= np.isfinite(leaf).reshape(len(usable), -1).all(axis=1)
     if usable.sum() < 2:

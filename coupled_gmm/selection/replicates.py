@@ -60,11 +60,10 @@ def refits(task: Resampling, options: FitOptions, key: Array, n_replicates: int)
     settled = jax.device_get(take(_refits(*part(task, np.zeros(1), room, drawn=False)), 0))
     problem = dataclasses.replace(task.problem, nodes=jax.device_put(settled.nodes))
     tasks = [part(task._replace(problem=problem), numbers, room, drawn=True) for numbers in parts]
-    found: list = [None] * workers
-    for index, some in executors.outcomes(_fitted, tasks):
-        found[index] = jax.tree.map(lambda leaf, n=len(parts[index]): np.asarray(leaf)[:n], some)
-    order = np.argsort(np.concatenate(parts))
-    return settled, jax.tree.map(lambda *leaves: np.concatenate(leaves)[order], *found)
+    found = dict(executors.outcomes(_fitted, tasks))
+    joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *(found[index] for index in range(workers)))
+    places = np.concatenate([room * index + np.arange(len(numbers)) for index, numbers in enumerate(parts)])
+    return settled, take(joined, places[np.argsort(np.concatenate(parts))])
 
 
 def _fitted(*arguments: object) -> Refit:
