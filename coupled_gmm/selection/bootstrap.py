@@ -49,12 +49,14 @@ class Intervals:
         return jnp.std(self.replicates, axis=-1, ddof=1)
 
     @classmethod
-    def of(cls, estimate: Any, samples: np.ndarray, level: float) -> "Intervals":
-        """Between the quantiles that leave the same part of the samples on both sides."""
-        dtype = np.asarray(estimate).dtype
+    def of(cls, estimate: Any, samples: np.ndarray, level: float, mirrored: bool = False) -> "Intervals":
+        """Between the quantiles that leave the same part of the samples on both sides; or these mirrored at the estimate."""
+        estimate = np.asarray(estimate)
         low, high = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2], axis=0)
-        found = np.asarray(estimate), low, high, np.ascontiguousarray(np.moveaxis(samples, 0, -1))
-        return cls(*(jax.device_put(np.asarray(each, dtype)) for each in found))
+        if mirrored:
+            low, high = np.maximum(2 * estimate - high, 0), np.maximum(2 * estimate - low, 0)
+        found = estimate, low, high, np.ascontiguousarray(np.moveaxis(samples, 0, -1))
+        return cls(*(jax.device_put(np.asarray(each, estimate.dtype)) for each in found))
 
 
 @saved
@@ -134,12 +136,14 @@ def bootstrap(
     (Newton & Raftery 1994). Unlike counts, no such weight is 0, so that no replicate loses a rare component. It starts where the
     fit ends, with the same prices, and its components are put in the fit's order by the assignment of least total squared
     Bures-Wasserstein distance. An interval lies between the quantiles of the replicates that leave (1 - level) / 2 on both sides:
-    of a plan entry near 0 it stays at or above 0, where one mirrored at the estimate would not.
+    of a plan entry near 0 it stays at or above 0, where one mirrored at the estimate would not. That of the distance is mirrored
+    (the basic bootstrap): sampling makes a squared distance larger, in the fit and once more in its replicates, and the mirror
+    takes that back.
 
     What intervals cover is what the sampling of points does to the fit. Their target is the population's own penalised optimum near
     the fit, not the population that the penalty has moved it from. They say nothing of the number of components, the transport
-    weight, or which of several optima is meant: all of these are taken as chosen. Clouds are taken as independent of each other, and
-    points as independent draws.
+    weight, or which of several optima is meant: all of these are taken as chosen. Clouds are taken as independent of each other,
+    and points as independent draws.
 
     Args:
       key: decides the weights.
@@ -279,7 +283,7 @@ def _read(fit: PairFit | GraphFit, problem: MixtureGraph, settled: Refit, found:
         plan=Intervals.of(plan.matrix, plans, level),
         mass_change=Intervals.of(change, changes, level),
         growth=Intervals.of(_log(change), _log(changes), level),
-        distance=Intervals.of(plan.transport_cost, distances, level),
+        distance=Intervals.of(plan.transport_cost, distances, level, mirrored=True),
         level=jax.device_put(np.asarray(level, own.dtype)),
         drift=jax.device_put(np.asarray(drift, own.dtype)),
         status=jax.device_put(found.status),
