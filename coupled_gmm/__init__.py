@@ -27,6 +27,8 @@ from coupled_gmm.gaussians.bures import bures_cost_matrix
 from coupled_gmm.gaussians.mixture import GaussianMixture
 from coupled_gmm.interop.convert import from_ott, from_sklearn, to_ott, to_pot, to_sklearn
 from coupled_gmm.selection.bootstrap import Bootstrap, Intervals, bootstrap
+from coupled_gmm.selection.choice import Choice
+from coupled_gmm.selection.choose import choose
 from coupled_gmm.transport.maps import interpolate, map_points, plan_density
 from coupled_gmm.transport.pair import GaussianMixturePair
 from coupled_gmm.transport.plan import CostParts, Plan
@@ -41,6 +43,7 @@ __all__ = [
     "BarycenterFit",
     "Bootstrap",
     "BuresCost",
+    "Choice",
     "CostParts",
     "FitError",
     "FlowFit",
@@ -59,6 +62,7 @@ __all__ = [
     "barycenter",
     "bootstrap",
     "bures_cost_matrix",
+    "choose",
     "fit_gmm",
     "fit_gmms",
     "fit_graph",

@@ -91,7 +91,8 @@ class _Object:
         origin, inner = typing.get_origin(hint), typing.get_args(hint)
         if origin in (types.UnionType, typing.Union):
             if value is not None or types.NoneType not in inner:
-                self._typed(name, value, next(one for one in inner if one is not types.NoneType))
+                others = (one for one in inner if one is not types.NoneType)
+                self._typed(name, value, type(value) if type(value) in inner else next(others))
         elif _is_array(hint):
             self._shaped(name, value, hint)
         elif origin is list:
