@@ -32,8 +32,14 @@ class Weight(NamedTuple):
         """
         names = f"transport_weight{plural}", f"relative_weight{plural}"
         if (transport is None) == (relative is None):
-            problem = "is missing" if transport is None else f"goes without {names[1]}, which is the same in another unit"
-            remedy = f"pass {names[1]}=0.1, say, which has no unit, or {names[0]}" if transport is None else "pass one of them"
+            problem = (
+                "is missing" if transport is None else f"goes without {names[1]}, which is the same in another unit"
+            )
+            remedy = (
+                f"pass {names[1]}=0.1, say, which has no unit, or {names[0]}"
+                if transport is None
+                else "pass one of them"
+            )
             raise ArgumentError(names[0], problem, remedy)
         name, value = (names[1], relative) if transport is None else (names[0], transport)
         return cls(name, checks.scalar(name, value, at_least=0, batched=True), transport is None)

@@ -82,7 +82,7 @@ class Choice(Outcome):
             "failed": self.n_failed,
             "chosen": np.arange(rows) == int(self.row),
         }
-        lists = {name: np.asarray(column).tolist() for name, column in columns.items()}
+        lists = {name: _as_given(np.asarray(column)) for name, column in columns.items()}
         return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
 
     @property
@@ -123,3 +123,8 @@ class Choice(Outcome):
 
     def _least(self, name: str) -> int:
         return int(np.asarray(self.n_components)[np.argmin(np.asarray(getattr(self, name)))])
+
+
+def _as_given(column: np.ndarray) -> list:
+    """Numbers in the digits that their precision has: 0.01, not 0.0099999998."""
+    return [float(str(value)) for value in column] if column.dtype == np.float32 else column.tolist()

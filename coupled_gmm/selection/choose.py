@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -69,12 +68,12 @@ def choose(
 
     .. math:: s = \sum_i v_i \, \overline{\log p_i(x)} \quad \text{over the points x of cloud i that were held out,}
 
-    for every number of components, epsilon, rho and relative weight. Along the weights fits start from one another, in both directions,
-    and the best J is kept, as in `fit_path`. Rules compare a row with the best by differences d over folds F, in pairs, with the
+    for every number of components, epsilon, rho and relative weight. Along the weights fits start from one another, in both
+    directions, and the best J is kept, as in `fit_path`. Rules compare a row with the best by differences d over folds F, in pairs, with the
     standard error :math:`sd(d) / \sqrt F`:
 
-    - "one_standard_error": of all rows within one standard error of the best the fewest components, and of these, with the epsilon and
-      rho that do best, the largest weight: the strongest coupling that costs nothing that could be told from chance.
+    - "one_standard_error": of all rows within one standard error of the best the fewest components, and of these, with the epsilon
+      and rho that do best, the largest weight: the strongest coupling that costs nothing that could be told from chance.
     - "best": the best mean score.
     - "corner": of the components, epsilon and rho that the first rule takes, the weight where log-likelihood against transport, of
       fits to all points, is farthest above the line between its ends.
@@ -83,8 +82,8 @@ def choose(
 
     Args:
       clouds: two, or one for each node of a graph, (n, d) or None.
-      graph_or_key: a random key, for the pair of two clouds or, where there are more, the chain in their order; or a `MixtureGraph`,
-        with its edges and their weights, prices, node weights and frozen mixtures.
+      graph_or_key: a random key, for the pair of two clouds or, where there are more, the chain in their order; or a
+        `MixtureGraph`, with its edges and their weights, prices, node weights and frozen mixtures.
       relative_weights: at least 0, as in `fit_pair` and `fit_graph`; 0, fits apart, is always among them. None takes 0 and 1e-4 to
         10, by factors of about 3.
       n_components: K of all mixtures that are not frozen, one or several; None takes 1 to 8, or the graph's own mixtures. With a
@@ -93,8 +92,8 @@ def choose(
       rhos: above 0, the same; infinite is balanced, as where none are given, or the graph's own.
       folds: at least 2.
       rule: one of those above.
-      held_out: "points"; or "nodes": the whole cloud of each node that has two neighbours, which the node's mixture is then to foretell
-        from its neighbours alone. Folds are those of its points, all of which are scored.
+      held_out: "points"; or "nodes": the whole cloud of each node that has two neighbours, which the node's mixture is then to
+        foretell from its neighbours alone. Folds are those of its points, all of which are scored.
       key: beside a graph, decides folds and starts; None deals points to folds in turn.
       point_weights: for each cloud (n,) or None.
       n_init: starts for each number of components, all of which are fitted apart, and the first at every weight.

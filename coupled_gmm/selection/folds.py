@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from coupled_gmm.core import chunks
 from coupled_gmm.core.chunks import Chunks
 from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.fits.frame import View
@@ -24,26 +25,26 @@ class Split(NamedTuple):
     without: int | None = None  # the node whose cloud is held out
 
 
-def whole(chunks: Chunks, view: View, n_held: int) -> Split:
+def whole(points: Chunks, view: View, n_held: int) -> Split:
     """Nothing held out."""
-    weights = np.asarray(chunks.weights)
+    weights = np.asarray(points.weights)
     return Split(weights, np.zeros((n_held, *weights.shape), weights.dtype), _has_cloud(view))
 
 
-def by_points(chunks: Chunks, view: View, labels: list[np.ndarray], n_folds: int) -> Iterator[Split]:
+def by_points(points: Chunks, view: View, labels: list[np.ndarray], n_folds: int) -> Iterator[Split]:
     """Each fold of the points of all clouds, held out in turn."""
-    weights, label = np.asarray(chunks.weights), _laid(chunks, labels)
+    weights, label = np.asarray(points.weights), _laid(points, labels)
     for fold in range(n_folds):
-        fitted, held = (_normalised(chunks, np.where(here, weights, 0)) for here in (label != fold, label == fold))
+        fitted, held = (_normalised(points, np.where(here, weights, 0)) for here in (label != fold, label == fold))
         yield Split(fitted, held[None], _has_cloud(view))
 
 
-def by_nodes(chunks: Chunks, view: View, labels: list[np.ndarray], n_folds: int, nodes: list[int]) -> Iterator[Split]:
+def by_nodes(points: Chunks, view: View, labels: list[np.ndarray], n_folds: int, nodes: list[int]) -> Iterator[Split]:
     """Each of some nodes' clouds, held out in turn, and scored fold by fold."""
-    weights, label, owner = np.asarray(chunks.weights), _laid(chunks, labels), _owner(chunks)[:, None]
+    weights, label, owner = np.asarray(points.weights), _laid(points, labels), _owner(points)[:, None]
     for node in nodes:
         parts = [np.where((owner == node) & (label == fold), weights, 0) for fold in range(n_folds)]
-        held = np.stack([_normalised(chunks, part) for part in parts])
+        held = np.stack([_normalised(points, part) for part in parts])
         has_cloud = _has_cloud(view)
         has_cloud[node] = False
         yield Split(np.where(owner == node, 0, weights), held, has_cloud, node)
@@ -69,7 +70,8 @@ def drawn(key: Array | None, view: View, n_folds: int) -> list[np.ndarray]:
             )
         turn = np.arange(len(positive), dtype=np.int32) % n_folds
         if key is not None:
-            turn = turn[np.asarray(jax.random.permutation(jax.random.fold_in(key, node), len(positive)))]
+            draws = chunks.draws(jax.random.fold_in(key, node), len(positive), 1, np.float32)
+            turn[np.argsort(draws[:, 0])] = np.arange(len(positive)) % n_folds
         fold = np.full(len(x), -1, np.int32)
         fold[positive] = turn
         labels.append(fold)
@@ -86,20 +88,20 @@ def _has_cloud(view: View) -> Bool[np.ndarray, " V"]:
     return np.array([x is not None for x in view.clouds])
 
 
-def _owner(chunks: Chunks) -> Int[np.ndarray, " C"]:
+def _owner(points: Chunks) -> Int[np.ndarray, " C"]:
     """Of each chunk its node; past the last, where no chunk is in use."""
-    return np.searchsorted(np.asarray(chunks.ends), np.arange(len(chunks.weights)), side="right")
+    return np.searchsorted(np.asarray(points.ends), np.arange(len(points.weights)), side="right")
 
 
-def _laid(chunks: Chunks, labels: list[np.ndarray]) -> Int[np.ndarray, "C B"]:
-    laid = np.full(chunks.weights.shape, -1, np.int32)
-    begins = [0, *np.asarray(chunks.ends)[:-1].tolist()]
-    for first, last, label in zip(begins, np.asarray(chunks.ends).tolist(), labels, strict=True):
+def _laid(points: Chunks, labels: list[np.ndarray]) -> Int[np.ndarray, "C B"]:
+    laid = np.full(points.weights.shape, -1, np.int32)
+    begins = [0, *np.asarray(points.ends)[:-1].tolist()]
+    for first, last, label in zip(begins, np.asarray(points.ends).tolist(), labels, strict=True):
         laid[first:last].reshape(-1)[: len(label)] = label
     return laid
 
 
-def _normalised(chunks: Chunks, weights: Any) -> Any:
-    owner, sums = _owner(chunks), weights.sum(axis=1, dtype=np.float64)
-    totals = np.bincount(owner, sums, len(chunks.ends) + 1)[owner]
+def _normalised(points: Chunks, weights: Any) -> Any:
+    owner, sums = _owner(points), weights.sum(axis=1, dtype=np.float64)
+    totals = np.bincount(owner, sums, len(points.ends) + 1)[owner]
     return (weights / np.where(totals > 0, totals, 1)[:, None]).astype(weights.dtype)

@@ -79,9 +79,9 @@ class Grid:
             key = jax.random.fold_in(self.key, size)
             pooled = view.together()
             check_distinct("the clouds", key, pooled, size)
-            drawn = _padded(
-                jax.device_get(draws(key, pooled, ridge, size, max(_DRAWS, self.n_init), self.n_init)), largest
-            )
+            most, n_draws = max(self.n_components or ()), max(_DRAWS, self.n_init)
+            drawn = draws(key, pooled, ridge, most, n_draws, self.n_init, present=size)
+            drawn = _padded(jax.device_get(drawn), largest)
             frozen = np.asarray(graph.frozen)
             own, drawn = alike([own, drawn])
             found = jax.tree.map(lambda new, old: _at_nodes(np.asarray(new), np.asarray(old), frozen), drawn, own)
