@@ -17,7 +17,7 @@ class Choice(Outcome):
     """The chosen fit, and how all that were compared did: a row for each number of components, epsilon, rho and weight.
 
     Scores are sums over clouds of the mean log-density of held out points, as J weighs them; a row of a fit that failed has minus
-    infinity. Log-likelihoods and transport are those of the fit to all points.
+    infinity. Log-likelihoods, the same sums, and transport are those of the fit to all points.
     """
 
     fit: PairFit | GraphFit
@@ -27,7 +27,7 @@ class Choice(Outcome):
     epsilons: Float[AnyArray, " R"]  # squared data units, mean over edges
     rhos: Float[AnyArray, " R"]
     scores: Float[AnyArray, "R F"]  # of each fold
-    log_likelihoods: Float[AnyArray, "R V"]
+    log_likelihoods: Float[AnyArray, " R"]
     transport: Float[AnyArray, " R"]
     bic: Float[AnyArray, " R"]  # of the mixtures alone, fitted apart: the sum over clouds
     aic: Float[AnyArray, " R"]
@@ -44,9 +44,14 @@ class Choice(Outcome):
     @property
     def candidates(self) -> Candidates:
         """The rows, as rules see them."""
-        fields = self.n_components, self.groups, self.relative_weights, self.scores
-        likelihoods = np.asarray(self.log_likelihoods).sum(axis=1)
-        return Candidates(*map(np.asarray, fields), likelihoods, np.asarray(self.transport))
+        return Candidates(
+            sizes=np.asarray(self.n_components),
+            groups=np.asarray(self.groups),
+            weights=np.asarray(self.relative_weights),
+            scores=np.asarray(self.scores),
+            log_likelihoods=np.asarray(self.log_likelihoods),
+            transport=np.asarray(self.transport),
+        )
 
     @property
     def chosen(self) -> dict[str, Any]:
@@ -61,7 +66,7 @@ class Choice(Outcome):
         `held_out` is the mean over folds, `standard_error` its own; `loss` how much less likely the row is than the best, and
         `loss_error` the standard error of that, by folds in pairs.
         """
-        rows, candidates = len(np.asarray(self.row_numbers)), self.candidates
+        candidates = self.candidates
         loss, error = candidates.losses()
         with np.errstate(invalid="ignore"):
             spread = np.std(candidates.scores, axis=1, ddof=1) / np.sqrt(candidates.scores.shape[1])
@@ -80,14 +85,10 @@ class Choice(Outcome):
             "bic": self.bic,
             "aic": self.aic,
             "failed": self.n_failed,
-            "chosen": np.arange(rows) == int(self.row),
+            "chosen": np.arange(len(loss)) == int(self.row),
         }
         lists = {name: _as_given(np.asarray(column)) for name, column in columns.items()}
         return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
-
-    @property
-    def row_numbers(self) -> Int[np.ndarray, " R"]:
-        return np.arange(np.shape(self.n_components)[0])
 
     @property
     def message(self) -> str:
@@ -107,7 +108,7 @@ class Choice(Outcome):
             f"{row['n_components']} components",
             f"relative weight {row['relative_weight']:g}",
             prices,
-            f"by {self.rule!r} of {len(self.row_numbers)} rows",
+            f"by {self.rule!r} of {len(self.groups)} rows",
         ]
 
     def _facts(self) -> dict[str, str]:

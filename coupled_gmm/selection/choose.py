@@ -69,8 +69,8 @@ def choose(
     .. math:: s = \sum_i v_i \, \overline{\log p_i(x)} \quad \text{over the points x of cloud i that were held out,}
 
     for every number of components, epsilon, rho and relative weight. Along the weights fits start from one another, in both
-    directions, and the best J is kept, as in `fit_path`. Rules compare a row with the best by differences d over folds F, in pairs, with the
-    standard error :math:`sd(d) / \sqrt F`:
+    directions, and the best J is kept, as in `fit_path`. Rules compare a row with the best by differences d over folds F, in pairs,
+    with the standard error :math:`sd(d) / \sqrt F`:
 
     - "one_standard_error": of all rows within one standard error of the best the fewest components, and of these, with the epsilon
       and rho that do best, the largest weight: the strongest coupling that costs nothing that could be told from chance.
@@ -204,8 +204,8 @@ def _fitted(
                 nodes = jax.device_put(starts.nodes)
                 problem = dataclasses.replace(problem, nodes=take(nodes, 0))
                 seen = with_split(sight, split)
-                rest = weights.astype(graph.nodes.dtype), seen, split.held, request.controls
-                tasks.append(PathTask(problem, nodes, *rest))
+                some_weights, held = jax.device_put((weights.astype(graph.nodes.dtype), split.held))
+                tasks.append(PathTask(problem, nodes, some_weights, jax.device_put(seen), held, request.controls))
             groups.append((of_all, prices))
     found: list[Any] = [None] * len(tasks)
     with report.counting(progress, len(tasks), "choosing") as advance:
@@ -272,6 +272,8 @@ def _chosen(
 
     scale = np.asarray(Weight.given(None, np.asarray(grid.relative_weights), "s").of(view), dtype)
     transport = np.concatenate([np.asarray(group.whole.transport) @ _shares(edge_weights) for group in groups])
+    likelihoods = np.concatenate([np.asarray(group.whole.log_likelihoods) for group in groups])
+    likelihoods = likelihoods @ np.asarray(grid.graph.node_weights)
     columns = {
         "n_components": rows([max(group.starts.sizes) for group in groups]).astype(np.int32),
         "relative_weights": np.tile(np.asarray(grid.relative_weights, dtype), len(groups)),
@@ -279,7 +281,7 @@ def _chosen(
         "epsilons": rows([np.mean(np.asarray(group.prices.epsilon)) for group in groups]).astype(dtype),
         "rhos": rows([np.mean(np.asarray(group.prices.rho)) for group in groups]).astype(dtype),
         "scores": np.concatenate([group.scores for group in groups]).astype(dtype),
-        "log_likelihoods": np.concatenate([np.asarray(group.whole.log_likelihoods) for group in groups]),
+        "log_likelihoods": likelihoods.astype(dtype),
         "transport": transport.astype(dtype),
         "bic": rows([bic for bic, _ in criteria]).astype(dtype),
         "aic": rows([aic for _, aic in criteria]).astype(dtype),
@@ -289,9 +291,9 @@ def _chosen(
     if not np.isfinite(columns["scores"]).all(axis=1).any():
         status = Status(int(np.asarray(groups[0].whole.status)[0]))
         raise FitError(f"choose: no fit has a usable result in every fold: {status.message}")
-    likelihoods = columns["log_likelihoods"] @ np.asarray(grid.graph.node_weights)
-    names = ("n_components", "groups", "relative_weights", "scores")
-    row = rules.chosen(rules.Candidates(*(columns[name] for name in names), likelihoods, columns["transport"]), rule)
+    fields = {"sizes": "n_components", "weights": "relative_weights"}
+    fields = {name: columns[fields.get(name, name)] for name in rules.Candidates._fields}
+    row = rules.chosen(rules.Candidates(**fields), rule)
     fit = _refitted(grid, groups[row // n], row % n, request, given, is_pair)
     return Choice(fit, **jax.device_put(columns), row=jax.device_put(np.int32(row)), rule=rule)
 
@@ -322,19 +324,15 @@ def _refitted(
     """The fit to all points, from where its path ended: the same program and the same result as of the public functions."""
     nodes = jax.device_put(take(group.whole.nodes, place))
     gmms = [unpadded(take(nodes, i), size) for i, size in enumerate(group.starts.sizes)]
-    controls = request.controls
-    asked = {
-        "tol": controls.tol,
-        "ridge": controls.ridge,
-        "em_steps": request.em_steps,
-        "m_steps": int(controls.m_steps),
-    }
+    asked: dict[str, Any] = {"em_steps": request.em_steps, "m_steps": int(request.controls.m_steps)}
+    asked |= {"tol": request.controls.tol, "ridge": request.controls.ridge}
     asked |= {"relative_weight": grid.relative_weights[place]}
     clouds, weights = [cloud.points for cloud in given], [cloud.weights for cloud in given]
     epsilon, rho = group.prices
     if is_pair:
-        pair = GaussianMixturePair(*gmms, epsilon[0], rho=rho[0])
-        return fit_pair(*clouds, pair, point_weights0=weights[0], point_weights1=weights[1], **asked)
+        (x0, x1), (w0, w1), (gmm0, gmm1) = clouds, weights, gmms
+        pair = GaussianMixturePair(gmm0, gmm1, epsilon[0], rho=rho[0])
+        return fit_pair(x0, x1, pair, point_weights0=w0, point_weights1=w1, **asked)
     graph = grid.graph
     edges = list(zip(np.asarray(graph.sources).tolist(), np.asarray(graph.targets).tolist(), strict=True))
     held = np.flatnonzero(np.asarray(graph.frozen)).tolist()

@@ -28,8 +28,9 @@ class Candidates(NamedTuple):
 
         Folds are paired: what is hard for all costs none. Infinite where a fit has failed.
         """
-        failed = ~np.isfinite(self.scores).all(axis=1)
-        behind = self.scores[np.argmax(self.means())] - np.where(failed[:, None], 0, self.scores)
+        failed = np.any(~np.isfinite(self.scores), axis=1)
+        best = int(np.argmax(self.means()))
+        behind = self.scores[best] - np.where(failed[:, None], 0, self.scores)
         error = behind.std(axis=1, ddof=1) / np.sqrt(behind.shape[1])
         return np.where(failed, np.inf, behind.mean(axis=1)), np.where(failed, np.inf, error)
 
@@ -49,8 +50,8 @@ def chosen(candidates: Candidates, rule: str) -> int:
     means, within = candidates.means(), candidates.within()
     if rule == "best":
         return int(np.argmax(means))
-    smallest = within & (candidates.sizes == candidates.sizes[within].min())
-    group = candidates.groups == candidates.groups[np.argmax(np.where(smallest, means, -np.inf))]
+    smallest = within & (candidates.sizes == np.min(candidates.sizes, where=within, initial=candidates.sizes.max()))
+    group = candidates.groups == candidates.groups[int(np.argmax(np.where(smallest, means, -np.inf)))]
     if rule == "one_standard_error":
         return int(np.argmax(np.where(group & within, candidates.weights, -np.inf)))
     rows = np.flatnonzero(group & np.isfinite(means))
