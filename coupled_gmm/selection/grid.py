@@ -134,7 +134,11 @@ def checked_sizes(n_components: Any, smallest: int) -> tuple[int, ...]:
     if n_components is None:
         return tuple(range(1, max(1, min(_MOST_COMPONENTS, smallest // _POINTS_EACH)) + 1))
     listed = [n_components] if isinstance(n_components, (int, np.integer)) else _listed("n_components", n_components)
-    return tuple(sorted({checks.integer("n_components", value, 1) for value in listed}))
+    sizes = tuple(sorted({checks.integer("n_components", value, 1) for value in listed}))
+    if sizes[-1] > smallest // 2:
+        problem = f"{sizes[-1]} components, and the smallest cloud has {smallest} points"
+        raise ArgumentError("n_components", problem, "lower n_components: each needs two points at least")
+    return sizes
 
 
 def checked_numbers(name: str, values: Any, **bounds: Any) -> tuple[float, ...] | None:
