@@ -18,11 +18,14 @@ from coupled_gmm.core.status import FitError, Status
 from coupled_gmm.data.opening import open_cloud
 from coupled_gmm.data.placement import shard_cloud
 from coupled_gmm.data.saving import load, save
+from coupled_gmm.fits.contest import StartEnds
 from coupled_gmm.fits.coupled import GraphFit, fit_graph
+from coupled_gmm.fits.fidelity import Fidelity
 from coupled_gmm.fits.gmm import MixtureFit, fit_gmm, init_gmm
 from coupled_gmm.fits.graph import MixtureGraph
 from coupled_gmm.fits.online import MixtureStatistics
-from coupled_gmm.fits.pairs import PairFit, fit_pair, fit_path, penalized_log_likelihood
+from coupled_gmm.fits.pairs import PairFit, fit_pair, fit_path
+from coupled_gmm.fits.penalized import penalized_log_likelihood
 from coupled_gmm.gaussians.bures import bures_cost_matrix
 from coupled_gmm.gaussians.mixture import GaussianMixture
 from coupled_gmm.interop.convert import from_ott, from_sklearn, to_ott, to_pot, to_sklearn
@@ -45,6 +48,7 @@ __all__ = [
     "BuresCost",
     "Choice",
     "CostParts",
+    "Fidelity",
     "FitError",
     "FlowFit",
     "GaussianMixture",
@@ -58,6 +62,7 @@ __all__ = [
     "PairFit",
     "PairFits",
     "Plan",
+    "StartEnds",
     "Status",
     "barycenter",
     "bootstrap",

@@ -15,8 +15,10 @@ from coupled_gmm.batch.stacks import Kind, StackedFits
 from coupled_gmm.core import checks
 from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.tree import AnyArray, pytree, saved
+from coupled_gmm.fits.fidelity import many_overruled
 from coupled_gmm.fits.graph import MixtureGraph, unpadded
-from coupled_gmm.fits.pairs import check_densities, frozen_sides, pair_fit
+from coupled_gmm.fits.pairs import both, check_densities, coupled, frozen_sides, pair_fit
+from coupled_gmm.fits.refits import Coupled
 from coupled_gmm.fits.request import FitRequest, GivenCloud, view_of
 from coupled_gmm.fits.results import PairFit, trimmed
 from coupled_gmm.fits.weights import Weight
@@ -42,6 +44,11 @@ class PairFits(StackedFits[PairFit]):
     def _words(self) -> list[str]:
         return self._went("pair", "J")
 
+    def _warnings(self) -> list[str]:
+        found = [part.fidelity.overruled for part in self.stacks if part.fidelity is not None]
+        many = sum(int(lost.any(axis=1).sum()) for lost in found)
+        return [many_overruled(many, len(self))] if many else []
+
 
 def fit_pairs(
     clouds0: Sequence[Any],
@@ -62,6 +69,7 @@ def fit_pairs(
     method: str = "entropic",
     chunk_size: int | None = None,
     progress: Any = False,
+    fidelity: bool = True,
     executor: Any = None,
 ) -> PairFits:
     r"""`fit_pair` of many pairs of clouds, of any numbers of points and components.
@@ -80,7 +88,8 @@ def fit_pairs(
       progress: True draws a bar; a callable gets a dict of what is ``done`` and ``of`` how many, in parts of at most 64 pairs.
       executor: None works in this process; or a `concurrent.futures.Executor`, which gets whole parts. The pairs of one that it
         loses have the status ``LOST``, and a reason.
-      em_steps, m_steps, optimizer, learning_rate, tol, freeze, ridge, method, chunk_size: as in `fit_pair`, the same for all.
+      em_steps, m_steps, optimizer, learning_rate, tol, freeze, ridge, method, chunk_size, fidelity: as in `fit_pair`, the same
+        for all.
 
     Returns:
       `PairFits`: `fits[i]` is what `fit_pair` returns, and ends by itself.
@@ -107,7 +116,8 @@ def fit_pairs(
     lists = _aligned(clouds0, clouds1, pairs, point_weights0, point_weights1)
     weight = Weight.given(transport_weight, relative_weight)
     given = _checked(lists, weight, frozen_sides(freeze), request, method)
-    return PairFits(*stacks.fitted(_KIND, given, request, progress, executor))
+    kind = _KIND if fidelity else _KIND._replace(coupled=None)
+    return PairFits(*stacks.fitted(kind, given, request, progress, executor))
 
 
 def _aligned(clouds0: Any, clouds1: Any, pairs: Any, weights0: Any, weights1: Any) -> list[list]:
@@ -150,4 +160,9 @@ def _lost(nothing: PairFit, start: tuple) -> PairFit:
     return dataclasses.replace(nothing, pair=start[0], plan=plan)
 
 
-_KIND = Kind("pair", MixtureGraph.from_pair, pair_fit, _lost)
+def _coupled(start: tuple, fit: PairFit) -> tuple[Coupled, Any, Any]:
+    pair, _, frozen = start
+    return coupled(fit), both(pair), frozen
+
+
+_KIND = Kind("pair", MixtureGraph.from_pair, pair_fit, _lost, _coupled)

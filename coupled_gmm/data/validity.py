@@ -19,6 +19,7 @@ from coupled_gmm.gaussians.covariances import check_covariances
 
 # Fields that hold objects stacked on one more axis, and its length, in the words of the annotations.
 _STACKED = {("GraphFit", "plans"): "E", ("MixtureGraph", "nodes"): "V", ("FlowFit", "path"): "steps+1"}
+_STACKED |= {("Fidelity", "alone"): "V"}
 _ROUNDING = 10  # what programs may miss of a positive semi-definite matrix, in units of what constructors let through
 
 Shape = tuple[int, ...]
@@ -322,6 +323,12 @@ def _flow(o: _Object) -> None:
     o.require("path", o.held("path").means.shape[-2:] == o.held("gmm").means.shape[-2:], "has mixtures of another size")
 
 
+def _fidelity_values(fidelity: _Object) -> None:
+    for name in ("loss", "mean_shift", "covariance_shift"):
+        value = fidelity.array(name)
+        fidelity.require(name, np.isnan(value) | ((value >= 0) & np.isfinite(value)), "must be finite and at least 0")
+
+
 _RELATIONS: dict[str, Callable[[_Object], None]] = {
     "BarycenterFit": _steps,
     "FlowFit": _flow,
@@ -337,6 +344,7 @@ _RELATIONS: dict[str, Callable[[_Object], None]] = {
 }
 _VALUES: dict[str, Callable[[_Object], None]] = {
     "BarycenterFit": _finite_values("objective"),
+    "Fidelity": _fidelity_values,
     "FlowFit": _finite_values("loss"),
     "GaussianMixture": _mixture_values,
     "GaussianMixturePair": _pair_values,

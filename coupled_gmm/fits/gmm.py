@@ -98,6 +98,12 @@ def draws(
     return _init(key, _represented(key, view, n_components), ridge, n_components, n_init, n, some)
 
 
+def pooled_draws(key: Array, view: View, ridge: Array, n_components: int, n: int) -> list[GaussianMixture]:
+    """Starts for the points of all clouds together, each cloud counting as much."""
+    found = draws(key, sampled(key, view).together(), ridge, n_components, n, n)
+    return [take(found, i) for i in range(n)]
+
+
 def _represented(key: Array, view: View, n_components: int) -> Sight:
     """The points that starts are drawn from, as a program takes them."""
     return _representatives(key, view).in_chunks(n_components * len(view.pooled))

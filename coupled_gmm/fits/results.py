@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -12,6 +13,8 @@ from coupled_gmm.core import checks
 from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.status import Outcome, Status
 from coupled_gmm.core.tree import Stackable, counted, listed, number, pytree, saved, single
+from coupled_gmm.fits.contest import StartEnds
+from coupled_gmm.fits.fidelity import Fidelity, overruled
 from coupled_gmm.fits.history import History
 from coupled_gmm.gaussians.mixture import GaussianMixture
 from coupled_gmm.transport.pair import GaussianMixturePair
@@ -41,6 +44,10 @@ class GraphFit(Stackable, Outcome):
     edges: Int[Array, "*b E 2"] | None = None  # as given; files of before have none
     edge_weights: Float[Array, "*b E"] | None = None
     feature_variance: Float[Array, "*b"] | None = None  # mean within clouds, by which a weight has no unit
+    penalized_log_likelihoods: Float[Array, "*b V"] | None = None  # the same with the ridge's term
+    fidelity: Fidelity | None = None
+    node_weights: Float[Array, "*b V"] | None = None
+    starts: StartEnds | None = None  # where several were asked for
 
     def _words(self) -> list[str]:
         sizes = listed(gmm.n_components for gmm in self.gmms)
@@ -52,6 +59,13 @@ class GraphFit(Stackable, Outcome):
 
     def _plans(self) -> Plan:
         return self.plans
+
+    def _warnings(self) -> list[str]:
+        if self.fidelity is None or self.edges is None:
+            return []
+        names = [f"node {i}" for i in range(len(self.gmms))]
+        weights = self.edge_weights, self.node_weights
+        return overruled(self.fidelity, self.plans, np.asarray(self.edges), names, *weights, self.feature_variance)
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
@@ -111,6 +125,9 @@ class PairFit(Stackable, Outcome):
     log_likelihoods: Float[Array, "*b 2"] | None = None  # of each cloud, mean per point, without ridge
     transport_weights: Float[Array, "*b"] | None = None  # lambda; of a path's fits, or of a batch's, each its own
     feature_variance: Float[Array, "*b"] | None = None  # mean within clouds, by which a weight has no unit
+    penalized_log_likelihoods: Float[Array, "*b 2"] | None = None  # the same with the ridge's term
+    fidelity: Fidelity | None = None
+    starts: StartEnds | None = None  # where several were asked for
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
@@ -139,6 +156,13 @@ class PairFit(Stackable, Outcome):
     def _plans(self) -> Plan:
         return self.plan
 
+    def _warnings(self) -> list[str]:
+        if self.fidelity is None or self.transport_weights is None:
+            return []
+        plan = jax.tree.map(lambda leaf: leaf[None], self.plan) if not self.batch_shape else self.plan
+        price = jnp.expand_dims(self.transport_weights, -1), jnp.ones(2), self.feature_variance
+        return overruled(self.fidelity, plan, np.array([[0, 1]]), ["gmm0", "gmm1"], *price)
+
 
 def _relative(weights: Any, variance: Any) -> Any:
     if weights is None or variance is None:
@@ -157,6 +181,21 @@ def _went(fit: GraphFit | PairFit) -> list[str]:
         *fit._ended(),
         *([f"its plan: {plans.status_name}"] if short else []),
     ]
+
+
+def _fidelity(found: Fidelity | None) -> dict[str, str]:
+    """What coupling has cost."""
+    if found is None:
+        return {}
+    means, covariances = number(found.mean_shift), number(found.covariance_shift)
+    return {
+        "lost to coupling, nats per point": number(found.loss),
+        "off their clouds, in standard deviations": f"means {means}, covariances {covariances}",
+    }
+
+
+def _starts(ends: StartEnds | None) -> dict[str, str]:
+    return {"starts": f"{', '.join(ends._words())}"} if ends is not None else {}
 
 
 def _prices(fit: GraphFit | PairFit) -> dict[str, str]:
@@ -178,4 +217,6 @@ def _facts(fit: GraphFit | PairFit) -> dict[str, str]:
         "marginal error": number(plans.marginal_error) if plans.status.size else "",
         "EM steps": number(fit.n_steps),
         "plan": plans.status_name if plans.status.size else "",
+        **_fidelity(fit.fidelity),
+        **_starts(fit.starts),
     }

@@ -31,16 +31,10 @@ class Weight(NamedTuple):
           TypeError, ValueError: both or none are; it is no number, or below 0.
         """
         names = f"transport_weight{plural}", f"relative_weight{plural}"
-        if (transport is None) == (relative is None):
-            problem = (
-                "is missing" if transport is None else f"goes without {names[1]}, which is the same in another unit"
-            )
-            remedy = (
-                f"pass {names[1]}=0.1, say, which has no unit, or {names[0]}"
-                if transport is None
-                else "pass one of them"
-            )
-            raise ArgumentError(names[0], problem, remedy)
+        if transport is None and relative is None:
+            raise ArgumentError(names[0], "is missing", f"pass {names[1]}, which has no unit (0.01, say), or this one")
+        if transport is not None and relative is not None:
+            raise ArgumentError(names[0], f"given beside {names[1]}, and both say the same", "keep one of them")
         name, value = (names[1], relative) if transport is None else (names[0], transport)
         return cls(name, checks.scalar(name, value, at_least=0, batched=True), transport is None)
 
