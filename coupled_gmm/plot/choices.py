@@ -13,7 +13,8 @@ def plot_choice(choice: Any) -> Figure:
     """Held-out log-likelihood along the relative weights, a line for each number of components, and which row was chosen.
 
     Bars are one standard error of the difference to the best row, by folds in pairs: 0 at the best itself. Of several epsilons and
-    rhos the line has those that did best for its number. Fits apart, at weight 0, stand at the left. Rows of failed fits are left out.
+    rhos the line has those that did best for its number. Fits apart, at weight 0, stand at the left; rows of failed fits are left
+    out.
     """
     figure = Figure(figsize=(8.5, 5.2), layout="constrained")
     ax = figure.subplots()

@@ -173,6 +173,8 @@ def bootstrap(
     >>> print(bool(sure.masses.low[0, 0] < fit.pair.gmm0.weights[0] < sure.masses.high[0, 0]), sure.plan.samples.shape)
     True (100, 2, 2)
     """
+    if not checks.known(key, fit, clouds, point_weights):
+        raise ArgumentError("fit", "arguments are traced", "call bootstrap outside of transformations")
     key = checks.key("key", key)
     n_replicates = checks.integer("n_replicates", n_replicates, 2, _MOST_REPLICATES)
     level = float(checks.scalar("level", level, above=0, at_most=1))
@@ -180,8 +182,6 @@ def bootstrap(
         raise ArgumentError("level", "must be below 1, got 1", "0.9 is usual")
     problem = _problem(fit, transport_weight, freeze, graph)
     given = _given(clouds, point_weights, problem)
-    if not checks.known(key, fit, clouds, point_weights):
-        raise ArgumentError("fit", "arguments are traced", "call bootstrap outside of transformations")
     request = FitRequest.checked(ridge=ridge, tol=0.0 if tol is None else tol, em_steps=em_steps, m_steps=m_steps)
     view = view_of(given, [problem.nodes], ridge, in_memory="bootstrap a sample of it: cloud.rows(indices)")
     for cloud, x in zip(given, view.clouds, strict=True):

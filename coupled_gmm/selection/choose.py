@@ -112,6 +112,8 @@ def choose(
     >>> print(choice.chosen["n_components"], choice.fit.pair.gmm1.n_components)
     2 2
     """
+    if not checks.known(clouds, graph_or_key, key, relative_weights, epsilons, rhos, point_weights):
+        raise ArgumentError("clouds", "arguments are traced", "call choose outside of transformations")
     checks.choice("rule", rule, rules.RULES)
     checks.choice("held_out", held_out, ("points", "nodes"))
     n_folds = checks.integer("folds", folds, 2)
@@ -123,8 +125,6 @@ def choose(
     request = FitRequest.checked(ridge=ridge, tol=tol, em_steps=em_steps, m_steps=m_steps)
     graph, key = _graph_and_key(graph_or_key, key)
     given = _given(clouds, point_weights, None if graph is None else graph.n_nodes)
-    if not checks.known(graph, key, clouds, point_weights):
-        raise ArgumentError("clouds", "arguments are traced", "call choose outside of transformations")
     starts = [] if graph is None else [graph.nodes]
     view = view_of(given, starts, request.controls.ridge, in_memory="choose by a sample of it: cloud.rows(indices)")
     for cloud, x in zip(given, view.clouds, strict=True):

@@ -62,7 +62,7 @@ def _path(task: PathTask, options: FitOptions) -> Path:
     problem, order = task.problem.in_node_order()
     weights = task.weights[:, order]
     schedule = schedule_along(len(weights), len(task.starts.weights))
-    ends = contest.best_ends(problem, task.starts, weights, schedule, task.sight, task.controls, options)
+    ends, _ = contest.run_all(problem, task.starts, weights, schedule, task.sight, task.controls, options)
 
     def scores(nodes: GaussianMixture) -> Float[Array, "H V"]:
         return jax.lax.map(lambda held: mean_log_densities(nodes, task.sight, held), task.held)

@@ -211,6 +211,8 @@ class Examples:
 
 # What other libraries, files and the host do.
 ELSEWHERE = {
+    "bootstrap",
+    "choose",
     "fit_gmms",
     "fit_pairs",
     "BuresCost",
