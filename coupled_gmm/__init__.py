@@ -31,6 +31,9 @@ from coupled_gmm.fits.penalized import penalized_log_likelihood
 from coupled_gmm.gaussians.bures import bures_cost_matrix
 from coupled_gmm.gaussians.mixture import GaussianMixture
 from coupled_gmm.interop.convert import from_ott, from_sklearn, to_ott, to_pot, to_sklearn
+from coupled_gmm.selection.bootstrap import Bootstrap, Intervals, bootstrap
+from coupled_gmm.selection.choice import Choice
+from coupled_gmm.selection.choose import choose
 from coupled_gmm.trajectories.densities import mixture_at
 from coupled_gmm.trajectories.points import trajectories
 from coupled_gmm.transport.links import links
@@ -46,7 +49,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BarycenterFit",
+    "Bootstrap",
     "BuresCost",
+    "Choice",
     "Classes",
     "CostParts",
     "Fidelity",
@@ -55,6 +60,7 @@ __all__ = [
     "GaussianMixture",
     "GaussianMixturePair",
     "GraphFit",
+    "Intervals",
     "MixtureFit",
     "MixtureFits",
     "MixtureGraph",
@@ -65,8 +71,10 @@ __all__ = [
     "StartEnds",
     "Status",
     "barycenter",
+    "bootstrap",
     "bures_cost_matrix",
     "chain",
+    "choose",
     "fit_classes",
     "fit_gmm",
     "fit_gmms",

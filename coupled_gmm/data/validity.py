@@ -92,7 +92,8 @@ class _Object:
         origin, inner = typing.get_origin(hint), typing.get_args(hint)
         if origin in (types.UnionType, typing.Union):
             if value is not None or types.NoneType not in inner:
-                self._typed(name, value, next(one for one in inner if one is not types.NoneType))
+                others = (one for one in inner if one is not types.NoneType)
+                self._typed(name, value, type(value) if type(value) in inner else next(others))
         elif _is_array(hint):
             self._shaped(name, value, hint)
         elif origin is list:
@@ -116,7 +117,7 @@ class _Object:
 
     def _below(self, name: str) -> Shape | None:
         """The axes that a field of this object is stacked on; None where these are its own."""
-        if self.name in ("MixtureFits", "PairFits"):
+        if self.name in ("Bootstrap", "MixtureFits", "PairFits"):
             return None
         axis = _STACKED.get((self.name, name))
         lead = self.lead or ()

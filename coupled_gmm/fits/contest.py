@@ -88,7 +88,25 @@ def best_ends(
     controls: Controls,
     options: FitOptions,
 ) -> tuple[Solution, StartEnds]:
-    """The end of highest J for each row of edge weights, stacked, and of all starts; `starts` are nodes of the graph, stacked."""
+    """The end of highest J for each row of edge weights, stacked, and of all starts; `starts` are nodes of the graph, stacked.
+
+    The schedule has every start at every weight.
+    """
+    best, every = run_all(problem, starts, weights, schedule, sight, controls, options)
+    from_starts = np.flatnonzero(schedule.start >= 0).reshape(len(weights), -1)
+    return best, StartEnds(*take(every, from_starts))
+
+
+def run_all(
+    problem: MixtureGraph,
+    starts: GaussianMixture,
+    weights: Float[Array, "W E"],
+    schedule: Schedule,
+    sight: Sight,
+    controls: Controls,
+    options: FitOptions,
+) -> tuple[Solution, tuple[Float[Array, " runs"], Int[Array, " runs"]]]:
+    """As `best_ends`, of any schedule; and J and status of every run."""
 
     def run(weight: Array, nodes: GaussianMixture) -> Solution:
         return em.run(dataclasses.replace(problem, edge_weights=weights[weight], nodes=nodes), sight, controls, options)
@@ -110,5 +128,4 @@ def best_ends(
     none = jax.tree.map(lambda leaf: jnp.zeros((len(weights), *leaf.shape), leaf.dtype), shapes)
     best = _Best(none, jnp.zeros(len(weights), bool))
     best, every = jax.lax.scan(one, best, (jnp.asarray(schedule.weight), jnp.asarray(schedule.start)))
-    from_starts = np.flatnonzero(schedule.start >= 0).reshape(len(weights), -1)
-    return best.ends, StartEnds(*take(every, from_starts))
+    return best.ends, every

@@ -223,6 +223,8 @@ class Examples:
 
 # What other libraries, files and the host do.
 ELSEWHERE = {
+    "bootstrap",
+    "choose",
     "fit_classes",
     "links",
     "fit_gmms",
