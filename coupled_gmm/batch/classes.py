@@ -20,11 +20,12 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from coupled_gmm.batch.mixtures import fit_gmms, init_gmms
 from coupled_gmm.core import checks, foreign, matrices
 from coupled_gmm.core.errors import ArgumentError, ArgumentTypeError
-from coupled_gmm.core.tree import AnyArray, pytree, static
+from coupled_gmm.core.tree import AnyArray, pytree, saved, static
 from coupled_gmm.gaussians.mixture import GaussianMixture
 from coupled_gmm.transport.plan import Plan
 
 
+@saved
 @pytree
 class Classes:
     """A mixture whose components belong to classes, in the order of `names`."""
