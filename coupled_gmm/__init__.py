@@ -11,6 +11,7 @@ if interrupts.is_command():
 from coupled_gmm.barycenters.barycenter import BarycenterFit, barycenter
 from coupled_gmm.barycenters.flow import FlowFit, flow
 from coupled_gmm.barycenters.reduction import reduce_gmm
+from coupled_gmm.batch.classes import Classes, fit_classes
 from coupled_gmm.batch.distances import mw2_matrix
 from coupled_gmm.batch.mixtures import MixtureFits, fit_gmms, init_gmms
 from coupled_gmm.batch.pairs import PairFits, fit_pairs
@@ -18,17 +19,24 @@ from coupled_gmm.core.status import FitError, Status
 from coupled_gmm.data.opening import open_cloud
 from coupled_gmm.data.placement import shard_cloud
 from coupled_gmm.data.saving import load, save
+from coupled_gmm.fits.contest import StartEnds
 from coupled_gmm.fits.coupled import GraphFit, fit_graph
+from coupled_gmm.fits.fidelity import Fidelity
 from coupled_gmm.fits.gmm import MixtureFit, fit_gmm, init_gmm
 from coupled_gmm.fits.graph import MixtureGraph
 from coupled_gmm.fits.graphs import chain, grid, star
 from coupled_gmm.fits.online import MixtureStatistics
-from coupled_gmm.fits.pairs import PairFit, fit_pair, fit_path, penalized_log_likelihood
+from coupled_gmm.fits.pairs import PairFit, fit_pair, fit_path
+from coupled_gmm.fits.penalized import penalized_log_likelihood
 from coupled_gmm.gaussians.bures import bures_cost_matrix
 from coupled_gmm.gaussians.mixture import GaussianMixture
 from coupled_gmm.interop.convert import from_ott, from_sklearn, to_ott, to_pot, to_sklearn
+from coupled_gmm.selection.bootstrap import Bootstrap, Intervals, bootstrap
+from coupled_gmm.selection.choice import Choice
+from coupled_gmm.selection.choose import choose
 from coupled_gmm.trajectories.densities import mixture_at
 from coupled_gmm.trajectories.points import trajectories
+from coupled_gmm.transport.links import links
 from coupled_gmm.transport.maps import interpolate, map_points, plan_density
 from coupled_gmm.transport.pair import GaussianMixturePair
 from coupled_gmm.transport.plan import CostParts, Plan
@@ -41,13 +49,18 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BarycenterFit",
+    "Bootstrap",
     "BuresCost",
+    "Choice",
+    "Classes",
     "CostParts",
+    "Fidelity",
     "FitError",
     "FlowFit",
     "GaussianMixture",
     "GaussianMixturePair",
     "GraphFit",
+    "Intervals",
     "MixtureFit",
     "MixtureFits",
     "MixtureGraph",
@@ -55,10 +68,14 @@ __all__ = [
     "PairFit",
     "PairFits",
     "Plan",
+    "StartEnds",
     "Status",
     "barycenter",
+    "bootstrap",
     "bures_cost_matrix",
     "chain",
+    "choose",
+    "fit_classes",
     "fit_gmm",
     "fit_gmms",
     "fit_graph",
@@ -72,6 +89,7 @@ __all__ = [
     "init_gmm",
     "init_gmms",
     "interpolate",
+    "links",
     "load",
     "map_points",
     "mixture_at",

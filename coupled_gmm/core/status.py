@@ -121,13 +121,14 @@ class Outcome:
     def message(self) -> str:
         """The status in words, with the remedy; for a batch the worst one, and how many ended in each way.
 
-        Of a fit also what became of the plans that it ended with, where their solver stopped short.
+        Of a fit also what became of the plans that it ended with, where their solver stopped short, and what else is to be known.
         """
         said = message(self.status, self._remedies)
         plans = self._plans()
         if plans is not None and np.any(np.asarray(plans.status) != Status.CONVERGED):
             said = f"{said}; and the plan that it ended with: {plans.message}"
-        return said
+        warnings = "; ".join(self._warnings())
+        return f"{said}; but {warnings}" if warnings else said
 
     def raise_if_failed(self) -> None:
         """Raise `FitError` with the remedy unless the work was done (and converged, where that was asked)."""
@@ -143,6 +144,10 @@ class Outcome:
     def _facts(self) -> dict[str, str]:
         """Names and numbers that `summary` tells beside the words of `repr`."""
         return {}
+
+    def _warnings(self) -> list[str]:
+        """What else `message` says, of a result that is what was asked for and may mislead."""
+        return []
 
     def _plans(self) -> "Outcome | None":
         """The plans that a fit ended with."""

@@ -19,6 +19,7 @@ from coupled_gmm.gaussians.covariances import check_covariances
 
 # Fields that hold objects stacked on one more axis, and its length, in the words of the annotations.
 _STACKED = {("GraphFit", "plans"): "E", ("MixtureGraph", "nodes"): "V", ("FlowFit", "path"): "steps+1"}
+_STACKED |= {("Fidelity", "alone"): "V"}
 _ROUNDING = 10  # what programs may miss of a positive semi-definite matrix, in units of what constructors let through
 
 Shape = tuple[int, ...]
@@ -91,7 +92,8 @@ class _Object:
         origin, inner = typing.get_origin(hint), typing.get_args(hint)
         if origin in (types.UnionType, typing.Union):
             if value is not None or types.NoneType not in inner:
-                self._typed(name, value, next(one for one in inner if one is not types.NoneType))
+                others = (one for one in inner if one is not types.NoneType)
+                self._typed(name, value, type(value) if type(value) in inner else next(others))
         elif _is_array(hint):
             self._shaped(name, value, hint)
         elif origin is list:
@@ -115,7 +117,7 @@ class _Object:
 
     def _below(self, name: str) -> Shape | None:
         """The axes that a field of this object is stacked on; None where these are its own."""
-        if self.name in ("MixtureFits", "PairFits"):
+        if self.name in ("Bootstrap", "MixtureFits", "PairFits"):
             return None
         axis = _STACKED.get((self.name, name))
         lead = self.lead or ()
@@ -182,6 +184,9 @@ def _mixture_values(o: _Object) -> None:
 def _pair_sizes(o: _Object) -> None:
     left, right = (o.held(name).means.shape[-1] for name in ("gmm0", "gmm1"))
     o.require("gmm1", left == right, f"has {right} features, and gmm0 has {left}")
+    if o.held("links") is not None:
+        sizes = _components(o.value)
+        o.require("links", np.shape(o.held("links"))[-2:] == sizes, f"are no links of {sizes} components")
 
 
 def _pair_values(o: _Object) -> None:
@@ -311,6 +316,9 @@ def _graph(o: _Object) -> None:
         _nodes(o, name, n_nodes)
     _names(o, n_nodes)
     o.require("targets", o.array("sources") != o.array("targets"), "must be other nodes than the sources")
+    if o.held("links") is not None:
+        shape = np.shape(o.held("links"))[-2:]
+        o.require("links", shape == (largest, largest), f"must be of {largest} components on either side")
 
 
 def _graph_values(o: _Object) -> None:
@@ -334,6 +342,12 @@ def _flow(o: _Object) -> None:
     o.require("path", o.held("path").means.shape[-2:] == o.held("gmm").means.shape[-2:], "has mixtures of another size")
 
 
+def _fidelity_values(fidelity: _Object) -> None:
+    for name in ("loss", "mean_shift", "covariance_shift"):
+        value = fidelity.array(name)
+        fidelity.require(name, np.isnan(value) | ((value >= 0) & np.isfinite(value)), "must be finite and at least 0")
+
+
 _RELATIONS: dict[str, Callable[[_Object], None]] = {
     "BarycenterFit": _steps,
     "FlowFit": _flow,
@@ -349,6 +363,7 @@ _RELATIONS: dict[str, Callable[[_Object], None]] = {
 }
 _VALUES: dict[str, Callable[[_Object], None]] = {
     "BarycenterFit": _finite_values("objective"),
+    "Fidelity": _fidelity_values,
     "FlowFit": _finite_values("loss"),
     "GaussianMixture": _mixture_values,
     "GaussianMixturePair": _pair_values,

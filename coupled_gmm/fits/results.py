@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -12,7 +13,9 @@ from coupled_gmm.core import checks
 from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.status import Outcome, Status
 from coupled_gmm.core.tree import Stackable, counted, listed, number, pytree, saved, single, static
+from coupled_gmm.fits.contest import StartEnds
 from coupled_gmm.fits.courses import Course
+from coupled_gmm.fits.fidelity import Fidelity, overruled
 from coupled_gmm.fits.growth import Growth
 from coupled_gmm.fits.history import History
 from coupled_gmm.fits.nodes import NodeNames
@@ -42,6 +45,12 @@ class GraphFit(Stackable, Outcome):
     history: History
     log_likelihoods: Float[Array, "*b V"] | None = None  # of each cloud, mean per point, without ridge
     edges: Int[Array, "*b E 2"] | None = None  # as given; files of before have none
+    edge_weights: Float[Array, "*b E"] | None = None
+    feature_variance: Float[Array, "*b"] | None = None  # mean within clouds, by which a weight has no unit
+    penalized_log_likelihoods: Float[Array, "*b V"] | None = None  # the same with the ridge's term
+    fidelity: Fidelity | None = None
+    node_weights: Float[Array, "*b V"] | None = None
+    starts: StartEnds | None = None  # where several were asked for
     times: Float[Array, "*b V"] | None = None  # the graph's, and
     names: tuple[str, ...] | None = static(default=None)  # of its nodes
 
@@ -56,9 +65,21 @@ class GraphFit(Stackable, Outcome):
     def _plans(self) -> Plan:
         return self.plans
 
+    def _warnings(self) -> list[str]:
+        if self.fidelity is None or self.edges is None:
+            return []
+        names = list(self.names or (f"node {i}" for i in range(len(self.gmms))))
+        weights = self.edge_weights, self.node_weights
+        return overruled(self.fidelity, self.plans, np.asarray(self.edges), names, *weights, self.feature_variance)
+
     @property
     def batch_shape(self) -> tuple[int, ...]:
         return jnp.shape(self.status)
+
+    @property
+    def relative_weights(self) -> Float[Array, "*b E"] | None:
+        """lambda of each edge times the clouds' mean variance of a feature: without a unit."""
+        return _relative(self.edge_weights, self.feature_variance)
 
     @single
     def plan(self, edge: Any) -> Plan:
@@ -167,11 +188,27 @@ class PairFit(Stackable, Outcome):
     n_steps: Int[Array, "*b"]
     history: History
     log_likelihoods: Float[Array, "*b 2"] | None = None  # of each cloud, mean per point, without ridge
-    transport_weights: Float[Array, "*b"] | None = None  # of the fits of a path
+    transport_weights: Float[Array, "*b"] | None = None  # lambda; of a path's fits, or of a batch's, each its own
+    feature_variance: Float[Array, "*b"] | None = None  # mean within clouds, by which a weight has no unit
+    penalized_log_likelihoods: Float[Array, "*b 2"] | None = None  # the same with the ridge's term
+    fidelity: Fidelity | None = None
+    starts: StartEnds | None = None  # where several were asked for
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
         return jnp.shape(self.status)
+
+    @property
+    def transport_weight(self) -> Float[Array, "*b"] | None:
+        """lambda, per squared data unit."""
+        return self.transport_weights
+
+    @property
+    def relative_weight(self) -> Float[Array, "*b"] | None:
+        """lambda times the clouds' mean variance of a feature: without a unit."""
+        return _relative(self.transport_weights, self.feature_variance)
+
+    relative_weights = relative_weight
 
     def _words(self) -> list[str]:
         one, other = self.pair.gmm0, self.pair.gmm1
@@ -183,6 +220,19 @@ class PairFit(Stackable, Outcome):
 
     def _plans(self) -> Plan:
         return self.plan
+
+    def _warnings(self) -> list[str]:
+        if self.fidelity is None or self.transport_weights is None:
+            return []
+        plan = jax.tree.map(lambda leaf: leaf[None], self.plan) if not self.batch_shape else self.plan
+        price = jnp.expand_dims(self.transport_weights, -1), jnp.ones(2), self.feature_variance
+        return overruled(self.fidelity, plan, np.array([[0, 1]]), ["gmm0", "gmm1"], *price)
+
+
+def _relative(weights: Any, variance: Any) -> Any:
+    if weights is None or variance is None:
+        return None
+    return weights * jnp.expand_dims(variance, range(jnp.ndim(variance), jnp.ndim(weights)))
 
 
 def _went(fit: GraphFit | PairFit) -> list[str]:
@@ -198,15 +248,40 @@ def _went(fit: GraphFit | PairFit) -> list[str]:
     ]
 
 
+def _fidelity(found: Fidelity | None) -> dict[str, str]:
+    """What coupling has cost."""
+    if found is None:
+        return {}
+    means, covariances = number(found.mean_shift), number(found.covariance_shift)
+    return {
+        "lost to coupling, nats per point": number(found.loss),
+        "off their clouds, in standard deviations": f"means {means}, covariances {covariances}",
+    }
+
+
+def _starts(ends: StartEnds | None) -> dict[str, str]:
+    return {"starts": f"{', '.join(ends._words())}"} if ends is not None else {}
+
+
+def _prices(fit: GraphFit | PairFit) -> dict[str, str]:
+    """The weight of transport, in its unit and without one."""
+    weights = fit.edge_weights if isinstance(fit, GraphFit) else fit.transport_weights
+    relative = number(_relative(weights, fit.feature_variance))
+    return {"transport weight": f"{number(weights)} per squared data unit, relative {relative}" if relative else ""}
+
+
 def _facts(fit: GraphFit | PairFit) -> dict[str, str]:
     """What `summary` tells of a fit."""
     plans, each = fit._plans(), fit.log_likelihoods
     likelihoods = "" if each is None else ", ".join(number(each[..., i]) for i in range(each.shape[-1]))
     return {
         "J": number(fit.penalized_log_likelihood),
+        **_prices(fit),
         "log-likelihoods, mean per point": likelihoods,
         "transport cost": number(plans.regularized_cost) if plans.status.size else "",
         "marginal error": number(plans.marginal_error) if plans.status.size else "",
         "EM steps": number(fit.n_steps),
         "plan": plans.status_name if plans.status.size else "",
+        **_fidelity(fit.fidelity),
+        **_starts(fit.starts),
     }

@@ -17,6 +17,8 @@ from coupled_gmm.core.tree import Stackable, counted, mapped, number, pytree, sa
 from coupled_gmm.transport import duals
 from coupled_gmm.transport.entropic import Potentials
 from coupled_gmm.transport.exact import Vertex
+from coupled_gmm.transport.links import shares
+from coupled_gmm.transport.marginals import distance, feasible
 from coupled_gmm.transport.pair import GaussianMixturePair, transport_problem
 from coupled_gmm.transport.problem import TransportProblem
 
@@ -104,6 +106,7 @@ class Plan(Stackable, Outcome):
         if vertex is None:
             (f, g), (a, b) = (np.add(*side) for side in words), (pair.gmm0.weights, pair.gmm1.weights)
             exponents = (f[..., :, None] + g[..., None, :] - cost) / pair.epsilon[..., None, None]
+            exponents = exponents if pair.links is None else np.where(pair.links, exponents, -np.inf)
             with np.errstate(all="ignore"):
                 vertex = a[..., :, None] * b[..., None, :] * np.exp(exponents)
         with np.errstate(all="ignore"):
@@ -161,9 +164,11 @@ class Plan(Stackable, Outcome):
             rows, columns = matrix.sum(1, keepdims=True), matrix.sum(0)
             return matrix / jnp.where(rows > 0, rows, 1), matrix / jnp.where(columns > 0, columns, 1)
         pair = self.pair
-        log_kernel = self._problem.exponent(*self._whole) / pair.epsilon
-        forward = jax.nn.softmax(log_kernel + pair.gmm1.log_weights, axis=1)
-        return forward, jax.nn.softmax(log_kernel + pair.gmm0.log_weights[:, None], axis=0)
+        log_kernel = self._problem.log_kernel(*self._whole)
+        forward, backward = log_kernel + pair.gmm1.log_weights, log_kernel + pair.gmm0.log_weights[:, None]
+        if pair.links is None:
+            return jax.nn.softmax(forward, axis=1), jax.nn.softmax(backward, axis=0)
+        return shares(forward, axis=1), shares(backward, axis=0)
 
     @property
     @mapped
@@ -243,7 +248,7 @@ class Plan(Stackable, Outcome):
         r"""L1 distance of the raw plan's marginals from a and b, or from :math:`a e^{-f/\rho_0}` and :math:`b e^{-g/\rho_1}`; a
         composed plan's from a and b."""
         if self.vertex is not None:
-            return _distance(self.vertex, *self._masses)
+            return distance(self.vertex, *self._masses)
         return self._problem.marginal_error(*self._whole)
 
     @property
@@ -254,14 +259,17 @@ class Plan(Stackable, Outcome):
 
         Masses that are kept count as such: of a plan rounded to its marginals (Altschuler, Weed & Rigollet 2017). The optimum lies
         between that feasible plan's cost and the dual's; the raw plan's own may lie outside. Of an exact plan, a sum of mass times
-        reduced cost, which does not cancel: a bound for the masses that the plan has. Of a composed plan infinite: none is known.
+        reduced cost, which does not cancel: a bound for the masses that the plan has; so it is where there are links, over which
+        no plan may have others. Of a composed plan infinite: none is known.
         """
         if self.gap is not None:
             return jax.lax.stop_gradient(self.gap)
         fixed = jax.lax.stop_gradient(self)
         raw, dual = fixed._parts(fixed.matrix).total, fixed._dual()
-        feasible = fixed._parts(_feasible(fixed.matrix, *fixed._masses, fixed.pair)).total
-        return jnp.maximum(feasible, raw) - jnp.minimum(dual, raw)
+        if self.pair.links is not None:
+            return raw - jnp.minimum(dual, raw)
+        near = fixed._parts(feasible(fixed.matrix, *fixed._masses, fixed.pair)).total
+        return jnp.maximum(near, raw) - jnp.minimum(dual, raw)
 
     @mapped
     @program()
@@ -347,7 +355,7 @@ def from_potentials(pair: GaussianMixturePair, cost: Array, solution: Potentials
 
 def from_vertex(pair: GaussianMixturePair, cost: Array, vertex: Vertex, tol: Array) -> Plan:
     """The plan of an exact solver's vertex, with its status."""
-    error = _distance(vertex.matrix, pair.gmm0.weights, pair.gmm1.weights)
+    error = distance(vertex.matrix, pair.gmm0.weights, pair.gmm1.weights)
     finite = jnp.all(jnp.isfinite(vertex.f)) & jnp.all(jnp.isfinite(vertex.g)) & jnp.isfinite(vertex.gap)
     status = _status(finite & jnp.isfinite(error), (error <= tol) & vertex.optimal, vertex.done)
     return Plan(pair, cost, (vertex.f, vertex.g), status, vertex.n_iterations, vertex.matrix, vertex.gap)
@@ -372,29 +380,3 @@ def _kl(p: Array, q: Array) -> Array:
     near = present & (jnp.abs(p - q) < 0.5 * q)
     x = jnp.where(near, p - q, 0) / jnp.where(near, q, 1)
     return jnp.sum(jnp.where(near, q * ((1 + x) * jnp.log1p(x) - x), p * jnp.log(ratio) - p + q))
-
-
-def _distance(matrix: Array, a: Array, b: Array) -> Array:
-    return jnp.sum(jnp.abs(matrix.sum(1) - a)) + jnp.sum(jnp.abs(matrix.sum(0) - b))
-
-
-def _feasible(matrix: Array, a: Array, b: Array, pair: GaussianMixturePair) -> Array:
-    """A plan of about the same cost with the marginals that are kept."""
-    if pair.balanced:
-        return _rounded(matrix, a, b)
-    kept0, kept1 = jnp.isinf(pair.rho0), jnp.isinf(pair.rho1)
-    rows, columns = matrix.sum(1), matrix.sum(0)
-    rows, columns = a / jnp.where(rows > 0, rows, 1), b / jnp.where(columns > 0, columns, 1)
-    one_side = matrix * jnp.where(kept0, rows, 1)[:, None] * jnp.where(kept1, columns, 1)
-    return jnp.where(kept0 & kept1, _rounded(matrix, a, b), one_side)
-
-
-def _rounded(matrix: Array, a: Array, b: Array) -> Array:
-    def shrink(flow: Array, mass: Array) -> Array:
-        return jnp.minimum(1, jnp.where(flow > 0, mass / jnp.where(flow > 0, flow, 1), 1))
-
-    matrix = matrix * shrink(matrix.sum(1), a)[:, None]
-    matrix = matrix * shrink(matrix.sum(0), b)
-    rows, columns = jnp.maximum(a - matrix.sum(1), 0), jnp.maximum(b - matrix.sum(0), 0)
-    missing = jnp.sum(rows)
-    return matrix + rows[:, None] * columns / jnp.where(missing > 0, missing, 1)

@@ -180,7 +180,8 @@ class Examples:
         # Of the shapes that they would have: nothing here depends on their values, and nothing has to be compiled for them.
         plans = jax.eval_shape(lambda: [*map(cg.solve_plan, pairs), cg.solve_plan(pairs[0], method="exact")])
         plans = jax.tree.map(lambda leaf: jnp.asarray(np.zeros(leaf.shape, leaf.dtype)), plans)
-        self.instances = [gmm0, *pairs, graph, *plans]
+        linked = cg.GaussianMixturePair(gmm0, gmm1, 0.1, links=cg.links((3, 4), forbidden=[(0, 1)]))
+        self.instances = [gmm0, *pairs, linked, graph, *plans]
         fields = {"penalized_log_likelihood": None, "status": jnp.array(0), "n_steps": None, "history": None}
         course = unchecked(cg.PairFit, pair=pairs[0], plan=plans[0], **fields)
         self.functions = {
@@ -207,7 +208,10 @@ class Examples:
             ],
             "plan_density": lambda: cg.plan_density(plans[0], x, x, atol=0.1),
             "reduce_gmm": lambda: cg.reduce_gmm(key, gmm1, 2),
-            "solve_plan": lambda: [cg.solve_plan(pair) for pair in pairs] + [cg.solve_plan(pairs[0], method="exact")],
+            "solve_plan": lambda: [
+                *(cg.solve_plan(pair) for pair in (*pairs, linked)),
+                *(cg.solve_plan(pair, method="exact") for pair in (pairs[0], linked)),
+            ],
         }
         self.arguments = {
             "component_log_prob": (x,), "condition": ([0, 2], [0.1, 0.2]), "log_posterior": (x,), "log_prob": (x,),
@@ -219,6 +223,10 @@ class Examples:
 
 # What other libraries, files and the host do.
 ELSEWHERE = {
+    "bootstrap",
+    "choose",
+    "fit_classes",
+    "links",
     "fit_gmms",
     "fit_pairs",
     "BuresCost",
