@@ -34,9 +34,10 @@ def mixture_at(fit: Any, t: Any, *, method: str = "spline", ends: str = "parabol
 
     .. math:: X(t) = \sum_v W_v(t) X_v , \qquad X_v = m_{Z_v} + A_v \xi ,
 
-    in the law that the plans give to components :math:`Z_v` and, by their Gaussian maps, to the points in them: that of
-    `trajectories(..., key=key)` of points drawn from the first node. At a node's time it is the node's mixture. Between definite
-    covariances they are definite: where spline paths cross, a hundredth or so of the geodesic's standard deviations is left.
+    in the law that the plans give to components :math:`Z_v` and, by their Gaussian maps, to the points in them: where transport is
+    balanced, that of `trajectories(..., key=key)` of points drawn from the first node. At a node's time it is the node's mixture.
+    Between definite covariances they are definite: where spline paths cross, a hundredth or so of the geodesic's standard
+    deviations is left.
 
     Args:
       fit: of a chain or a pair, as for `trajectories`.
