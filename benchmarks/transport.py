@@ -28,7 +28,7 @@ from rich.table import Table
 
 import coupled_gmm as cg
 from coupled_gmm.gaussians import bures
-from coupled_gmm.transport import exact, limits, solvers
+from coupled_gmm.transport import exact, limits, network_simplex, solvers
 from coupled_gmm.transport.pair import transport_problem
 
 console = Console(width=140)
@@ -124,7 +124,7 @@ def exact_plans(results: dict, sizes=(3, 10, 20, 40, 64, 100, 200), in_xla: int 
     table = Table(*columns, title=f"Exact plans, float64; batches of {n_batch} problems are vmapped, POT's looped over")
     rng, limit = np.random.RandomState(2), limits.MAX_ITERATIONS["exact"]
     xla = jax.jit(lambda *problem: exact.solve(*problem, limit)[0].matrix)
-    host = jax.jit(lambda *problem: exact.solve_on_host(*problem, limit).matrix)
+    host = jax.jit(lambda *problem: network_simplex.solve(*problem, limit).matrix)
     vmapped = jax.jit(jax.vmap(xla))
     with jax.enable_x64(True):
         whole = np.asarray(cg.bures_cost_matrix(*mixtures(max(sizes), max(sizes), 4)))

@@ -11,6 +11,7 @@ if interrupts.is_command():
 from coupled_gmm.barycenters.barycenter import BarycenterFit, barycenter
 from coupled_gmm.barycenters.flow import FlowFit, flow
 from coupled_gmm.barycenters.reduction import reduce_gmm
+from coupled_gmm.batch.classes import Classes, fit_classes
 from coupled_gmm.batch.distances import mw2_matrix
 from coupled_gmm.batch.mixtures import MixtureFits, fit_gmms, init_gmms
 from coupled_gmm.batch.pairs import PairFits, fit_pairs
@@ -23,6 +24,7 @@ from coupled_gmm.fits.coupled import GraphFit, fit_graph
 from coupled_gmm.fits.fidelity import Fidelity
 from coupled_gmm.fits.gmm import MixtureFit, fit_gmm, init_gmm
 from coupled_gmm.fits.graph import MixtureGraph
+from coupled_gmm.fits.graphs import chain, grid, star
 from coupled_gmm.fits.online import MixtureStatistics
 from coupled_gmm.fits.pairs import PairFit, fit_pair, fit_path
 from coupled_gmm.fits.penalized import penalized_log_likelihood
@@ -32,6 +34,9 @@ from coupled_gmm.interop.convert import from_ott, from_sklearn, to_ott, to_pot, 
 from coupled_gmm.selection.bootstrap import Bootstrap, Intervals, bootstrap
 from coupled_gmm.selection.choice import Choice
 from coupled_gmm.selection.choose import choose
+from coupled_gmm.trajectories.densities import mixture_at
+from coupled_gmm.trajectories.points import trajectories
+from coupled_gmm.transport.links import links
 from coupled_gmm.transport.maps import interpolate, map_points, plan_density
 from coupled_gmm.transport.pair import GaussianMixturePair
 from coupled_gmm.transport.plan import CostParts, Plan
@@ -47,6 +52,7 @@ __all__ = [
     "Bootstrap",
     "BuresCost",
     "Choice",
+    "Classes",
     "CostParts",
     "Fidelity",
     "FitError",
@@ -67,7 +73,9 @@ __all__ = [
     "barycenter",
     "bootstrap",
     "bures_cost_matrix",
+    "chain",
     "choose",
+    "fit_classes",
     "fit_gmm",
     "fit_gmms",
     "fit_graph",
@@ -77,11 +85,14 @@ __all__ = [
     "flow",
     "from_ott",
     "from_sklearn",
+    "grid",
     "init_gmm",
     "init_gmms",
     "interpolate",
+    "links",
     "load",
     "map_points",
+    "mixture_at",
     "mw2_matrix",
     "mw2_squared",
     "open_cloud",
@@ -91,9 +102,11 @@ __all__ = [
     "save",
     "shard_cloud",
     "solve_plan",
+    "star",
     "to_ott",
     "to_pot",
     "to_sklearn",
+    "trajectories",
 ]
 
 

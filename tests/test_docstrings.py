@@ -8,7 +8,9 @@ import coupled_gmm as cg
 
 
 @pytest.mark.parametrize(
-    "function", [cg.fit_pair, cg.solve_plan, cg.barycenter], ids=lambda function: function.__name__
+    "function",
+    [cg.fit_pair, cg.solve_plan, cg.barycenter, cg.links, cg.fit_classes],
+    ids=lambda function: function.__name__,
 )
 def test_examples(function):
     (examples,) = doctest.DocTestFinder(recurse=False).find(function, function.__name__, globs={"cg": cg})

@@ -12,8 +12,11 @@ import pytest
 
 import coupled_gmm as cg
 from coupled_gmm.batch import stacks, tiles
-from coupled_gmm.fits import coupled, gmm, pairs
+from coupled_gmm.core.tree import unchecked
+from coupled_gmm.fits import coupled, gmm, pairs, penalized, refits
 from coupled_gmm.selection import paths, replicates
+from coupled_gmm.trajectories import chains, densities
+from coupled_gmm.trajectories import points as trajectory_points
 from coupled_gmm.transport import maps, solvers
 
 NAN, INF = np.nan, np.inf
@@ -25,9 +28,11 @@ PROGRAMS = [
     (pairs, "_begin_pair"),
     (pairs, "_go_on_with_pair"),
     (pairs, "_fit_pairs"),
-    (pairs, "_value"),
+    (penalized, "_value_of_pair"),
     (coupled, "_begin_graph"),
     (coupled, "_go_on_with_graph"),
+    (coupled, "_fit_graphs"),
+    (refits, "_refit"),
     (gmm, "_fit"),
     (gmm, "_init"),
     (stacks, "_fits"),
@@ -41,6 +46,9 @@ PROGRAMS = [
     (maps, "_map_random"),
     (maps, "_interpolate"),
     (maps, "_plan_density"),
+    (chains, "_chain"),
+    (densities, "_mixture_at"),
+    (trajectory_points, "_along"),
 ]
 
 
@@ -159,6 +167,19 @@ def density(**changes):
 
 def interpolate(t, plan=None):
     return cg.interpolate(plan or good().plan, t)
+
+
+def course() -> cg.PairFit:
+    fields = {"penalized_log_likelihood": None, "status": jnp.array(0), "n_steps": None, "history": None}
+    return unchecked(cg.PairFit, pair=good().pair, plan=good().plan, **fields)
+
+
+def trajectories(x=X, times=(0.5,), **options):
+    return cg.trajectories(course(), x, times, **options)
+
+
+def mixture_at(t, **options):
+    return cg.mixture_at(course(), t, **options)
 
 
 def fit_pair(**changes):
@@ -642,6 +663,20 @@ FITS = [
     ("value-weights", lambda: objective(point_weights0=0 * ONES), ValueError, "^point_weights0: all weights are zero"),
 ]
 
+COURSES = [
+    ("time", lambda: mixture_at(1.5), ValueError, "^t: 1.5 is outside of the chain's times, 0 to 1; a path is known"),
+    ("nan", lambda: mixture_at(NAN), ValueError, "^t: must be .*got nan"),
+    ("times", lambda: mixture_at([0.5]), TypeError, "^t: expected one real number"),
+    ("ends", lambda: mixture_at(0.5, ends="clamped"), ValueError, "^ends: expected one of 'parabolic'"),
+    ("fit", lambda: cg.mixture_at(good().plan, 0.5), TypeError, "^fit: expected a GraphFit or a PairFit, got Plan"),
+    ("late", lambda: trajectories(times=[0, 2]), ValueError, "^times: 2 is outside"),
+    ("points", lambda: trajectories(x_with(NAN)), ValueError, "^x: 1 of 40 values are NaN"),
+    ("features", lambda: trajectories(X[:, :1]), ValueError, r"^x: expected shape \(n, 2\)"),
+    ("key", lambda: trajectories(key=0), TypeError, "^key: expected a random key"),
+    ("method", lambda: trajectories(method="cubic"), ValueError, "^method: expected one of 'spline', 'geodesic'"),
+]
+
+
 GRAPHS = [
     ("none", lambda: cg.MixtureGraph.from_mixtures([], []), ValueError, "^gmms: .*empty; a graph needs at least one"),
     ("kind", lambda: graph([good().mixture, X]), TypeError, r"^gmms\[1\]: expected a GaussianMixture, got ndarray"),
@@ -792,6 +827,7 @@ SELECTION = [
             ("fits", FITS),
             ("graphs", GRAPHS),
             ("batches", BATCHES),
+            ("courses", COURSES),
             ("selection", SELECTION),
         ]
         for case_name, *case in cases
@@ -813,16 +849,18 @@ class Entered(Exception):
 
 def test_every_program_is_watched():
     """The refusals above would prove nothing if the legal arguments did not enter the programs under those names."""
-    calls = {"_value": objective}
+    calls = {"_value_of_pair": objective, "_refit": fit_pair}
     calls |= {"_begin_pair": fit_pair, "_begin_graph": fit_graph}
     calls |= {"_go_on_with_pair": fit_pair, "_go_on_with_graph": fit_graph}
     calls |= {"_fit": fit_gmm, "_init": init, "_solve_plan": solve, "_mw2_squared": distance}
     calls |= {"_solve_exactly": lambda: solve(method="exact"), "_map_barycentric": map_points}
     calls |= {"_map_random": lambda: map_points(method="random", key=good().key)}
+    calls |= {"_fit_graphs": lambda: fit_graph(n_init=2, key=good().key)}
     calls |= {"_fit_pairs": lambda: fit_pair(n_init=2, key=good().key)}
     calls |= {"_fits": fit_gmms, "_costs": lambda: cg.mw2_matrix([good().mixture])}
     calls |= {"_path": choose, "_refits": bootstrap}
     calls |= {"_interpolate": lambda: interpolate(0.5), "_plan_density": density}
+    calls |= dict.fromkeys(("_chain", "_mixture_at"), lambda: mixture_at(0.5)) | {"_along": trajectories}
 
     def enter(*args, **kwargs):
         raise Entered

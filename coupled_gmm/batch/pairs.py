@@ -17,6 +17,7 @@ from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.tree import AnyArray, pytree, saved
 from coupled_gmm.fits.fidelity import many_overruled
 from coupled_gmm.fits.graph import MixtureGraph, unpadded
+from coupled_gmm.fits.linked import started
 from coupled_gmm.fits.pairs import both, check_densities, coupled, frozen_sides, pair_fit
 from coupled_gmm.fits.refits import Coupled
 from coupled_gmm.fits.request import FitRequest, GivenCloud, view_of
@@ -146,6 +147,7 @@ def _checked(lists: list[list], weight: Weight, frozen: np.ndarray, request: Fit
     given = []
     for i, (pair, *sides) in enumerate(zip(pairs, zip(x0, w0, strict=True), zip(x1, w1, strict=True), strict=True)):
         check_densities(f"pairs[{i}]", pair, frozen, ridge)
+        pair = started(pair, frozen)
         seen = [GivenCloud(f"clouds{s}[{i}]", x, f"point_weights{s}[{i}]", w) for s, (x, w) in enumerate(sides)]
         view = view_of(seen, [pair.gmm0, pair.gmm1], ridge, in_memory="fit_pair takes it")
         parts.check_whole(view, seen, "fit_pair")

@@ -18,7 +18,7 @@ from coupled_gmm.core import expansions, installation, matrices
 from coupled_gmm.core.expansions import Words
 from coupled_gmm.core.programs import program
 from coupled_gmm.gaussians import bures
-from coupled_gmm.transport import exact, limits
+from coupled_gmm.transport import exact, limits, network_simplex
 
 _TILE = 512  # components a side: costs of a megabyte in float32
 _SIDES = (2, 4, 8, 16, 32, 64)  # of the linear programmes that are compiled
@@ -227,5 +227,5 @@ def _certified(cost: np.ndarray, a: np.ndarray, b: np.ndarray) -> float:
 
 @program()
 def _on_host(cost: Array, a: Array, b: Array) -> tuple[Float[Array, ""], Array]:
-    vertex = exact.solve_on_host(cost, a, b, limits.MAX_ITERATIONS["exact"])
+    vertex = network_simplex.solve(cost, a, b, limits.MAX_ITERATIONS["exact"])
     return jnp.sum(vertex.matrix * cost), vertex.optimal

@@ -184,6 +184,9 @@ def _mixture_values(o: _Object) -> None:
 def _pair_sizes(o: _Object) -> None:
     left, right = (o.held(name).means.shape[-1] for name in ("gmm0", "gmm1"))
     o.require("gmm1", left == right, f"has {right} features, and gmm0 has {left}")
+    if o.held("links") is not None:
+        sizes = _components(o.value)
+        o.require("links", np.shape(o.held("links"))[-2:] == sizes, f"are no links of {sizes} components")
 
 
 def _pair_values(o: _Object) -> None:
@@ -287,6 +290,13 @@ def _graph_fit(o: _Object) -> None:
     o.require("plans", _components(pair) == (size, size), f"must be between mixtures of {size} components")
     if o.held("edges") is not None:
         _nodes(o, "edges", len(gmms))
+    _names(o, len(gmms))
+
+
+def _names(o: _Object, n_nodes: int) -> None:
+    names = o.held("names")
+    if names is not None:
+        o.require("names", len(set(names)) == len(names) == n_nodes, f"must be {n_nodes} that differ")
 
 
 def _nodes(o: _Object, name: str, n_nodes: int) -> None:
@@ -301,20 +311,26 @@ def _graph(o: _Object) -> None:
     o.require("sizes", [0 < size <= largest for size in sizes], f"must be from 1 to {largest}")
     for name in ("sources", "targets"):
         _nodes(o, name, n_nodes)
+    _names(o, n_nodes)
     o.require("targets", o.array("sources") != o.array("targets"), "must be other nodes than the sources")
+    if o.held("links") is not None:
+        shape = np.shape(o.held("links"))[-2:]
+        o.require("links", shape == (largest, largest), f"must be of {largest} components on either side")
 
 
 def _graph_values(o: _Object) -> None:
     _prices(o, o.held("balanced"))
     for name in ("edge_weights", "node_weights"):
         o.require(name, np.isfinite(o.array(name)) & (o.array(name) >= 0), "must be finite and at least 0")
+    _finite_values("times")(o)
 
 
 def _finite_values(*names: str) -> Callable[[_Object], None]:
     def values(o: _Object) -> None:
         for name in names:
             if o.held(name) is not None:
-                o.require(name, np.isfinite(o.array(name)), "must be finite, or the status say that it is not")
+                said = ", or the status say that it is not" if hasattr(o.value, "status") else ""
+                o.require(name, np.isfinite(o.array(name)), f"must be finite{said}")
 
     return values
 
@@ -348,7 +364,7 @@ _VALUES: dict[str, Callable[[_Object], None]] = {
     "FlowFit": _finite_values("loss"),
     "GaussianMixture": _mixture_values,
     "GaussianMixturePair": _pair_values,
-    "GraphFit": _finite_values("penalized_log_likelihood"),
+    "GraphFit": _finite_values("penalized_log_likelihood", "times"),
     "MixtureFit": _finite_values("log_likelihood", "penalized_log_likelihood"),
     "MixtureGraph": _graph_values,
     "MixtureStatistics": _statistics_values,

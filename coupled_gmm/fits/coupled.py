@@ -17,6 +17,7 @@ from coupled_gmm.fits import contest, em, frame
 from coupled_gmm.fits.frame import Sight, View
 from coupled_gmm.fits.gmm import pooled_draws
 from coupled_gmm.fits.graph import MixtureGraph
+from coupled_gmm.fits.linked import check_edges
 from coupled_gmm.fits.refits import Coupled, fidelity_of
 from coupled_gmm.fits.request import Controls, FitOptions, FitRequest, GivenCloud, Stretches, view_of
 from coupled_gmm.fits.results import GraphFit
@@ -33,7 +34,7 @@ def _edge_solver(method: str, graph: MixtureGraph) -> solvers.PlanSolver:
         return solvers.ENTROPIC
     with jax.ensure_compile_time_eval():  # of a graph that is known, inside jit as well
         graph, _ = graph.in_node_order()
-        prices = {"epsilon": graph.epsilon, "rho": graph.rho, "balanced": graph.balanced}
+        prices = {"epsilon": graph.epsilon, "rho": graph.rho, "balanced": graph.balanced, "links": None}
         edges = unchecked(
             GaussianMixturePair, gmm0=graph.nodes, gmm1=graph.nodes, **prices
         )  # of which prices are looked at
@@ -110,6 +111,7 @@ def graph_fit(problem: MixtureGraph, end: em.Solution, order: Array) -> GraphFit
         epsilon=problem.epsilon,
         rho=problem.rho,
         balanced=problem.balanced,
+        links=problem.links,
     )
     found = take((end.terms.costs, end.terms.potentials), back)
     costs, potentials = jax.tree.map(
@@ -184,6 +186,7 @@ def fit_graph(
         raise ArgumentError(
             "graph", f"is a batch of {len(graph.sources)} graphs", "fit them with jax.vmap, or take one of them"
         )
+    check_edges(graph)
     request = FitRequest.checked(
         ridge=ridge,
         tol=tol,
@@ -220,7 +223,8 @@ def fit_graph(
     if relative_weight is not None:
         weight = Weight.given(None, relative_weight).of(view)
         graph = dataclasses.replace(graph, edge_weights=(weight * graph.edge_weights).astype(graph.nodes.dtype))
-    problem = dataclasses.replace(graph, balanced=False)  # one program, whatever the prices are
+    # One program, whatever the prices are and nodes are called.
+    problem = dataclasses.replace(graph, balanced=False, times=None, names=None)
     seen = {"view": view, "numbers": numbers, "solver": _edge_solver(method, graph)}
     if n_init == 1:
         fit = request.fit(program, problem, **seen)
@@ -233,7 +237,7 @@ def fit_graph(
         else:
             fit = request.fit(_fit_graphs, problem, starts, **seen)
     plans = dataclasses.replace(fit.plans, pair=stated(fit.plans.pair, graph.balanced))
-    fit = dataclasses.replace(fit, plans=plans)
+    fit = dataclasses.replace(fit, plans=plans, times=graph.times, names=graph.names)
     if not fidelity:
         return fit
     ended = Coupled(stack(fit.gmms), fit.penalized_log_likelihoods, fit.log_likelihoods)

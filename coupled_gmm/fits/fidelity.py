@@ -91,12 +91,14 @@ def overruled(
         return [many_overruled(each.sum(), each.size)]
     losses = [f"{names[i]} {np.asarray(found.loss)[i]:.3g}" for i in np.flatnonzero(lost)]
     said = [f"the penalty has overruled the data: coupling has cost {listed(losses)} nats per point"]
-    price = np.zeros(len(edges))
+    price, linked = np.zeros(len(edges)), plans.pair.links is not None
     for edge, (i, j) in enumerate(edges.tolist()):
         pair, alone = take(plans.pair, edge), (found.alone[i], found.alone[j])
-        price[edge] = float(solve_plan(pair.replace(*alone)).regularized_cost)
+        price[edge] = np.nan if linked else float(solve_plan(pair.replace(*alone)).regularized_cost)
         if (lost[i] or lost[j]) and _distance(pair.gmm0, pair.gmm1) < _ONE * _distance(*alone):
             said.append(f"{names[i]} and {names[j]} have become one mixture")
+    if linked:  # which may be no links that the refitted mixtures' masses can take
+        return [*said, "fit with a smaller weight"]
     weights, cost = np.asarray(edge_weights, np.float64), np.asarray(node_weights, np.float64)
     least = cost[np.isfinite(np.asarray(found.loss))].min()
     safe = MOST_LOST * least / (weights @ price) * weights.max()

@@ -12,7 +12,9 @@ from jaxtyping import Array, Bool, Float, Int
 from coupled_gmm.core import checks
 from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.tree import counted, listed, pytree, saved, static, take
+from coupled_gmm.fits.nodes import NodeNames
 from coupled_gmm.gaussians.mixture import GaussianMixture, alike, in_one_space, stack
+from coupled_gmm.transport.links import padded, per_edge
 from coupled_gmm.transport.pair import GaussianMixturePair, given_epsilon, given_rho, mean_cost
 from coupled_gmm.transport.problem import BALANCED, Prices
 
@@ -39,12 +41,15 @@ class MixtureGraph:
     frozen: Bool[Array, " V"]
     sizes: tuple[int, ...] = static()
     balanced: bool = static()
+    links: Bool[Array, "E K K"] | None = None  # where mass may go, of padded mixtures; None is everywhere
+    times: Float[Array, " V"] | None = None
+    names: tuple[str, ...] | None = static(default=None)
 
     @classmethod
     def from_mixtures(
         cls,
         gmms: Sequence[GaussianMixture],
-        edges: Sequence[tuple[int, int]],
+        edges: Sequence[tuple[Any, Any]],
         *,
         edge_weights: Any = 1.0,
         epsilon: Any = None,
@@ -53,9 +58,12 @@ class MixtureGraph:
         relative_epsilon: Any = None,
         relative_rho: Any = None,
         node_weights: Any = None,
-        frozen: Sequence[int] = (),
+        frozen: Sequence[Any] = (),
+        links: Sequence[Any] | None = None,
+        times: Any = None,
+        names: Sequence[str] | None = None,
     ) -> "MixtureGraph":
-        r"""A graph from mixtures and pairs of their indices.
+        r"""A graph from mixtures and pairs of their indices; `chain`, `star` and `grid` build the common ones.
 
         Args:
           gmms: V mixtures over the same features.
@@ -69,17 +77,19 @@ class MixtureGraph:
           relative_epsilon, relative_rho: in place of epsilon, and of rho and tau: as parts of each edge's mean starting cost.
           node_weights: v, at least 0, (V,); None is 1 each.
           frozen: nodes that a fit leaves as they are.
+          links: for each edge (i, j) a mask, True where components of i may send mass to those of j, or None, as in
+            `GaussianMixturePair`; None is everywhere, on all edges.
+          times: when each node was seen, (V,); None where that is not known. A fit passes them on, and does not use them.
+          names: V distinct strings, by which nodes can be asked for wherever an index is, here and of a fit.
 
         Raises:
           TypeError, ValueError: an argument of the wrong kind, shape or range; tau and rho both given.
         """
         gmms = in_one_space("gmms", gmms, "a graph needs at least one mixture")
         n_nodes = len(gmms)
-        edges = _check_edges(edges, n_nodes)
-        frozen = checks.sequence("frozen", frozen)
-        for node in frozen:
-            if not _is_node(node, n_nodes):
-                raise ArgumentError("frozen", f"there is no node {node!r}", f"use indices from 0 to {n_nodes - 1}")
+        called = NodeNames.checked(n_nodes, names)
+        edges = _check_edges(edges, called)
+        frozen = [called.index("frozen", node) for node in checks.sequence("frozen", frozen)]
         ends = [(gmms[min(edge)], gmms[max(edge)]) for edge in edges]  # in one order, for roundings of epsilon
 
         def costs() -> Array:
@@ -95,6 +105,9 @@ class MixtureGraph:
         prices = Prices.given(tau, given_rho(tau, rho, relative_rho, one_or_two_each, costs), one_or_two_each)
         edge_weights = checks.scalar("edge_weights", edge_weights, at_least=0, batched=True)
         v = jnp.ones(n_nodes) if node_weights is None else checks.weights("node_weights", node_weights, n_nodes)
+        if times is not None:
+            times = checks.array("times", times, n_nodes)
+            checks.finite("times", times)
         nodes = stack(gmms)
         return cls(
             nodes=nodes,
@@ -107,14 +120,17 @@ class MixtureGraph:
             frozen=jax.device_put(np.array([node in frozen for node in range(n_nodes)])),
             sizes=tuple(gmm.n_components for gmm in gmms),
             balanced=prices.balanced,
+            links=per_edge(links, [(gmms[i].weights, gmms[j].weights) for i, j in edges], nodes.weights.shape[-1]),
+            times=None if times is None else times.astype(nodes.dtype),
+            names=called.names,
         )
 
     @classmethod
     def from_pair(cls, pair: GaussianMixturePair, transport_weight: Array, frozen: Any) -> "MixtureGraph":
         """The graph of two nodes and one edge."""
-        dtype = pair.epsilon.dtype
+        dtype, nodes = pair.epsilon.dtype, stack([pair.gmm0, pair.gmm1])
         return cls(
-            nodes=stack([pair.gmm0, pair.gmm1]),
+            nodes=nodes,
             sources=jnp.zeros(1, jnp.int32),
             targets=jnp.ones(1, jnp.int32),
             edge_weights=jnp.reshape(transport_weight, 1).astype(dtype),
@@ -124,6 +140,7 @@ class MixtureGraph:
             frozen=jnp.asarray(frozen),
             sizes=(pair.gmm0.n_components, pair.gmm1.n_components),
             balanced=pair.balanced,
+            links=None if pair.links is None else padded(pair.links, nodes.weights.shape[-1])[None],
         )
 
     @classmethod
@@ -173,6 +190,8 @@ class MixtureGraph:
         rho = self.rho if self.rho.ndim == 1 else jnp.where(self.turned[:, None], self.rho[:, ::-1], self.rho)
         edges = {"sources": sources, "targets": targets, "rho": rho}
         edges |= {"edge_weights": self.edge_weights, "epsilon": self.epsilon}
+        if self.links is not None:
+            edges["links"] = jnp.where(self.turned[:, None, None], jnp.swapaxes(self.links, 1, 2), self.links)
         return dataclasses.replace(self, **take(edges, order)), order
 
     def fitted(self, fitted: GaussianMixture) -> GaussianMixture:
@@ -190,19 +209,16 @@ class MixtureGraph:
         return [unpadded(take(nodes, i), size) for i, size in enumerate(self.sizes)]
 
 
-def _is_node(node: Any, n_nodes: int) -> bool:
-    return isinstance(node, (int, np.integer)) and not isinstance(node, bool) and bool(0 <= node < n_nodes)
-
-
-def _check_edges(edges: Any, n_nodes: int) -> list[tuple[int, int]]:
+def _check_edges(edges: Any, called: NodeNames) -> list[tuple[int, int]]:
     pairs: list[tuple[int, int]] = []
     for edge in checks.sequence("edges", edges):
         pair = tuple(edge) if isinstance(edge, (tuple, list, np.ndarray)) else ()
-        if len(pair) != 2 or not all(_is_node(node, n_nodes) for node in pair) or pair[0] == pair[1]:
-            raise ArgumentError(
-                "edges", f"{edge!r} does not join two of the {n_nodes} nodes", "use indices from 0, two per edge"
-            )
-        i, j = map(int, pair)
+        if len(pair) != 2 or not all(map(called.has, pair)) or pair[0] == pair[1]:
+            problem = f"{checks.brief(edge)} does not join two of the {called.n_nodes} nodes"
+            raise ArgumentError("edges", problem, "use indices from 0, two per edge")
+        i, j = (called.index("edges", node) for node in pair)
+        if i == j:
+            raise ArgumentError("edges", f"{edge!r} joins a node to itself", "leave it out")
         if (i, j) in pairs or (j, i) in pairs:
             raise ArgumentError(
                 "edges",

@@ -25,7 +25,8 @@ def merged(
 ) -> tuple[Parameters, Float[Array, " V"]]:
     """Every node's mixture as the likeliest Gaussian of its part of the graph; and by how much J of that part is then larger.
 
-    Parts in which a node is frozen, or has no neighbour, or no cloud, would gain nothing: minus infinity.
+    Parts in which a node is frozen, or has no neighbour, or no cloud, would gain nothing: minus infinity. So would those with links
+    that are forbidden: what may not mix pays for entropy, equal or not.
     """
     parts, n = _parts(graph), graph.n_nodes
     d = floors.shape[-1]
@@ -44,6 +45,9 @@ def merged(
     paid = jnp.zeros_like(weights).at[graph.sources].add(graph.edge_weights * transport)
     gain = value - sum_up(weights * likelihoods - paid)
     eligible = (total > 0) & (sum_up(jnp.ones(n)) > 1) & (sum_up(graph.frozen.astype(floors.dtype)) == 0)
+    if graph.links is not None:
+        bound = jnp.any(~graph.links, axis=(1, 2)).astype(floors.dtype)
+        eligible &= sum_up(jnp.zeros(n).at[graph.sources].add(bound)) == 0
     k = masses.shape[1]
     parameters = statistics.base._replace(
         means=jnp.repeat(mean[:, None], k, axis=1), factors=jnp.repeat(factor[:, None], k, axis=1)

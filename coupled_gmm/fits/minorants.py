@@ -22,7 +22,7 @@ from coupled_gmm.fits.optimisers import Optimiser, Search
 from coupled_gmm.fits.statistics import Parameters, Statistics
 from coupled_gmm.transport import limits, masses
 from coupled_gmm.transport.entropic import Potentials
-from coupled_gmm.transport.masses import Links, Response
+from coupled_gmm.transport.masses import Joins, Response
 from coupled_gmm.transport.problem import TransportProblem
 
 _HELD = 1e-2  # of a node's weight, by which its masses stay what they are
@@ -122,7 +122,7 @@ def _response(graph: MixtureGraph, statistics: Statistics) -> Response:
 
 
 def _problems(graph: MixtureGraph, costs: Array, log_a: Array, log_b: Array) -> TransportProblem:
-    return TransportProblem.of_log_masses(costs, log_a, log_b, epsilon=graph.epsilon, rho=graph.rho)
+    return TransportProblem.of_log_masses(costs, log_a, log_b, epsilon=graph.epsilon, rho=graph.rho, links=graph.links)
 
 
 def _dual_values(graph: MixtureGraph, costs: Array, potentials: Potentials) -> Float[Array, " E"]:
@@ -137,7 +137,7 @@ def _log_plans(graph: MixtureGraph, costs: Array, potentials: Potentials) -> Flo
 
 def _planned(parameters: Parameters, graph: MixtureGraph, near: Potentials, response: Response) -> _Planned:
     """Plans at exact costs wherever they move mass."""
-    links = Links(jnp.stack([graph.sources, graph.targets]), graph.edge_weights)
+    joins = Joins(jnp.stack([graph.sources, graph.targets]), graph.edge_weights)
     log_weights = parameters.log_weights
     tol = jnp.asarray(limits.fit_tolerance(log_weights.dtype), log_weights.dtype)
     least = jnp.log(jnp.finfo(log_weights.dtype).eps) - 7
@@ -150,8 +150,8 @@ def _planned(parameters: Parameters, graph: MixtureGraph, near: Potentials, resp
         couplings = couplings.with_those(wanted, parameters, graph)
         log_masses = jnp.where(turn == 0, log_weights, log_masses)
         asked = Response(response.targets, response.weights, response.free & (turn == 1))
-        problems, init = _problems(graph, couplings.costs, *log_masses[links.ends]), after.words
-        found, log_masses = masses.solve(problems, links, log_masses, init, tol, limits.MAX_ITERATIONS_IN_FITS, asked)
+        problems, init = _problems(graph, couplings.costs, *log_masses[joins.ends]), after.words
+        found, log_masses = masses.solve(problems, joins, log_masses, init, tol, limits.MAX_ITERATIONS_IN_FITS, asked)
         wanted = couplings.known | moves_mass(couplings.costs, found)
         exact, missed = jnp.all(wanted == couplings.known), jnp.max(found.marginal_error, initial=0)
         # From where they are, plans at a small epsilon come nearer: potentials' rounding is that of their change.

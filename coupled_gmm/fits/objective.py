@@ -80,17 +80,18 @@ def transport_terms(
         empty = no_terms(graph)
         return empty.transport, empty.costs, potentials
 
-    def edge(one: Parameters, other: Parameters, epsilon: Array, rho: Array, start: entropic.Potentials):
+    def edge(one: Parameters, other: Parameters, prices: dict, start: entropic.Potentials):
         cost = bures.pairwise_cost(one.means, one.factors, other.means, other.factors)
         tol = jnp.asarray(limits.fit_tolerance(cost.dtype), cost.dtype)
-        problem = TransportProblem.of_log_masses(cost, one.log_weights, other.log_weights, epsilon=epsilon, rho=rho)
+        problem = TransportProblem.of_log_masses(cost, one.log_weights, other.log_weights, **prices)
         fixed, init = jax.lax.stop_gradient((problem, start.words))
         solved = solver(fixed, init, tol, limits.MAX_ITERATIONS_IN_FITS)
         value = duals.dual_value(problem, *solved.words)
         return value, *jax.lax.stop_gradient((cost, solved))
 
     sources, targets = take(parameters, graph.sources), take(parameters, graph.targets)
-    return jax.vmap(edge)(sources, targets, graph.epsilon, graph.rho, potentials)
+    prices = {"epsilon": graph.epsilon, "rho": graph.rho, "links": graph.links}
+    return jax.vmap(edge)(sources, targets, prices, potentials)
 
 
 def all_costs(parameters: Parameters, graph: MixtureGraph) -> Float[Array, "E K K"]:

@@ -22,6 +22,7 @@ from coupled_gmm.fits.coupled import graph_fit
 from coupled_gmm.fits.frame import Sight, View
 from coupled_gmm.fits.gmm import pooled_draws
 from coupled_gmm.fits.graph import MixtureGraph
+from coupled_gmm.fits.linked import started
 from coupled_gmm.fits.refits import Coupled, fidelity_of
 from coupled_gmm.fits.request import Controls, FitOptions, FitRequest, GivenCloud, Stretches, view_of
 from coupled_gmm.fits.results import PairFit, trimmed
@@ -210,7 +211,7 @@ def fit_pair(
     )
     transport_weight = weight.of(asked.view)
     if n_init == 1:
-        return asked.measured(asked.fit(program, pair, transport_weight), fidelity)
+        return asked.measured(asked.fit(program, asked.pair, transport_weight), fidelity)
     if jnp.ndim(transport_weight) or progress:
         raise ArgumentError(
             "n_init", f"fits of several starts take one {weight.name}, and have no progress", "see fit_path"
@@ -331,7 +332,11 @@ class _PairRequest(NamedTuple):
         checks.instance("pair", pair, GaussianMixturePair)
         frozen, ridge = frozen_sides(freeze), request.controls.ridge
         check_densities("pair", pair, frozen, ridge)
+        pair = started(pair, frozen)
         n_init = contest.check_starts(n_init, key)
+        if n_init > 1 and pair.links is not None:
+            problem = "draws components in no order, and the pair's links say of each what it may be linked to"
+            raise ArgumentError("n_init", problem, "fit from pairs of your own, one by one")
         solver = solvers.solver_for(method, pair)
         view = view_of(clouds, [pair.gmm0, pair.gmm1], ridge, in_memory)
         return cls(request, pair, view, frozen, solver, n_init, None if key is None else checks.key("key", key))

@@ -116,6 +116,8 @@ def to_ott(gmm_or_pair: GaussianMixture | GaussianMixturePair) -> Any:
         raise ArgumentTypeError(
             "gmm_or_pair", "has a traced epsilon or rho, and OTT needs numbers", "convert outside of jit and vmap"
         )
+    if gmm_or_pair.links is not None:
+        raise ArgumentError("gmm_or_pair", "has links, and OTT's pair holds none", "convert its mixtures one by one")
     gmm0 = _mixture_to_ott("gmm_or_pair.gmm0", gmm_or_pair.gmm0)
     gmm1 = _mixture_to_ott("gmm_or_pair.gmm1", gmm_or_pair.gmm1)
     checks.instance("gmm_or_pair", gmm_or_pair, GaussianMixturePair, computes=False)

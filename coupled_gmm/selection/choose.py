@@ -19,7 +19,7 @@ from coupled_gmm.fits.pairs import fit_pair
 from coupled_gmm.fits.request import FitOptions, FitRequest, GivenCloud, view_of
 from coupled_gmm.fits.results import GraphFit, PairFit
 from coupled_gmm.fits.weights import Weight
-from coupled_gmm.gaussians.mixture import GaussianMixture
+from coupled_gmm.gaussians.mixture import GaussianMixture, stack
 from coupled_gmm.selection import folds as splits
 from coupled_gmm.selection import rules
 from coupled_gmm.selection.choice import Choice
@@ -333,9 +333,12 @@ def _refitted(
         (x0, x1), (w0, w1), (gmm0, gmm1) = clouds, weights, gmms
         pair = GaussianMixturePair(gmm0, gmm1, epsilon[0], rho=rho[0])
         return fit_pair(x0, x1, pair, point_weights0=w0, point_weights1=w1, **asked)
-    graph = grid.graph
-    edges = list(zip(np.asarray(graph.sources).tolist(), np.asarray(graph.targets).tolist(), strict=True))
-    held = np.flatnonzero(np.asarray(graph.frozen)).tolist()
-    prices = {"edge_weights": graph.edge_weights, "epsilon": epsilon, "rho": rho, "node_weights": graph.node_weights}
-    again = MixtureGraph.from_mixtures(gmms, edges, frozen=held, **prices)
+    again = dataclasses.replace(
+        grid.graph,
+        nodes=stack(gmms),
+        sizes=tuple(gmm.n_components for gmm in gmms),
+        epsilon=epsilon,
+        rho=rho,
+        balanced=bool(np.all(np.isinf(np.asarray(rho)))),
+    )
     return fit_graph(clouds, again, point_weights=weights, **asked)

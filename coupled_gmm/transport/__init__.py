@@ -7,6 +7,8 @@ With C the costs of components, a and b their masses, eps the regularisation and
 What is the problem, the plan of given potentials, a marginal error, the rho of a tau? `problem`; between two mixtures? `pair`.
 Which method solves it, and what is the distance MW2? `solvers`; by OTT? `sinkhorn`; in how many iterations, how precisely?
 `limits`. Derivatives of values and potentials? `duals`. Which equations has an entropic plan? `entropic`; with masses that move
-as well? `masses`, whose Newton step is in `edges`. How are they solved, and why did this plan not converge? `annealing`. Vertices
-of the linear programme (eps = 0)? `exact`. What is a plan, and how is it certified? `plan`. Where do points go? `maps`.
+as well? `masses`, whose Newton step is in `edges`. How are they solved, and why did this plan not converge? `annealing`.
+Vertices of the linear programme (eps = 0)? `exact`; many components, by POT? `network_simplex`. Which components may exchange
+mass, and can they carry it? `links`. What is a plan, and how is it certified? `plan`, by its `marginals`. Several plans on end?
+`composition`. Where do points go? `maps`.
 """

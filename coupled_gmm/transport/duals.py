@@ -4,6 +4,8 @@ What is derived here holds at the solution, however it was found: of the value b
 implicit function theorem.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -51,7 +53,7 @@ def _implicit_jvp(primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
     def kernels(problem: TransportProblem) -> tuple[Array, Array]:
         """P / (a b^T) over the row sums, and over the column sums, that are wanted."""
         inverse_rho0, inverse_rho1 = problem.inverse_rhos
-        log_kernel = problem.exponent(f, g) / problem.epsilon
+        log_kernel = problem.log_kernel(f, g)
         by_row, by_column = log_kernel + (value(f) * inverse_rho0)[:, None], log_kernel + value(g) * inverse_rho1
         largest = largest_exponent(problem.cost)
         return jnp.exp(jnp.minimum(by_row, largest)), jnp.exp(jnp.minimum(by_column, largest))
@@ -59,24 +61,32 @@ def _implicit_jvp(primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
     def log_marginals(problem: TransportProblem) -> tuple[Array, Array]:
         """Logarithms of actual over wanted row and column sums: zero, for absent components as well."""
         rows, columns = kernels(problem)
-        return jnp.log(rows @ problem.b), jnp.log(problem.a @ columns)
+        return jnp.log(_some(problem, rows @ problem.b)), jnp.log(_some(problem, problem.a @ columns))
 
     _, missed = jax.jvp(log_marginals, (problem,), tangents[:1])
     rows, columns = kernels(problem)
     a, b, epsilon, inverse_rhos = problem.a, problem.b, problem.epsilon, problem.inverse_rhos
     u, v = rows * b, a[:, None] * columns
     flow = a * jnp.sum(u, axis=1), b * jnp.sum(v, axis=0)
-    u, v = u / jnp.sum(u, axis=1, keepdims=True), v / jnp.sum(v, axis=0)
+    u, v = u / _some(problem, jnp.sum(u, axis=1, keepdims=True)), v / _some(problem, jnp.sum(v, axis=0))
     tau0, tau1 = (1 / (1 + epsilon * inverse) for inverse in inverse_rhos)
-    # Where balanced, a common shift of f is free; masses weigh it, as they do the sum of the equations, which is empty.
+    # Where balanced, a common shift of f is free (of each block of links); masses weigh it, as they do the sum of the equations,
+    # which is empty.
     free = (inverse_rhos[0] == 0) & (inverse_rhos[1] == 0)
-    centre0, centre1 = (jnp.where(free, mass / jnp.sum(mass), 0) for mass in flow)
+    weights = tuple(jnp.where(free, mass / jnp.sum(mass), 0) for mass in flow)
+    present = a > 0, b > 0
     right0, right1 = -epsilon * missed[0], -epsilon * missed[1]
     if len(a) <= len(b):
-        in_f, in_g = _eliminated(u, v, right0, right1, (tau0, tau1), centre0)
+        in_f, in_g = _eliminated(u, v, right0, right1, (tau0, tau1), problem.shifts(*present, weights[0]))
     else:
-        in_g, in_f = _eliminated(v.T, u.T, right1, right0, (tau1, tau0), centre1)
+        shifts = problem.transpose().shifts(*present[::-1], weights[1])
+        in_g, in_f = _eliminated(v.T, u.T, right1, right0, (tau1, tau0), shifts)
     return (f, g), (_in_first_word(f, in_f), _in_first_word(g, in_g))
+
+
+def _some(problem: TransportProblem, sums: Array) -> Array:
+    """Sums that may be logarithms' and denominators': 1 for a component without mass that has no link to any."""
+    return sums if problem.links is None else jnp.where(sums > 0, sums, 1)
 
 
 def _in_first_word(potential: Potential, tangent: Array) -> Potential:
@@ -84,7 +94,7 @@ def _in_first_word(potential: Potential, tangent: Array) -> Potential:
 
 
 def _eliminated(
-    u: Array, v: Array, right0: Array, right1: Array, tau: tuple[Array, Array], centre: Array
+    u: Array, v: Array, right0: Array, right1: Array, tau: tuple[Array, Array], shifts: Callable[[Array], Array]
 ) -> tuple[Array, Array]:
     """The x and y with x / tau0 + U y = right0 and V^T x + y / tau1 = right1."""
     tau0, tau1 = tau
@@ -93,9 +103,9 @@ def _eliminated(
     right = right0 - tau1 * u @ right1
     x = jax.lax.custom_linear_solve(
         lambda x: matrix @ x,
-        right - jnp.sum(centre * right),
+        right - shifts(right),
         lambda _, right: matrices.solve_dominant(damped, right),
         lambda _, right: matrices.solve_dominant(damped.T, right),
     )
-    x = x - jnp.sum(centre * x)
+    x = x - shifts(x)
     return x, tau1 * (right1 - v.T @ x)

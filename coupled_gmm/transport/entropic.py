@@ -81,10 +81,10 @@ def solve(problem: TransportProblem, init: Potential, tol: Float[Array, ""], max
     change of them, at costs less the ones that there are: where mass moves those are a few epsilon.
     """
     present = problem.a > 0
-    both = present[:, None] & (problem.log_b > -jnp.inf)
+    both = problem.usable(present, problem.log_b > -jnp.inf)
     scale = jnp.max(jnp.where(both, jnp.abs(problem.cost), 0))
     f, rest = expansions.words(init)
-    far = jnp.abs(f) > FAR * scale  # of another problem, and farther away than zero
+    far = jnp.abs(f) > FAR * problem.longest_way * scale  # of another problem, and farther away than zero
     f = jnp.where(far, 0, f), jnp.where(far, 0, rest)
     g = problem.transpose().c_transform(f)
 
@@ -123,12 +123,12 @@ def _annealed(problem: TransportProblem, f0: Words, g0: Words, goal: Goal) -> An
     def equations(f: Array, epsilon: Array, g: Array) -> NewtonSystem:
         """At f and the g that is optimal for it, found from one that is near."""
         tau1 = 1 / (1 + epsilon * inverse_rho1)
-        columns = reduced.exponent(f, g) / epsilon + log_a[:, None]
-        log_columns = jax.nn.logsumexp(columns, axis=0)
+        columns = reduced.at(epsilon).log_kernel(f, g) + log_a[:, None]
+        log_columns = summed(columns, axis=0)
         v = jnp.exp(columns - log_columns)
         g = tau1 * (g - epsilon * (log_columns + paid1))
-        rows = reduced.exponent(f, g) / epsilon + log_b
-        log_rows = jax.nn.logsumexp(rows, axis=1)
+        rows = reduced.at(epsilon).log_kernel(f, g) + log_b
+        log_rows = summed(rows, axis=1)
         u = jnp.exp(rows - log_rows[:, None])
         log_mass = jnp.where(problem.balanced, 0, jax.nn.logsumexp(log_a + log_rows))
         flow = jnp.exp(log_a + log_rows - log_mass)
@@ -144,11 +144,16 @@ def _annealed(problem: TransportProblem, f0: Words, g0: Words, goal: Goal) -> An
             merit=Merit(jnp.where(problem.balanced, -jnp.sum(terms), 0), size),
         )
 
-    scale = jnp.max(jnp.where(present[:, None] & (log_b > -jnp.inf), jnp.abs(cost), 0))
-    shift_weights = jnp.where(problem.balanced, a, 0)
+    def summed(logits: Array, axis: int) -> Array:
+        """Logarithms of sums; 0 of a component that has no link to any mass, which has no part in the equations."""
+        found = jax.nn.logsumexp(logits, axis=axis)
+        return found if problem.links is None else jnp.where(jnp.isneginf(found), 0, found)
+
+    scale = jnp.max(jnp.where(problem.usable(present, log_b > -jnp.inf), jnp.abs(cost), 0))
+    shift = problem.shifts(present, log_b > -jnp.inf, jnp.where(problem.balanced, a, 0))
 
     def centred(f: Array) -> Array:
-        return f - jnp.sum(jnp.where(shift_weights > 0, shift_weights * f, 0))
+        return f - shift(f)
 
     return anneal(equations, jnp.zeros_like(a), jnp.zeros_like(log_b), Unknowns(present, centred, scale), goal)
 

@@ -16,7 +16,10 @@ floats, and the gap between the plan and its dual is a sum of products that cann
 :math:`\sum P_{ij} (C_{ij} - f_i - g_j)`.
 
 An iteration is a few array operations on (K0 + K1)^2 numbers, the same for every problem of a batch. For more than some tens of
-components POT's network simplex, on the host, is quicker: `solve_on_host`.
+components POT's network simplex, on the host, is quicker: `network_simplex`.
+
+Links that are forbidden have an infinite cost, as a number of its own beside the finite one: costs and potentials are pairs,
+ordered by the first. Those of potentials are whole numbers, and exact; at the end they get a finite weight.
 """
 
 import dataclasses
@@ -25,18 +28,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from coupled_gmm.core import expansions, installation
+from coupled_gmm.core import expansions
 from coupled_gmm.core.expansions import Expansion
-from coupled_gmm.core.host import on_host
 from coupled_gmm.core.tree import pytree, static
 
 _SLACK = 16  # reduced costs above minus so many cubed rounding units of their potentials count as zero
 _GAP = 64  # a duality gap of so many rounding units of the cost is none
-_NOISE = 8  # a flow of no more rounding units of all mass on one side of it is none
-_REFINEMENTS = 6  # of an optimum found on the host
+NOISE = 8  # a flow of no more rounding units of all mass on one side of it is none
 
 
 @pytree
@@ -75,6 +75,7 @@ class _Flow(NamedTuple):
 class _State(NamedTuple):
     basis: Basis
     potentials: Expansion
+    infinities: Float[Array, " masses"] | None  # of potentials, how many infinite costs; None without links
     flow: _Flow
     iteration: Int[Array, ""]
     done: Bool[Array, ""]
@@ -86,11 +87,16 @@ def solve(
     b: Float[Array, " K1"],
     max_iterations: int,
     start: Basis | None = None,
+    links: Bool[Array, "K0 K1"] | None = None,
 ) -> tuple[Vertex, Basis]:
-    """An optimal vertex, from that of a nearby problem where `start` is one of this problem's, else from a corner."""
+    """An optimal vertex, from that of a nearby problem where `start` is one of this problem's, else from a corner.
+
+    Where links can't carry the masses, its marginals miss these by as much: mass that none takes is in no cell.
+    """
     k0 = len(a)
-    present = (a > 0)[:, None] & (b > 0)
-    price = jnp.where(present, cost, 0)  # cells without mass may be in the tree, and must not lend it their size
+    free = usable(a, b, links)
+    price = jnp.where(free, cost, 0)  # cells without mass may be in the tree, and must not lend it their size
+    infinite = None if links is None else ((a > 0)[:, None] & (b > 0) & ~free).astype(cost.dtype)
     units = _Units.of(a, b)
     basis = _corner(units)
     if start is not None:
@@ -102,9 +108,13 @@ def solve(
 
     def pivot(state: _State) -> _State:
         f, g = _sides(state.potentials, k0)
-        reduced = expansions.reduced(price, *_crossed(f, g))
+        reduced = expansions.reduced(price, *crossed(f, g))
         # A NaN is never below: a cost that is not finite ends the loop, and shows in the certificate.
-        reduced = jnp.where(present & (reduced < -_resolved(f[0], g[0])), reduced, 0)
+        reduced = jnp.where(free & (reduced < -_resolved(f[0], g[0])), reduced, 0)
+        over = _over(infinite, state.infinities, k0)
+        if over is not None:
+            worst = jnp.where(free & (over < 0), over, 0)
+            reduced = jnp.where(jnp.any(worst < 0), worst, jnp.where(over == 0, reduced, 0))
         row, column = _least(reduced)
         improves = reduced[row, column] < 0
         inverse = state.basis.inverse
@@ -116,6 +126,9 @@ def solve(
         shift = jnp.where(improves, inverse[leaving], 0)
         by = _of_cell(price, f, g, row, column)
         potentials = expansions.added(state.potentials, expansions.scaled(by, shift))
+        infinities = state.infinities
+        if over is not None and infinities is not None:
+            infinities = infinities + over[row, column] * shift
 
         def updated(values: Array) -> Array:
             return values - change * values[leaving]
@@ -126,117 +139,74 @@ def solve(
         inverse = inverse - change[:, None] * inverse[leaving]
         basis = Basis(entered(state.basis.rows, row), entered(state.basis.columns, column), inverse)
         flow = units.normal(_Flow(*map(updated, state.flow)))
-        return _State(basis, potentials, flow, state.iteration + improves, ~improves)
+        return _State(basis, potentials, infinities, flow, state.iteration + improves, ~improves)
 
     zero = jnp.zeros((), jnp.int32)
-    first = _State(basis, _potentials(basis, price), units.flow(basis.inverse), zero, jnp.asarray(False))
+    infinities = None if infinite is None else infinite[basis.rows, basis.columns] @ basis.inverse
+    first = _State(basis, _potentials(basis, price), infinities, units.flow(basis.inverse), zero, jnp.asarray(False))
     end = jax.lax.while_loop(unfinished, pivot, first)
     matrix = jnp.zeros_like(cost).at[end.basis.rows, end.basis.columns].set(units.mass(end.basis, end.flow))
-    f, g = _sides(end.potentials, k0)
-    return _certified(cost, a, b, matrix, f, g, end.iteration, end.done), end.basis
+    potentials = end.potentials
+    over = _over(infinite, end.infinities, k0)
+    if over is not None and end.infinities is not None:
+        matrix = jnp.where(free, matrix, 0)
+        potentials = _finite(price, potentials, end.infinities, jnp.where(free, over, 0), k0)
+    return certified(cost, a, b, free, matrix, *_sides(potentials, k0), end.iteration, end.done), end.basis
 
 
-def _certified(
-    cost: Array, a: Array, b: Array, matrix: Array, f: Expansion, g: Expansion, n_iterations: Array, done: Array
+def usable(a: Array, b: Array, links: Array | None) -> Bool[Array, "K0 K1"]:
+    """Cells that may have mass."""
+    present = (a > 0)[:, None] & (b > 0)
+    return present if links is None else present & links
+
+
+def _over(infinite: Array | None, infinities: Array | None, k0: int) -> Float[Array, "K0 K1"] | None:
+    """Of reduced costs, how many infinite ones."""
+    if infinite is None or infinities is None:
+        return None
+    return infinite - infinities[:k0, None] - infinities[k0:]
+
+
+def _finite(price: Array, potentials: Expansion, infinities: Array, over: Array, k0: int) -> Expansion:
+    """Potentials that are feasible, with the least power of two that will do for an infinite cost."""
+    f, g = _sides(potentials, k0)
+    reduced = expansions.reduced(price, *crossed(f, g))
+    least = jnp.max(jnp.where((over > 0) & (reduced < 0), -reduced / jnp.where(over > 0, over, 1), 0))
+    size = jnp.where(least > 0, jnp.ldexp(jnp.ones_like(least), jnp.frexp(least)[1]), 0)
+    zeros = jnp.zeros_like(infinities)
+    return expansions.added(potentials, (size * infinities, zeros, zeros))
+
+
+def certified(
+    cost: Array,
+    a: Array,
+    b: Array,
+    free: Bool[Array, "K0 K1"],
+    matrix: Array,
+    f: Expansion,
+    g: Expansion,
+    n_iterations: Array,
+    done: Array,
 ) -> Vertex:
     """A vertex with its duality gap; optimal where that is within rounding of the cost."""
-    present = (a > 0)[:, None] & (b > 0)
-    price = jnp.where(present, cost, 0)
-    gap, known = _gap(price, a, b, matrix, f, g, float(jnp.finfo(cost.dtype).eps))
-    gap = jnp.where(jnp.all(jnp.isfinite(price)), gap, jnp.nan)
+    price = jnp.where(free, cost, 0)
+    bound, known = gap(price, a, b, free, matrix, f, g, float(jnp.finfo(cost.dtype).eps))
+    bound = jnp.where(jnp.all(jnp.isfinite(price)), bound, jnp.nan)
     rounded_f, rounded_g = _centred(a, b, f, g)
     # Those of absent components are as large as the others' allow.
     free_f = jnp.min(jnp.where(b > 0, cost - rounded_g, jnp.inf), axis=1)
     free_g = jnp.min(jnp.where(jnp.expand_dims(a > 0, 1), cost - rounded_f[:, None], jnp.inf), axis=0)
     rounded_f, rounded_g = jnp.where(a > 0, rounded_f, free_f), jnp.where(b > 0, rounded_g, free_g)
-    return Vertex(matrix, rounded_f, rounded_g, n_iterations, done, done & (gap <= known), gap)
+    return Vertex(matrix, rounded_f, rounded_g, n_iterations, done, done & (bound <= known), bound)
 
 
-def _gap(price: Any, a: Any, b: Any, matrix: Any, f: Expansion, g: Expansion, eps: float) -> tuple[Any, Any]:
+def gap(price: Any, a: Any, b: Any, free: Any, matrix: Any, f: Expansion, g: Expansion, eps: float) -> tuple[Any, Any]:
     """A bound on what a plan of the same masses could save, and what of it is no more than rounding; of either library."""
-    reduced = expansions.reduced(price, *_crossed(f, g)) * ((a > 0)[:, None] & (b > 0))
+    reduced = expansions.reduced(price, *crossed(f, g)) * free
     resolved = _SLACK * eps**3 * (a @ abs(f[0]) + b @ abs(g[0]))
     # Where the dual is infeasible, the best plan may gain as much on all of a row's mass.
     gap = (matrix * reduced.clip(min=0)).sum() + a @ (-reduced).clip(min=0).max(axis=1) + resolved
     return gap, _GAP * (eps * (matrix * abs(price)).sum() + resolved)
-
-
-def solve_on_host(
-    cost: Float[Array, "K0 K1"], a: Float[Array, " K0"], b: Float[Array, " K1"], max_iterations: int
-) -> Vertex:
-    """The same from POT's network simplex, in float64, through a callback."""
-    (k0, k1), dtype = cost.shape, cost.dtype
-    with installation.needed("pot", "an exact plan of so many components"):
-        import ot  # slow to import, and only needed here
-
-    def network_simplex(cost: np.ndarray, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, ...]:
-        usable = np.isfinite(cost)
-        price = np.where(usable & (a > 0)[:, None] & (b > 0), cost, 0)
-        eps = float(jnp.finfo(dtype).eps)
-        matrix, f, g, done = _refined(ot.emd, price, a / a.sum(), b / b.sum(), max_iterations, eps)
-        return matrix * a.sum(), *_split(f, dtype), *_split(g, dtype), np.asarray(done and usable.all())
-
-    shapes = (cost.shape, *3 * [(k0,)], *3 * [(k1,)], ())
-    matrix, f0, f1, f2, g0, g1, g2, done = on_host(network_simplex, shapes, cost, a, b)
-    # In the precision of the problem: a callback's numbers pass in it.
-    return _certified(cost, a, b, matrix, (f0, f1, f2), (g0, g1, g2), jnp.zeros((), jnp.int32), done > 0)
-
-
-def _refined(emd: Any, price: np.ndarray, a: np.ndarray, b: np.ndarray, max_iterations: int, eps: float) -> tuple:
-    """A plan with potentials whose gap is within rounding of its cost.
-
-    POT's tolerances are relative to the largest cost. Where that is too much, the reduced costs become the costs, and those that
-    no better plan can pay are cut down to a size at which POT sees the rest (Gleixner, Steffy & Wolter 2016).
-    """
-    present = (a > 0)[:, None] & (b > 0)
-    f, g = (tuple(np.zeros(k) for _ in range(3)) for k in price.shape)
-    rest = price
-    scale = np.abs(price).max() or 1.0
-    least, best = np.inf, None
-    for _ in range(_REFINEMENTS):
-        matrix, log = emd(a, b, rest / scale, max_iterations, log=True)
-        matrix = _without_noise(matrix, _NOISE * eps)
-        f = expansions.added(f, (scale * log["u"], 0, 0))
-        g = expansions.added(g, (scale * log["v"], 0, 0))
-        done = log["result_code"] == 1  # ot.lp's code of an optimal solution
-        gap, known = _gap(price, a, b, matrix, f, g, float(np.finfo(float).eps))
-        if gap < least or best is None:
-            least, best = gap, (matrix, f, g, done)
-        if not done or not gap > max(known, eps * np.sum(matrix * np.abs(price))):
-            break
-        rest = expansions.reduced(price, *_crossed(f, g)) * present
-        worst = max(-rest.min(), rest[matrix > 0].max())
-        scale = 4 * sum(price.shape) * worst  # no cycle of cells can save as much
-        rest = np.minimum(rest, scale)
-    assert best is not None
-    return best
-
-
-def _without_noise(matrix: np.ndarray, noise: float) -> np.ndarray:
-    """Without flows that are rounding of the masses that they join: see `_Units.mass`."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    k0, k1 = matrix.shape
-    small = (matrix > 0) & (matrix <= noise * matrix.sum())
-    rows, columns = np.nonzero((matrix > 0) & ~small)
-    links = coo_array((np.ones(len(rows)), (rows, k0 + columns)), shape=(k0 + k1, k0 + k1))
-    n, block = connected_components(links, directed=False)
-    mass = np.zeros(n)
-    np.add.at(mass, block, np.r_[matrix.sum(1), matrix.sum(0)])
-    rows, columns = np.nonzero(small)
-    least = np.minimum(mass[block[rows]], mass[block[k0 + columns]])
-    cleaned = matrix.copy()
-    cleaned[rows, columns] = np.where(matrix[rows, columns] <= noise * least, 0, matrix[rows, columns])
-    return cleaned
-
-
-def _split(x: Expansion, dtype: Any) -> list[np.ndarray]:
-    """An expansion's parts in another precision."""
-    high = np.asarray(x[0], dtype).astype(float)
-    middle, low = expansions.two_sum((x[0] - high) + x[1], x[2])
-    rounded = np.asarray(middle, dtype).astype(float)
-    return [high, rounded, (middle - rounded) + low]
 
 
 @pytree
@@ -294,7 +264,7 @@ class _Units:
         mass = self.unit * (flow.large + flow.small / self.n_small) + _product(basis.inverse, self.rest)
         side = _product(jnp.abs(basis.inverse), self.masses)
         side = jnp.minimum(side, jnp.sum(self.masses) - side)
-        return jnp.where(mass > _NOISE * jnp.finfo(mass.dtype).eps * side, mass, 0)
+        return jnp.where(mass > NOISE * jnp.finfo(mass.dtype).eps * side, mass, 0)
 
 
 def _corner(units: _Units) -> Basis:
@@ -370,7 +340,7 @@ def _taken(x: Expansion, index: Any) -> Expansion:
     return x[0][index], x[1][index], x[2][index]
 
 
-def _crossed(f: Expansion, g: Expansion) -> tuple[Expansion, Expansion]:
+def crossed(f: Expansion, g: Expansion) -> tuple[Expansion, Expansion]:
     """Along rows, and along columns."""
     return (f[0][:, None], f[1][:, None], f[2][:, None]), g
 

@@ -50,7 +50,7 @@ class Response:
 
 
 @pytree
-class Links:
+class Joins:
     """The nodes that edges join, and the weights lambda of their transport costs."""
 
     ends: Int[Array, "2 E"]
@@ -141,13 +141,13 @@ class _Joint(NamedTuple):
     def of(
         cls,
         problems: TransportProblem,
-        links: Links,
+        joins: Joins,
         log_masses: Array,
         init: tuple[Potential, Potential],
         response: Response,
         tol: Array,
     ) -> "_Joint":
-        ends, nodes = links.ends, _Nodes(response, log_masses)
+        ends, nodes = joins.ends, _Nodes(response, log_masses)
         given, present, free = nodes.given[ends], nodes.present[ends], response.free[ends]
         unit = jnp.exp2(jnp.round(jnp.log2(problems.epsilon)))
         near = _near(problems, present, init)
@@ -158,8 +158,8 @@ class _Joint(NamedTuple):
         grown = 1 + jnp.where(free, epsilon * price, 0)
         start, price = start * grown[..., None], price / grown
         # Where no node is free, edges have nothing to do with each other, and each counts.
-        weights = jnp.where(jnp.any(response.free), links.weights * unit, 1)
-        rates = jnp.where(free, links.weights * unit / response.weights[ends], 0)[..., None]
+        weights = jnp.where(jnp.any(response.free), joins.weights * unit, 1)
+        rates = jnp.where(free, joins.weights * unit / response.weights[ends], 0)[..., None]
         joint = cls(
             nodes=nodes,
             ends=ends,
@@ -178,7 +178,7 @@ class _Joint(NamedTuple):
             heaviest=tol,
             enough=tol,
         )
-        heaviest = jnp.max(links.weights * unit * epsilon * joint.scales, initial=0) / jnp.max(response.weights)
+        heaviest = jnp.max(joins.weights * unit * epsilon * joint.scales, initial=0) / jnp.max(response.weights)
         heaviest = jnp.maximum(1, heaviest)
         pulled = joint.summed(worth(start, joint.rho))
         # A shift of all of a node's is free: masses sum to 1.
@@ -256,8 +256,7 @@ class _Joint(NamedTuple):
     @property
     def scales(self) -> Float[Array, " E"]:
         """Of the costs, in units of epsilon."""
-        both = self.present[0][:, :, None] & self.present[1][:, None]
-        return jnp.max(jnp.where(both, jnp.abs(self.problems.cost), 0), axis=(1, 2)) / self.epsilon
+        return _cost_scales(self.problems, self.present) / self.epsilon
 
     def unknowns(self) -> Unknowns:
         given = self.nodes.given[self.ends[0]]
@@ -284,7 +283,7 @@ class _Joint(NamedTuple):
 
 def solve(
     problems: TransportProblem,
-    links: Links,
+    joins: Joins,
     log_masses: Float[Array, "V K"],
     init: tuple[Potential, Potential],
     tol: Float[Array, ""],
@@ -296,13 +295,13 @@ def solve(
     `init`: the potentials of the plans between the present masses, or of ones nearby where no node is free. Where unbalanced,
     those that are returned are optimal for masses that were free only once they no longer move.
     """
-    joint = _Joint.of(problems, links, log_masses, init, response, tol)
+    joint = _Joint.of(problems, joins, log_masses, init, response, tol)
     nothing, ones = jnp.zeros(joint.start.size, joint.start.dtype), jnp.ones((len(log_masses), 1), joint.start.dtype)
     end = anneal(joint.equations, nothing, ones, joint.unknowns(), joint.goal(tol, max_iterations))
     x = end.x.reshape(joint.start.shape)
     new, _, _ = joint.nodes.answer(joint.pulls(x), end.warm_start, _LAST_NORMALIZER_STEPS)
-    moved = new[links.ends]
-    change = joint.unit[:, None] * (x - joint.epsilon[:, None] * _difference(moved, joint.nodes.given[links.ends]))
+    moved = new[joins.ends]
+    change = joint.unit[:, None] * (x - joint.epsilon[:, None] * _difference(moved, joint.nodes.given[joins.ends]))
     found = _potentials(problems, moved, joint.present, joint.near, change)
     return jax.vmap(entropic.certified, (0, 0, 0, None, None))(*found, tol, end), new
 
@@ -311,10 +310,15 @@ def _near(
     problems: TransportProblem, present: Bool[Array, "2 E K"], init: tuple[Potential, Potential]
 ) -> tuple[Words, Words]:
     """Potentials to start from; those that are of another problem are farther away than zero."""
-    both = present[0][:, :, None] & present[1][:, None]
-    scale = jnp.max(jnp.where(both, jnp.abs(problems.cost), 0), axis=(1, 2))[:, None]
+    farthest = FAR * problems.longest_way * _cost_scales(problems, present)[:, None]
     f, g = (expansions.words(side) for side in init)
-    return _where(jnp.abs(f[0]) <= FAR * scale, f), _where(jnp.abs(g[0]) <= FAR * scale, g)
+    return _where(jnp.abs(f[0]) <= farthest, f), _where(jnp.abs(g[0]) <= farthest, g)
+
+
+def _cost_scales(problems: TransportProblem, present: Bool[Array, "2 E K"]) -> Float[Array, " E"]:
+    """Of each edge the largest cost at which mass may move."""
+    both = jax.vmap(TransportProblem.usable)(problems, present[0], present[1])
+    return jnp.max(jnp.where(both, jnp.abs(problems.cost), 0), axis=(1, 2))
 
 
 def _potentials(

@@ -1,12 +1,13 @@
 """Two mixtures and the transport problem between them."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from coupled_gmm.core import checks
 from coupled_gmm.core.errors import ArgumentError, ArgumentTypeError
@@ -14,6 +15,7 @@ from coupled_gmm.core.programs import program
 from coupled_gmm.core.tree import Stackable, mapped, number, pytree, saved, single, static, unchecked
 from coupled_gmm.gaussians import bures
 from coupled_gmm.gaussians.mixture import GaussianMixture, about_one_point, check_features
+from coupled_gmm.transport.links import checked, transposed
 from coupled_gmm.transport.problem import BALANCED, Prices, TransportProblem, both_sides, tau_of_rho
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ class GaussianMixturePair(Stackable):
 
     rho is one number, or two: the price on gmm0's side and on gmm1's (one may be infinite: that side's masses are kept). epsilon
     and rho are leaves, so sweeping them recompiles nothing; whether transport is balanced is part of the structure.
+
+    `links` says which components may exchange mass: a mask (K0, K1), or None where all may. A plan has exactly nothing elsewhere.
     """
 
     gmm0: GaussianMixture
@@ -34,6 +38,7 @@ class GaussianMixturePair(Stackable):
     epsilon: Float[Array, "*b"]
     rho: Float[Array, "*two"]
     balanced: bool = static(init=False)  # follows from rho, in `dataclasses.replace` too
+    links: Bool[Array, "*b K0 K1"] | None = None  # files of before have none
 
     def __init__(
         self,
@@ -45,6 +50,7 @@ class GaussianMixturePair(Stackable):
         rho: Any = None,
         relative_epsilon: Any = None,
         relative_rho: Any = None,
+        links: Any = None,
     ):
         r"""A pair with :math:`\rho = \epsilon \tau / (1 - \tau)`; tau = 1 is balanced transport.
 
@@ -56,10 +62,12 @@ class GaussianMixturePair(Stackable):
           rho: instead of tau, the price itself: above 0, squared data units, infinite is balanced; one number or two.
           relative_epsilon, relative_rho: in place of epsilon, and of rho and tau: as a part of the mean cost between components,
             so that they have no unit.
+          links: a mask (K0, K1) of bools, True where component i of gmm0 may send mass to j of gmm1, as `coupled_gmm.links` makes
+            it; None is everywhere. A forbidden link carries nothing, in every solver and in a fit.
 
         Raises:
           TypeError, ValueError: not mixtures, features that disagree, numbers out of range or of another shape, two that say the
-            same.
+            same; links that leave a component without any.
         """
         checks.instance("gmm0", gmm0, GaussianMixture)
         checks.instance("gmm1", gmm1, GaussianMixture)
@@ -73,6 +81,7 @@ class GaussianMixturePair(Stackable):
             "gmm1": gmm1,
             "epsilon": epsilon.astype(dtype),
             "rho": prices.rho(epsilon).astype(dtype),
+            "links": checked("links", links, gmm0.weights, gmm1.weights),
         }
         for name, value in {**fields, "balanced": prices.balanced}.items():
             object.__setattr__(self, name, value)
@@ -115,7 +124,8 @@ class GaussianMixturePair(Stackable):
         price = ["balanced"] if self.balanced else [f"rho {said}" for said in [number(self.rho)] if said]
         epsilon = [f"epsilon {said}" for said in [number(self.epsilon)] if said]
         sizes = f"{one} and {other} components of {self.n_features} features"
-        return [*self._stacked(), sizes, *epsilon, *price, str(self.gmm0.dtype)]
+        linked = [] if self.links is None else ["with links"]
+        return [*self._stacked(), sizes, *epsilon, *price, *linked, str(self.gmm0.dtype)]
 
     @mapped
     def cost_matrix(self) -> Float[Array, "K0 K1"]:
@@ -124,7 +134,7 @@ class GaussianMixturePair(Stackable):
 
     @single
     def geometry(self) -> "pointcloud.PointCloud":
-        """The same costs as an OTT point cloud of packed Gaussians under `BuresCost`, for OTT's solvers."""
+        """The same costs as an OTT point cloud of packed Gaussians under `BuresCost`, for OTT's solvers; it knows of no links."""
         from ott.geometry import pointcloud  # slow to import, and only needed here
 
         from coupled_gmm.gaussians.ott_cost import BuresCost
@@ -133,30 +143,34 @@ class GaussianMixturePair(Stackable):
         return pointcloud.PointCloud(*map(bures.pack, gmms), cost_fn=cost, epsilon=self.epsilon)
 
     def replace(self, gmm0: GaussianMixture, gmm1: GaussianMixture) -> "GaussianMixturePair":
-        """The same problem between two other mixtures."""
-        return unchecked(
-            GaussianMixturePair, gmm0=gmm0, gmm1=gmm1, epsilon=self.epsilon, rho=self.rho, balanced=self.balanced
-        )
+        """The same problem between two other mixtures of these sizes, or shorter ones: of padded ones the beginnings."""
+        links, k0, k1 = self.links, gmm0.n_components, gmm1.n_components
+        links = None if links is None else links[..., :k0, :k1]
+        return rebuilt(self, gmm0=gmm0, gmm1=gmm1, links=links)
 
     def reverse(self) -> "GaussianMixturePair":
         """The same problem from gmm1 to gmm0."""
         two = jnp.ndim(self.rho) > jnp.ndim(self.epsilon)
         rho = jnp.flip(self.rho, axis=-1) if two else self.rho
-        return unchecked(
-            GaussianMixturePair, gmm0=self.gmm1, gmm1=self.gmm0, epsilon=self.epsilon, rho=rho, balanced=self.balanced
-        )
+        return rebuilt(self, gmm0=self.gmm1, gmm1=self.gmm0, rho=rho, links=transposed(self.links))
 
 
 def stated(pair: GaussianMixturePair, balanced: bool) -> GaussianMixturePair:
     """The same pair, whose structure says that it is balanced, or leaves that to its prices."""
+    return rebuilt(pair, balanced=balanced)
+
+
+def rebuilt(pair: GaussianMixturePair, **fields: Any) -> GaussianMixturePair:
+    """The same pair with other fields, unchecked."""
     return unchecked(
-        GaussianMixturePair, gmm0=pair.gmm0, gmm1=pair.gmm1, epsilon=pair.epsilon, rho=pair.rho, balanced=balanced
+        GaussianMixturePair, **{field.name: getattr(pair, field.name) for field in dataclasses.fields(pair)} | fields
     )
 
 
 def transport_problem(pair: GaussianMixturePair, cost: Float[Array, "*b K0 K1"]) -> TransportProblem:
     """The problem between the components of a pair, at costs that are known."""
-    return TransportProblem.of_masses(cost, pair.gmm0.weights, pair.gmm1.weights, epsilon=pair.epsilon, rho=pair.rho)
+    masses = pair.gmm0.weights, pair.gmm1.weights
+    return TransportProblem.of_masses(cost, *masses, epsilon=pair.epsilon, rho=pair.rho, links=pair.links)
 
 
 def given_epsilon(epsilon: Any, relative: Any, check: Callable[..., Array], cost: Callable[[], Array]) -> Array:

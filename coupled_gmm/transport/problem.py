@@ -6,6 +6,8 @@ A price :math:`\rho` that is infinite holds its marginal. The solution is :math:
 
 Potentials are of the size of the costs, and at a small epsilon a plan's exponents are thousands of times smaller: they cancel. So
 potentials may be sums of two floats, and no more is lost of an exponent than its own rounding.
+
+Where there are `links`, P has mass in the cells of these alone; what the cost is elsewhere changes nothing.
 """
 
 import dataclasses
@@ -23,6 +25,7 @@ from coupled_gmm.core.expansions import Words, two_sum
 from coupled_gmm.core.programs import program
 from coupled_gmm.core.tree import pytree
 from coupled_gmm.gaussians.mixture import log_weights
+from coupled_gmm.transport.links import blocks, transposed
 
 BALANCED = float("1")  # an object of its own, to tell a tau that was given
 Potential = Float[Array, "..."] | Words  # of a side; of one float or of two
@@ -39,28 +42,42 @@ class TransportProblem:
     epsilon: Float[Array, "*b"]
     rho0: Float[Array, "*b"]  # the price of changing a
     rho1: Float[Array, "*b"]  # the price of changing b
+    links: Bool[Array, "*b K0 K1"] | None = None  # where mass may go; None is everywhere
 
     @classmethod
     def of_masses(
-        cls, cost: Array, a: Array, b: Array, *, epsilon: Array, rho: Array | None = None
+        cls, cost: Array, a: Array, b: Array, *, epsilon: Array, rho: Array | None = None, links: Array | None = None
     ) -> "TransportProblem":
         """From masses; `rho` is one price or two, None is infinite."""
-        return cls._of(cost, (a, b), None, epsilon, rho)
+        return cls._of(cost, (a, b), None, epsilon, rho, links)
 
     @classmethod
     def of_log_masses(
-        cls, cost: Array, log_a: Array, log_b: Array, *, epsilon: Array, rho: Array | None = None
+        cls,
+        cost: Array,
+        log_a: Array,
+        log_b: Array,
+        *,
+        epsilon: Array,
+        rho: Array | None = None,
+        links: Array | None = None,
     ) -> "TransportProblem":
         """From logarithms of masses, -inf where there is none; `rho` is one price or two, None is infinite."""
-        return cls._of(cost, (jnp.exp(log_a), jnp.exp(log_b)), (log_a, log_b), epsilon, rho)
+        return cls._of(cost, (jnp.exp(log_a), jnp.exp(log_b)), (log_a, log_b), epsilon, rho, links)
 
     @classmethod
     def _of(
-        cls, cost: Array, masses: tuple, log_masses: tuple | None, epsilon: Array, rho: Array | None
+        cls,
+        cost: Array,
+        masses: tuple,
+        log_masses: tuple | None,
+        epsilon: Array,
+        rho: Array | None,
+        links: Array | None,
     ) -> "TransportProblem":
         rho0, rho1 = both_sides(jnp.full_like(epsilon, jnp.inf) if rho is None else rho, jnp.ndim(epsilon))
         a, b = masses
-        return cls(cost=cost, a=a, b=b, log_masses=log_masses, epsilon=epsilon, rho0=rho0, rho1=rho1)
+        return cls(cost=cost, a=a, b=b, log_masses=log_masses, epsilon=epsilon, rho0=rho0, rho1=rho1, links=links)
 
     @property
     def log_a(self) -> Float[Array, " K0"]:
@@ -82,6 +99,7 @@ class TransportProblem:
             epsilon=self.epsilon,
             rho0=self.rho1,
             rho1=self.rho0,
+            links=transposed(self.links),
         )
 
     def at(self, epsilon: Array) -> "TransportProblem":
@@ -108,23 +126,46 @@ class TransportProblem:
         """1 / rho of both sides: zero where a mass is held."""
         return 1 / self.rho0, 1 / self.rho1
 
+    def usable(self, present0: Array, present1: Array) -> Bool[Array, "K0 K1"]:
+        """Cells of a plan that may have mass, where these components have some."""
+        both = present0[:, None] & present1
+        return both if self.links is None else both & self.links
+
+    @property
+    def longest_way(self) -> int:
+        """By how many costs potentials may differ: each is as far from another's as the links between them are long."""
+        return 1 if self.links is None else sum(self.links.shape[-2:])
+
+    def shifts(self, present0: Array, present1: Array, weights: Array) -> Callable[[Array], Array]:
+        """Of values of gmm0's components the means, by weights, over those that may exchange mass: what is free of potentials."""
+        if self.links is None:
+            return lambda x: jnp.sum(jnp.where(weights > 0, weights * x, 0))
+        joined = blocks(self.links, present0, present1).astype(weights.dtype)
+        total = joined @ weights
+        return lambda x: joined @ jnp.where(weights > 0, weights * x, 0) / jnp.where(total > 0, total, 1)
+
     def exponent(self, f: Potential, g: Potential) -> Float[Array, "K0 K1"]:
-        """f + g - C, of which only the result is rounded."""
+        """f + g - C, of which only the result is rounded; of any cell, linked or not."""
         one, other = expansions.words(f), expansions.words(g)
         total, rest = two_sum(one[0][:, None], other[0])
         total, more = two_sum(total, -self.cost)
         return total + (rest + more + (one[1][:, None] + other[1]))
 
+    def log_kernel(self, f: Potential, g: Potential) -> Float[Array, "K0 K1"]:
+        """(f + g - C) / epsilon, the logarithm of the plan over the masses; -inf where there is no link."""
+        scaled = self.exponent(f, g) / self.epsilon
+        return scaled if self.links is None else jnp.where(self.links, scaled, -jnp.inf)
+
     def log_plan(self, f: Potential, g: Potential) -> Float[Array, "K0 K1"]:
         """The logarithm of `plan`, from those of the masses."""
-        return self.log_a[:, None] + self.log_b + self.exponent(f, g) / self.epsilon
+        return self.log_a[:, None] + self.log_b + self.log_kernel(f, g)
 
     def plan(self, f: Potential, g: Potential) -> Float[Array, "K0 K1"]:
         r""":math:`a b^T \exp((f + g - C) / \epsilon)`, differentiable in a mass of zero too, where the logarithm is not.
 
         At such a mass potentials may be so large that the exponential must be kept finite, so that it vanishes in the product.
         """
-        kernel = jnp.exp(jnp.minimum(self.exponent(f, g) / self.epsilon, largest_exponent(self.cost)))
+        kernel = jnp.exp(jnp.minimum(self.log_kernel(f, g), largest_exponent(self.cost)))
         return self.a[:, None] * self.b * kernel
 
     def c_transform(self, g: Potential, near: Potential | None = None) -> Words:
@@ -133,7 +174,9 @@ class TransportProblem:
         Rounded least about one that is `near`. The g that is optimal for f is that of the transposed problem.
         """
         near = expansions.words(jnp.zeros(len(self.cost), self.cost.dtype) if near is None else near)
-        total = jax.nn.logsumexp(self.log_b + self.exponent(near, g) / self.epsilon, axis=1)
+        total = jax.nn.logsumexp(self.log_b + self.log_kernel(near, g), axis=1)
+        if self.links is not None:  # what has no link to any mass has no such f, and keeps the one that it has
+            total = jnp.where(jnp.isneginf(total), -self.inverse_rhos[0] * value(near), total)
         paid = self.epsilon * self.inverse_rhos[0]
         return expansions.moved(near, -(self.epsilon * total + paid * value(near)) / (1 + paid))
 

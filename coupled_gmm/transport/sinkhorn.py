@@ -31,7 +31,8 @@ class Sinkhorn:
 
         epsilon, log_a, log_b = problem.epsilon, problem.log_a, problem.log_b
         a, b = jnp.exp(log_a / self.tau0), jnp.exp(log_b / self.tau1)  # 1 / tau = 1 + epsilon / rho
-        geom = geometry.Geometry(cost_matrix=problem.cost, epsilon=epsilon)  # pyright: ignore[reportArgumentType]
+        cost = problem.cost if problem.links is None else jnp.where(problem.links, problem.cost, jnp.inf)
+        geom = geometry.Geometry(cost_matrix=cost, epsilon=epsilon)  # pyright: ignore[reportArgumentType]
         linear = linear_problem.LinearProblem(geom, a=a, b=b, tau_a=self.tau0, tau_b=self.tau1)
         offsets = epsilon * log_a, epsilon * log_b  # -inf where there is no mass: OTT's kernel then has no part of it
         blocks = max(10, max_iterations // 10 * 10)  # whole blocks of OTT's ten inner iterations

@@ -13,8 +13,9 @@ from coupled_gmm.core.errors import ArgumentError, ArgumentTypeError
 from coupled_gmm.core.programs import program
 from coupled_gmm.core.status import Status, raise_if_failed
 from coupled_gmm.gaussians.mixture import GaussianMixture
-from coupled_gmm.transport import entropic, exact, limits
+from coupled_gmm.transport import entropic, exact, limits, network_simplex
 from coupled_gmm.transport.entropic import Potentials
+from coupled_gmm.transport.links import check_carry
 from coupled_gmm.transport.pair import GaussianMixturePair, stated, transport_problem
 from coupled_gmm.transport.plan import Plan, from_potentials, from_vertex
 from coupled_gmm.transport.problem import Potential, TransportProblem, tau_of_rho
@@ -81,7 +82,7 @@ def solve_plan(
       A `Plan`; read ``converged``, ``marginal_error`` and ``message`` before you trust it.
 
     Raises:
-      TypeError, ValueError: an argument of the wrong kind or out of range.
+      TypeError, ValueError: an argument of the wrong kind or out of range; balanced masses that the pair's links can't carry.
       ImportError: an exact plan of more than 64 components a side, without the extra "pot".
 
     >>> gmm0, gmm1 = (cg.GaussianMixture.from_moments([[0.0], [x]], [[[1.0]], [[1.0]]], [0.5, 0.5]) for x in (2.0, 4.0))
@@ -96,6 +97,7 @@ def solve_plan(
         limits.MAX_ITERATIONS[method] if max_iterations is None else checks.integer("max_iterations", max_iterations, 1)
     )
     init = _potentials(init, pair)
+    check_links("pair", pair, tol)
     if method == "exact":
         if not pair.balanced:
             raise ArgumentError(
@@ -105,6 +107,12 @@ def solve_plan(
     # One program, whatever the prices are.
     plan = _solve_plan(stated(pair, balanced=False), init, tol, solver_for(method, pair), limit)
     return dataclasses.replace(plan, pair=pair)
+
+
+def check_links(name: str, pair: GaussianMixturePair, most: Any) -> None:
+    """Refuse a pair of which both masses are held, and whose links can't carry them to a marginal error of `most`."""
+    if pair.links is not None and pair.balanced:
+        check_carry(name, pair.links, pair.gmm0.weights, pair.gmm1.weights, most)
 
 
 def _potentials(init: Any, pair: GaussianMixturePair) -> tuple[Any, Any]:
@@ -130,20 +138,27 @@ def _solve_plan(pair: GaussianMixturePair, init: Any, tol: Array, solver: PlanSo
 def _solve_exactly(pair: GaussianMixturePair, tol: Array, max_iterations: int) -> Plan:
     cost = pair.cost_matrix()
     problem = jax.lax.stop_gradient((cost, pair.gmm0.weights, pair.gmm1.weights))
-    vertex, _ = exact_vertex(*problem, max_iterations)
+    vertex, _ = exact_vertex(*problem, max_iterations, links=pair.links)
     return from_vertex(pair, cost, vertex, tol)
 
 
 def exact_vertex(
-    cost: Array, a: Array, b: Array, max_iterations: int, start: exact.Basis | None = None
+    cost: Array,
+    a: Array,
+    b: Array,
+    max_iterations: int,
+    start: exact.Basis | None = None,
+    links: Array | None = None,
 ) -> tuple[exact.Vertex, exact.Basis | None]:
     """An optimal vertex, inside XLA or on the host, and what the next one may start from."""
     if max(cost.shape) <= limits.MAX_SIZE_IN_XLA:
-        return exact.solve(cost, a, b, max_iterations, start)
-    return exact.solve_on_host(cost, a, b, max_iterations), start
+        return exact.solve(cost, a, b, max_iterations, start, links)
+    return network_simplex.solve(cost, a, b, max_iterations, links), start
 
 
-def mw2_squared(gmm0: GaussianMixture, gmm1: GaussianMixture, *, epsilon: Any = None) -> Float[Array, ""]:
+def mw2_squared(
+    gmm0: GaussianMixture, gmm1: GaussianMixture, *, epsilon: Any = None, links: Any = None
+) -> Float[Array, ""]:
     r"""The squared distance MW2 of Delon & Desolneux (2020) between two mixtures, in squared data units:
 
     .. math:: MW_2^2 = \min_{P \ge 0, P 1 = a, P^T 1 = b} \langle P, C \rangle
@@ -154,13 +169,15 @@ def mw2_squared(gmm0: GaussianMixture, gmm1: GaussianMixture, *, epsilon: Any = 
     Args:
       gmm0, gmm1: mixtures over the same features.
       epsilon: None for the exact distance; or above 0, squared data units: <P, C> of the entropic plan.
+      links: where mass may go, as in `GaussianMixturePair`; None is everywhere. With links that forbid any it is no distance.
 
     Raises:
-      TypeError, ValueError: not mixtures, features that disagree, epsilon out of range.
+      TypeError, ValueError: not mixtures, features that disagree, epsilon out of range; masses that the links can't carry.
       FitError: an entropic plan missed its marginals by more than 1e-4. Inside ``jit`` and ``vmap`` nothing can be
         raised: there take `solve_plan`, and read its status.
     """
-    pair = GaussianMixturePair(gmm0, gmm1, 1.0 if epsilon is None else epsilon)
+    pair = GaussianMixturePair(gmm0, gmm1, 1.0 if epsilon is None else epsilon, links=links)
+    check_links("links", pair, limits.MAX_MW2_MARGINAL_ERROR)
     value, status = _mw2_squared(pair, epsilon is None)
     if checks.known(status):
         raise_if_failed(status, Plan._remedies)

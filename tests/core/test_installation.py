@@ -14,7 +14,7 @@ from problems import ROOT, random_mixture
 import coupled_gmm as cg
 from coupled_gmm.core import foreign, installation, report
 from coupled_gmm.data import array_files, clouds
-from coupled_gmm.transport import exact
+from coupled_gmm.transport import network_simplex
 
 CLOUDS = "coupled_gmm.data.clouds"
 
@@ -99,7 +99,7 @@ def progress():
 
 def large_exact_plan():
     cost, mass = jnp.ones((65, 65)), jnp.full(65, 1 / 65)
-    exact.solve_on_host(cost, mass, mass, 10)
+    network_simplex.solve(cost, mass, mass, 10)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from problems import DATA
 
 from coupled_gmm.transport import entropic, masses
-from coupled_gmm.transport.masses import Links, Response
+from coupled_gmm.transport.masses import Joins, Response
 from coupled_gmm.transport.problem import TransportProblem
 
 
@@ -26,9 +26,9 @@ def solve_pair(problem, init, tol, limit, targets, rates, free=(True, True)):
     response = Response(
         targets=jnp.stack([padded(x, 0) for x in targets]), weights=jnp.where(none, 1, 1 / rates), free=jnp.stack(free)
     )
-    links = Links(jnp.array([[0], [1]]), jnp.where(none, 0, 1)[None].astype(cost.dtype))
+    joins = Joins(jnp.array([[0], [1]]), jnp.where(none, 0, 1)[None].astype(cost.dtype))
     init = tuple(padded(x, 0)[None] for x in init)
-    found, _ = masses.solve(stacked, links, log_masses, init, tol, limit, response)
+    found, _ = masses.solve(stacked, joins, log_masses, init, tol, limit, response)
     found = jax.tree.map(lambda leaf: leaf[0], found)
     k0, k1 = sizes
     rests = found.rests[0][:k0], found.rests[1][:k1]
@@ -283,9 +283,9 @@ def solved_graph(graph, free, rho=None, init=None, present=None):
     rho = None if rho is None else jnp.full(len(edges), rho)
     problems = TransportProblem.of_log_masses(jnp.asarray(cost), one, other, epsilon=jnp.asarray(epsilon), rho=rho)
     response = Response(jnp.asarray(targets), jnp.asarray(v), jnp.asarray(free))
-    links = Links(jnp.asarray(edges.T), jnp.asarray(weights))
+    joins = Joins(jnp.asarray(edges.T), jnp.asarray(weights))
     init = (jnp.zeros(cost.shape[:2]),) * 2 if init is None else init
-    return jax.jit(masses.solve, static_argnums=5)(problems, links, logs, init, jnp.asarray(1e-10), 500, response)
+    return jax.jit(masses.solve, static_argnums=5)(problems, joins, logs, init, jnp.asarray(1e-10), 500, response)
 
 
 def graph_objective(masses_, graph):

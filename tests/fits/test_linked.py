@@ -1,0 +1,122 @@
+"""Fits with links: forbidden ones carry nothing, pinned ones all that they are told to, and J never falls."""
+
+import numpy as np
+import optax
+import pytest
+
+import coupled_gmm as cg
+
+CENTRES = np.array([[0, 0], [4, 0], [0, 4], [4, 4]], float)
+DIAGONAL = np.eye(4, dtype=bool)
+PINNED = cg.links((4, 4), pinned=[(0, 0), (1, 1)])
+
+
+def cloud(seed, counts, shift):
+    rng = np.random.RandomState(seed)
+    return np.concatenate([c + shift + 0.5 * rng.randn(n, 2) for n, c in zip(counts, CENTRES)])
+
+
+CLOUDS = cloud(0, (80, 60, 40, 20), 0), cloud(1, (20, 60, 40, 80), 0.3)
+
+
+def pair_of(links, weights=(0.1, 0.3, 0.2, 0.4), **kwargs):
+    covariances = [0.3 * np.eye(2)] * 4
+    gmm0 = cg.GaussianMixture.from_moments(CENTRES, covariances, [0.25] * 4)
+    gmm1 = cg.GaussianMixture.from_moments(CENTRES + 0.4, covariances, weights)
+    return cg.GaussianMixturePair(gmm0, gmm1, 0.05, links=links, **kwargs)
+
+
+def check(fit, allowed):
+    matrix, history = np.asarray(fit.plan.matrix), np.asarray(fit.history.penalized_log_likelihood)
+    assert fit.status_name in ("converged", "steps done") and fit.plan.status_name == "converged", fit.message
+    assert (matrix[~allowed] == 0).all() and abs(matrix.sum() - float(fit.plan.total_mass)) < 1e-6
+    assert np.diff(history[: int(fit.n_steps)]).min(initial=0) > -1e-5
+    value = cg.penalized_log_likelihood(fit.pair, *CLOUDS, transport_weight=0.1)
+    np.testing.assert_allclose(float(fit.penalized_log_likelihood), float(value), atol=2e-5)
+
+
+@pytest.mark.parametrize("rho", [np.inf, 0.5])
+def test_a_fit_keeps_to_its_links(rho):
+    """Balanced too, where the masses that it starts from are none that the links can carry."""
+    for allowed in (DIAGONAL, np.triu(np.ones((4, 4), bool)), PINNED):
+        fit = cg.fit_pair(*CLOUDS, pair_of(allowed, rho=rho), transport_weight=0.1)
+        check(fit, allowed)
+        matrix = np.asarray(fit.plan.matrix)
+        if allowed is DIAGONAL and np.isinf(rho):
+            np.testing.assert_allclose(np.asarray(fit.pair.gmm0.weights), np.asarray(fit.pair.gmm1.weights), atol=2e-6)
+        if allowed is PINNED:
+            np.testing.assert_allclose(matrix[[0, 1], [0, 1]], matrix[:2].sum(1))
+    free = cg.fit_pair(*CLOUDS, pair_of(None, rho=rho), transport_weight=0.1)
+    assert float(fit.penalized_log_likelihood) <= float(free.penalized_log_likelihood) + 1e-5
+    every = cg.fit_pair(*CLOUDS, pair_of(np.ones((4, 4), bool), rho=rho), transport_weight=0.1)
+    np.testing.assert_allclose(float(every.penalized_log_likelihood), float(free.penalized_log_likelihood), atol=1e-5)
+
+
+def test_components_that_may_not_mix_are_not_merged():
+    """At a weight at which all mixtures would be one Gaussian, what has no links stays apart and pays for it."""
+    free, bound = (
+        cg.fit_pair(*CLOUDS, pair_of(links, [0.25] * 4), transport_weight=1e3, em_steps=60)
+        for links in (None, DIAGONAL)
+    )
+    spread = [np.ptp(np.asarray(fit.pair.gmm0.means), axis=0).max() for fit in (free, bound)]
+    assert spread[0] < 0.1 < 2 < spread[1]
+
+
+def test_frozen_masses_that_links_cannot_carry_are_refused():
+    with pytest.raises(ValueError, match="links can't carry"):
+        cg.fit_pair(*CLOUDS, pair_of(DIAGONAL), transport_weight=0.1, freeze=("gmm0", "gmm1"))
+    pair = pair_of(DIAGONAL)
+    fit = cg.fit_pair(*CLOUDS, pair, transport_weight=0.1, freeze=("gmm1",))
+    for gmm in (fit.pair.gmm0, fit.pair.gmm1):
+        np.testing.assert_allclose(np.asarray(gmm.weights), np.asarray(pair.gmm1.weights), atol=2e-6)
+    with pytest.raises(ValueError, match="n_init"):
+        import jax
+
+        cg.fit_pair(*CLOUDS, pair, transport_weight=0.1, n_init=2, key=jax.random.key(0))
+
+
+@pytest.mark.slow
+def test_other_optimisers_keep_to_them_too():
+    for kwargs in ({"optimizer": optax.adam, "learning_rate": 1e-2}, {"method": "sinkhorn"}):
+        fit = cg.fit_pair(*CLOUDS, pair_of(PINNED, rho=0.5), transport_weight=0.1, **kwargs)
+        assert (np.asarray(fit.plan.matrix)[~PINNED] == 0).all()
+        assert fit.status_name == "steps done" and fit.plan.status_name == "converged"
+
+
+@pytest.mark.slow
+def test_graphs_and_batches_keep_to_them_too():
+    """Of mixtures of unequal size, with edges written either way, and beside edges without links."""
+    three = cg.GaussianMixture.from_moments(CENTRES[:3], [0.3 * np.eye(2)] * 3, [0.4, 0.3, 0.3])
+    pair = pair_of(PINNED, rho=0.5)
+    allowed = cg.links((3, 4), forbidden=[(0, 0), (1, 2)])
+    alone = cg.fit_pair(*CLOUDS, pair, transport_weight=0.1)
+    one = cg.MixtureGraph.from_mixtures(
+        [pair.gmm0, pair.gmm1], [(1, 0)], edge_weights=0.1, epsilon=0.05, rho=0.5, links=[PINNED.T]
+    )
+    fit = cg.fit_graph(CLOUDS, one)
+    np.testing.assert_allclose(float(fit.penalized_log_likelihood), float(alone.penalized_log_likelihood), atol=1e-5)
+    np.testing.assert_allclose(np.asarray(fit.plan((0, 1)).matrix), np.asarray(alone.plan.matrix), atol=1e-4)
+    graph = cg.MixtureGraph.from_mixtures(
+        [pair.gmm0, three, pair.gmm1],
+        [(2, 1), (0, 2)],
+        edge_weights=0.1,
+        epsilon=0.05,
+        rho=0.5,
+        links=[allowed.T, None],
+    )
+    fit = cg.fit_graph([CLOUDS[0], CLOUDS[1], CLOUDS[1]], graph)
+    matrix = np.asarray(fit.plan((1, 2)).matrix)
+    assert matrix.shape == (3, 4) and (matrix[~allowed] == 0).all() and matrix.sum() > 0.1
+    assert np.asarray(fit.plan((0, 2)).matrix).min() >= 0
+    balanced = cg.MixtureGraph.from_mixtures([pair.gmm0, pair.gmm1], [(0, 1)], links=[DIAGONAL])
+    with pytest.raises(ValueError, match=r"links of edge \(0, 1\) can't carry"):
+        cg.fit_graph(CLOUDS, balanced)
+    other = cg.GaussianMixturePair(three, pair.gmm1, 0.05, rho=0.5, links=allowed)
+    fits = cg.fit_pairs([CLOUDS[0]] * 3, [CLOUDS[1]] * 3, [pair, other, pair_of(None, rho=0.5)], transport_weight=0.1)
+    assert (np.asarray(fits[0].plan.matrix)[~PINNED] == 0).all() and fits[2].pair.links is None
+    assert (np.asarray(fits[1].plan.matrix)[~allowed] == 0).all()
+    for fit, start in zip(fits, (pair, other), strict=False):
+        by_itself = cg.fit_pair(*CLOUDS, start, transport_weight=0.1)
+        np.testing.assert_allclose(
+            float(fit.penalized_log_likelihood), float(by_itself.penalized_log_likelihood), atol=1e-5
+        )
