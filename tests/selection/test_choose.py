@@ -57,6 +57,16 @@ def test_fewer_components_come_before_more_weight():
     assert rules.chosen(table, "one_standard_error") == 3
 
 
+def test_prices_are_told_apart_by_rows_that_are_coupled():
+    """At weight 0 they change nothing, and rounding may put any of them first."""
+    best = np.array([0.0, 1.0, 2.0])
+    near, far = best - [0.3, -0.1, 0.1], best - 1
+    table = candidates([best + 1e-7, far, best, near], [1] * 4, [0.0, 1.0, 0.0, 1.0], groups=[0, 0, 1, 1])
+    assert rules.chosen(table, "one_standard_error") == 3
+    table = candidates([best, far, best - [0.1, 0.0, 0.0], far], [1] * 4, [0.0, 1.0, 0.0, 1.0], groups=[0, 0, 1, 1])
+    assert rules.chosen(table, "one_standard_error") == 0, "where none is near enough, fits apart"
+
+
 def test_failed_rows_are_not_chosen():
     failed = np.full(2, -np.inf)
     table = candidates([failed, [1.0, 2.0], [0.0, -np.inf]], [1, 2, 1], [9.0, 0.0, 1.0], likelihoods=np.zeros(3))
