@@ -44,8 +44,9 @@ def chosen(candidates: Candidates, rule: str) -> int:
     """The number of the row that a rule takes.
 
     "best": the likeliest. "one_standard_error": of those within one standard error of it the smallest mixtures, and of these, with
-    the epsilon and rho of the likeliest that is coupled, the largest weight (Breiman et al. 1984). "corner": of the same mixtures, epsilon and rho
-    the weight at which log-likelihood against transport turns: farthest above the line between the ends of the path.
+    the epsilon and rho of the likeliest that is coupled, the largest weight (Breiman et al. 1984). "corner": of the same mixtures,
+    epsilon and rho the weight at which log-likelihood against transport turns: farthest above the line between the ends of the
+    path.
     """
     means, within = candidates.means(), candidates.within()
     if rule == "best":
