@@ -255,7 +255,7 @@ def test_a_hundred_replicates_cost_less_than_twenty_fits():
         lambda: [cg.fit_pair(*x, pair, transport_weight=0.01) for _ in range(20)],
         lambda: cg.bootstrap(KEY, fit, x),
     )
-    turns = [[seconds(call) for call in calls] for _ in range(6)][1:]
+    turns = [[seconds(call) for call in calls] for _ in range(10)][1:]
     twenty, hundred = np.min(turns, axis=0)
     assert hundred < twenty, (hundred, twenty)
 
