@@ -1,11 +1,11 @@
 """Choices without the truth on public tables, which are read from folders that are named; nothing of them is kept here.
 
-    python benchmarks/held_out_choice.py hipc FOLDER [--seeds 3]
-    python benchmarks/held_out_choice.py cite FOLDER [--seeds 5]
+    python benchmarks/held_out_choice.py hipc FOLDER [--seeds 3] [--points 20000]
+    python benchmarks/held_out_choice.py cite FOLDER [--seeds 3]
 
 hipc: cell-type proportions of an unlabelled flow cytometry sample from a labelled one. FOLDER holds HIPC_Stanford.RData of the
 R package CytOpT (Freulon, Bigot & Hejblum 2023); it takes the package `rdata`. A Gaussian a class, of the labelled sample, is
-frozen; a mixture that starts there is fitted to 5,000 points of the other, and rho and the weight are chosen by held-out points.
+frozen; a mixture that starts there is fitted to points of the other, and rho and the weight are chosen by held-out points.
 Proportions are the plan's: the mass of each class times its mass change. KL(estimate, truth), lower is better.
 
 cite: the CITE-seq data of the single-cell integration challenge, 50 principal components. FOLDER holds cite50_2.npy to
@@ -31,7 +31,7 @@ def divergence(estimate: np.ndarray, truth: np.ndarray) -> float:
     return float(np.sum(estimate * np.log(estimate / truth)))
 
 
-def hipc(folder: Path, seeds: int, n: int = 5000) -> None:
+def hipc(folder: Path, seeds: int, n: int) -> None:
     import rdata
 
     tables = rdata.read_rda(str(folder / "HIPC_Stanford.RData"))
@@ -89,7 +89,7 @@ def energy_distance(x: np.ndarray, y: np.ndarray) -> float:
     return mean(x, y) - 0.5 * (mean(x, x) + mean(y, y))
 
 
-def cite(folder: Path, seeds: int, n: int = 3000) -> None:
+def cite(folder: Path, seeds: int, n: int) -> None:
     days = {day: np.load(folder / f"cite50_{day}.npy").astype(np.float64) for day in (2, 3, 4, 7)}
     for seed in range(seeds):
         scores = []
@@ -135,5 +135,9 @@ if __name__ == "__main__":
     parser.add_argument("table", choices=("hipc", "cite"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--points", type=int, help="of each cloud, that are chosen by: 20,000 (hipc), 3,000 (cite)")
     given = parser.parse_args()
-    {"hipc": hipc, "cite": cite}[given.table](given.folder, given.seeds)
+    if given.table == "hipc":
+        hipc(given.folder, given.seeds, given.points or 20_000)
+    else:
+        cite(given.folder, given.seeds, given.points or 3000)
