@@ -94,7 +94,8 @@ def climb(
         parameters=coordinates.parameters(end.search.best, log_weights)._replace(log_weights=log_weights),
         initial=Terms(end.q - jnp.where(adopted, change, 0), transport, costs, planned.before),
         potentials=used,
-        marginal_error=jnp.where(adopted, jnp.fmax(error, later_error), error),
+        # Masses that links make agree, and that were not found, are no end to be content with.
+        marginal_error=jnp.where(adopted if graph.links is None else True, jnp.fmax(error, later_error), error),
         moved=adopted | (end.search.state.value < end.value),
         ahead=(gain + end.slope) / SLACK,
         left=end.search.left / SLACK,

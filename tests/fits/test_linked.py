@@ -1,8 +1,10 @@
 """Fits with links: forbidden ones carry nothing, pinned ones all that they are told to, and J never falls."""
 
+import jax
 import numpy as np
 import optax
 import pytest
+from problems import points, random_mixture
 
 import coupled_gmm as cg
 
@@ -52,6 +54,16 @@ def test_a_fit_keeps_to_its_links(rho):
     np.testing.assert_allclose(float(every.penalized_log_likelihood), float(free.penalized_log_likelihood), atol=1e-5)
 
 
+def test_masses_that_links_tie_are_those_that_both_clouds_ask_for():
+    """One to one, at next to no weight: the mean of what each cloud asks for, whose potentials are 1e6 times epsilon."""
+    fit = cg.fit_pair(*CLOUDS, pair_of(DIAGONAL), transport_weight=1e-5, tol=1e-6)
+    assert fit.status_name == "converged"
+    for gmm in (fit.pair.gmm0, fit.pair.gmm1):
+        np.testing.assert_allclose(np.asarray(gmm.weights), [0.25, 0.3, 0.2, 0.25], atol=2e-5)
+    beyond = cg.fit_pair(*CLOUDS, pair_of(DIAGONAL), transport_weight=1e-9, tol=1e-6)
+    assert beyond.status_name == "plan not converged"  # and does not say that it has
+
+
 def test_components_that_may_not_mix_are_not_merged():
     """At a weight at which all mixtures would be one Gaussian, what has no links stays apart and pays for it."""
     free, bound = (
@@ -70,9 +82,34 @@ def test_frozen_masses_that_links_cannot_carry_are_refused():
     for gmm in (fit.pair.gmm0, fit.pair.gmm1):
         np.testing.assert_allclose(np.asarray(gmm.weights), np.asarray(pair.gmm1.weights), atol=2e-6)
     with pytest.raises(ValueError, match="n_init"):
-        import jax
-
         cg.fit_pair(*CLOUDS, pair, transport_weight=0.1, n_init=2, key=jax.random.key(0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [15, 58, *range(20, 30)])
+def test_whatever_the_links_and_masses(seed):
+    """Links in which masses fit at one point only, weights from 1e-3 to 10 over the costs: float32 ends as well as float64."""
+    rng, k0, k1, d = np.random.RandomState(seed), 6 - 3 * (seed % 2 == 0), 5 - 2 * (seed % 2 == 0), 2 + seed // 2 % 2
+    allowed = rng.rand(k0, k1) < 0.2
+    allowed[np.arange(k0), rng.randint(k1, size=k0)] = True
+    allowed[rng.randint(k0, size=k1), np.arange(k1)] = True
+    gmms = [random_mixture(seed + 9 * i, k, d) for i, k in enumerate((k0, k1))]
+    clouds = [points(random_mixture(seed + 5 + i, k, d), 300, i) for i, k in enumerate((k0, k1))]
+    scale = float(np.mean(np.asarray(cg.bures_cost_matrix(*gmms))))
+    epsilon, weight = scale * 10 ** rng.uniform(-3, -0.5), 10 ** rng.uniform(-3, 1) / scale
+    ends = []
+    for exactly in (False, True):
+        with jax.enable_x64(exactly):
+            sides = [
+                cg.GaussianMixture.from_moments(*map(np.asarray, (g.means, g.covariances, g.weights))) for g in gmms
+            ]
+            fit = cg.fit_pair(
+                *clouds, cg.GaussianMixturePair(*sides, epsilon, links=allowed), transport_weight=weight, em_steps=25
+            )
+            assert fit.status_name == "steps done" and fit.plan.status_name == "converged"
+            assert (np.asarray(fit.plan.matrix)[~allowed] == 0).all()
+            ends.append(float(fit.penalized_log_likelihood))
+    assert abs(ends[0] - ends[1]) < 0.05 * (1 + abs(ends[1])), ends
 
 
 @pytest.mark.slow
