@@ -102,6 +102,7 @@ def test_otts_sinkhorn_finds_the_same(rho):
     np.testing.assert_allclose(np.asarray(theirs.matrix), np.asarray(ours.matrix), atol=2e-5)
 
 
+@pytest.mark.slow
 def test_links_that_forbid_nothing_change_nothing():
     gmm0, gmm1 = random_mixture(0, K0, 2), random_mixture(1, K1, 2)
     free, linked = (cg.GaussianMixturePair(gmm0, gmm1, 0.3, links=m) for m in (None, np.ones((K0, K1), bool)))
@@ -122,6 +123,7 @@ def test_a_plan_whose_links_leave_it_no_choice():
             np.testing.assert_allclose(np.asarray(plan.matrix), np.diag(gmm.weights), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_derivatives_are_those_of_finite_differences():
     with jax.enable_x64(True):
         pair, _ = pair_of(5)
@@ -230,6 +232,7 @@ def test_a_component_without_mass_may_be_without_links():
         assert np.isfinite(np.asarray(jax.grad(cost)(gmm0.means, method))).all()
 
 
+@pytest.mark.slow
 def test_they_batch_and_are_saved(tmp_path):
     pairs = [pair_of(seed)[0] for seed in (7, 8)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *pairs)
