@@ -16,7 +16,7 @@ from coupled_gmm.core.tree import take, unchecked
 from coupled_gmm.fits import em, frame
 from coupled_gmm.fits.frame import Sight
 from coupled_gmm.fits.graph import MixtureGraph
-from coupled_gmm.fits.linked import check_edges
+from coupled_gmm.fits.linked import started_graph
 from coupled_gmm.fits.request import Controls, FitOptions, FitRequest, GivenCloud, Stretches, view_of
 from coupled_gmm.fits.results import GraphFit
 from coupled_gmm.fits.statistics import Sums
@@ -132,7 +132,7 @@ def fit_graph(
         raise ArgumentError(
             "graph", f"is a batch of {len(graph.sources)} graphs", "fit them with jax.vmap, or take one of them"
         )
-    check_edges(graph)
+    graph = started_graph(graph)
     request = FitRequest.checked(
         ridge=ridge,
         tol=tol,

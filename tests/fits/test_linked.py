@@ -7,6 +7,8 @@ import pytest
 from problems import points, random_mixture
 
 import coupled_gmm as cg
+from coupled_gmm.fits.linked import started_graph
+from coupled_gmm.transport.links import shortage
 
 CENTRES = np.array([[0, 0], [4, 0], [0, 4], [4, 4]], float)
 DIAGONAL = np.eye(4, dtype=bool)
@@ -152,9 +154,6 @@ def test_graphs_and_batches_keep_to_them_too():
     matrix = np.asarray(fit.plan((1, 2)).matrix)
     assert matrix.shape == (3, 4) and (matrix[~allowed] == 0).all() and matrix.sum() > 0.1
     assert np.asarray(fit.plan((0, 2)).matrix).min() >= 0
-    balanced = cg.MixtureGraph.from_mixtures([pair.gmm0, pair.gmm1], [(0, 1)], links=[DIAGONAL])
-    with pytest.raises(ValueError, match=r"links of edge \(0, 1\) can't carry"):
-        cg.fit_graph(CLOUDS, balanced)
     other = cg.GaussianMixturePair(three, pair.gmm1, 0.05, rho=0.5, links=allowed)
     fits = cg.fit_pairs([CLOUDS[0]] * 3, [CLOUDS[1]] * 3, [pair, other, pair_of(None, rho=0.5)], transport_weight=0.1)
     assert (np.asarray(fits[0].plan.matrix)[~PINNED] == 0).all() and fits[2].pair.links is None
@@ -164,3 +163,48 @@ def test_graphs_and_batches_keep_to_them_too():
         np.testing.assert_allclose(
             float(fit.penalized_log_likelihood), float(by_itself.penalized_log_likelihood), atol=1e-5
         )
+
+
+def test_graphs_start_from_masses_that_links_can_carry():
+    """On a tree, of nodes of unequal size; a frozen node keeps its own; circles are refused."""
+    rng = np.random.RandomState(0)
+    gmms = [random_mixture(seed, k, 1) for seed, k in enumerate((3, 4, 2, 3, 3))]
+    edges = [(1, 0), (1, 2), (2, 3), (3, 4)]
+    masks = [rng.rand(gmms[i].n_components, gmms[j].n_components) < 0.4 for i, j in edges]
+    for mask in masks:
+        mask[np.arange(len(mask)), rng.randint(mask.shape[1], size=len(mask))] = True
+        mask[rng.randint(len(mask), size=mask.shape[1]), np.arange(mask.shape[1])] = True
+    given = [np.asarray(gmm.weights) for gmm in gmms]
+    assert max(shortage(mask, given[i], given[j])[0] for (i, j), mask in zip(edges, masks)) > 0.1
+    for frozen in ((), (1,), (4,)):
+        graph = cg.MixtureGraph.from_mixtures(gmms, edges, links=masks, frozen=frozen)
+        found = [np.asarray(gmm.weights) for gmm in graph.split(started_graph(graph).nodes)]
+        for (i, j), mask in zip(edges, masks, strict=True):
+            assert shortage(mask, found[i], found[j])[0] < 1e-6
+        for node, weights in enumerate(found):
+            assert (weights >= 0).all() and abs(weights.sum() - 1) < 1e-6
+            if node in frozen:
+                np.testing.assert_array_equal(weights, given[node])
+    for kwargs, more in (({"frozen": (0, 4)}, []), ({}, [(0, 4)])):
+        links = [*masks, *([None] if more else [])]
+        graph = cg.MixtureGraph.from_mixtures(gmms, [*edges, *more], links=links, **kwargs)
+        with pytest.raises(ValueError, match=r"graph: the links of edge .* can't carry"):
+            cg.fit_graph([np.zeros((2, 1))] * 5, graph)
+    tie = cg.MixtureGraph.from_mixtures(
+        [gmms[0], gmms[3]], [(0, 1)], links=[np.eye(3, dtype=bool)], rho=[[1.0, np.inf]]
+    )
+    assert started_graph(tie) is tie  # one side's masses may change
+
+
+@pytest.mark.slow
+def test_a_chain_with_links_starts_and_climbs():
+    middle = cg.GaussianMixture.from_moments(CENTRES + 0.2, [0.3 * np.eye(2)] * 4, [0.1, 0.2, 0.3, 0.4])
+    pair = pair_of(DIAGONAL)
+    graph = cg.MixtureGraph.from_mixtures(
+        [pair.gmm0, middle, pair.gmm1], [(0, 1), (2, 1)], edge_weights=0.1, epsilon=0.05, links=[DIAGONAL, PINNED]
+    )
+    fit = cg.fit_graph([CLOUDS[0], None, CLOUDS[1]], graph)
+    assert fit.status_name == "steps done" and set(np.asarray(fit.plans.status).tolist()) == {0}
+    assert (np.asarray(fit.plan(0).matrix)[~DIAGONAL] == 0).all()
+    assert (np.asarray(fit.plan((2, 1)).matrix)[~PINNED] == 0).all()
+    assert np.diff(np.asarray(fit.history.penalized_log_likelihood)).min() > -1e-5
