@@ -20,18 +20,19 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from coupled_gmm.batch.mixtures import fit_gmms, init_gmms
 from coupled_gmm.core import checks, foreign, matrices
 from coupled_gmm.core.errors import ArgumentError, ArgumentTypeError
-from coupled_gmm.core.tree import AnyArray, pytree, static
+from coupled_gmm.core.tree import AnyArray, pytree, saved, static
 from coupled_gmm.gaussians.mixture import GaussianMixture
 from coupled_gmm.transport.plan import Plan
 
 
+@saved
 @pytree
 class Classes:
     """A mixture whose components belong to classes, in the order of `names`."""
 
     gmm: GaussianMixture
     of_component: Int[AnyArray, " K"]  # the class of each, as an index in names
-    names: tuple[Any, ...] = static()
+    names: tuple[str | int, ...] = static()
 
     def _words(self) -> list[str]:
         return [f"{len(self.names)} classes", f"{self.gmm.n_components} components of {self.gmm.n_features} features"]
@@ -182,7 +183,7 @@ def _numbered(labels: Any, n: int) -> tuple[tuple[Any, ...], Int[np.ndarray, " n
         if set(kinds) != {"str"}:
             raise ArgumentTypeError("labels", f"expected words or whole numbers, got {', '.join(sorted(kinds))}")
         given = given.astype(str)
-    if given.dtype.kind not in "iubU":
+    if given.dtype.kind not in "iuU":
         raise ArgumentTypeError(
             "labels", f"expected words or whole numbers, got {given.dtype}", "leave out what has none"
         )

@@ -90,7 +90,7 @@ class _Object:
     def _typed(self, name: str, value: Any, hint: Any) -> None:
         origin, inner = typing.get_origin(hint), typing.get_args(hint)
         if origin in (types.UnionType, typing.Union):
-            if value is not None or types.NoneType not in inner:
+            if type(value) not in (str, int, types.NoneType) or type(value) not in inner:
                 self._typed(name, value, next(one for one in inner if one is not types.NoneType))
         elif _is_array(hint):
             self._shaped(name, value, hint)
@@ -314,6 +314,12 @@ def _graph_values(o: _Object) -> None:
         o.require(name, np.isfinite(o.array(name)) & (o.array(name) >= 0), "must be finite and at least 0")
 
 
+def _classes(o: _Object) -> None:
+    index, k = o.array("of_component"), o.held("gmm").means.shape[-2]
+    o.require("of_component", index.shape[-1] == k, f"is of {index.shape[-1]} components, and gmm has {k}")
+    o.require("of_component", (index >= 0) & (index < len(o.held("names"))), "names a class that there is not")
+
+
 def _finite_values(*names: str) -> Callable[[_Object], None]:
     def values(o: _Object) -> None:
         for name in names:
@@ -329,6 +335,7 @@ def _flow(o: _Object) -> None:
 
 _RELATIONS: dict[str, Callable[[_Object], None]] = {
     "BarycenterFit": _steps,
+    "Classes": _classes,
     "FlowFit": _flow,
     "GaussianMixture": _mixture_sizes,
     "GaussianMixturePair": _pair_sizes,

@@ -23,7 +23,7 @@ Newton's step is one of all edges at once: `edges`.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -150,7 +150,7 @@ class _Joint(NamedTuple):
         ends, nodes = joins.ends, _Nodes(response, log_masses)
         given, present, free = nodes.given[ends], nodes.present[ends], response.free[ends]
         unit = jnp.exp2(jnp.round(jnp.log2(problems.epsilon)))
-        near = _near(problems, present, init, response.weights[ends] / joins.weights)
+        near = _near(problems, present, init, joins, response)
         cost = -jax.vmap(TransportProblem.exponent)(problems, *near) / unit[:, None, None]
         start = jnp.stack([value(side) for side in near]) / unit[:, None]
         left = problems.in_unit(unit, cost).with_log_masses(given[0], given[1])
@@ -347,22 +347,22 @@ def _once(
     moved = new[joins.ends]
     change = joint.unit[:, None] * (x - joint.epsilon[:, None] * _difference(moved, joint.nodes.given[joins.ends]))
     found = _potentials(problems, moved, joint.present, joint.near, change)
-    steps = joint.unit[:, None] * jnp.where(joint.present, x, 0)
-    near = expansions.moved(joint.near[0], steps[0]), expansions.moved(joint.near[1], steps[1])
+    near = joint.near
+    if problems.links is not None:
+        steps = joint.unit[:, None] * jnp.where(joint.present, x, 0)
+        near = expansions.moved(near[0], steps[0]), expansions.moved(near[1], steps[1])
     return jax.vmap(entropic.certified, (0, 0, 0, None, None))(*found, tol, end), new, near
 
 
 def _near(
-    problems: TransportProblem,
-    present: Bool[Array, "2 E K"],
-    init: tuple[Potential, Potential],
-    pulls: Float[Array, "2 E"],
+    problems: TransportProblem, present: Bool[Array, "2 E K"], init: Any, joins: Joins, response: Response
 ) -> tuple[Words, Words]:
     """Potentials to start from; those that are of another problem are farther away than zero."""
     f, g = (expansions.words(side) for side in init)
     farthest = FAR * _cost_scales(problems, present)[:, None]
     if problems.links is not None:  # they may be as large as what moves masses, and then go together
-        farthest = problems.longest_way * farthest + FAR * jnp.max(pulls, axis=0)[:, None]
+        pulls = jnp.max(response.weights[joins.ends], axis=0) / joins.weights
+        farthest = problems.longest_way * farthest + FAR * pulls[:, None]
         near = [jnp.all(jnp.abs(side[0]) <= farthest, axis=1, keepdims=True) for side in (f, g)]
         farthest = jnp.where(near[0] & near[1], farthest, -1)
     return _where(jnp.abs(f[0]) <= farthest, f), _where(jnp.abs(g[0]) <= farthest, g)
