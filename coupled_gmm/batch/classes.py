@@ -32,7 +32,7 @@ class Classes:
 
     gmm: GaussianMixture
     of_component: Int[AnyArray, " K"]  # the class of each, as an index in names
-    names: tuple[Any, ...] = static()
+    names: tuple[str | int, ...] = static()
 
     def _words(self) -> list[str]:
         return [f"{len(self.names)} classes", f"{self.gmm.n_components} components of {self.gmm.n_features} features"]
@@ -183,7 +183,7 @@ def _numbered(labels: Any, n: int) -> tuple[tuple[Any, ...], Int[np.ndarray, " n
         if set(kinds) != {"str"}:
             raise ArgumentTypeError("labels", f"expected words or whole numbers, got {', '.join(sorted(kinds))}")
         given = given.astype(str)
-    if given.dtype.kind not in "iubU":
+    if given.dtype.kind not in "iuU":
         raise ArgumentTypeError(
             "labels", f"expected words or whole numbers, got {given.dtype}", "leave out what has none"
         )

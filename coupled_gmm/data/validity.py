@@ -328,6 +328,12 @@ def _graph_values(o: _Object) -> None:
     _finite_values("times")(o)
 
 
+def _classes(o: _Object) -> None:
+    index, k = o.array("of_component"), o.held("gmm").means.shape[-2]
+    o.require("of_component", index.shape[-1] == k, f"is of {index.shape[-1]} components, and gmm has {k}")
+    o.require("of_component", (index >= 0) & (index < len(o.held("names"))), "names a class that there is not")
+
+
 def _finite_values(*names: str) -> Callable[[_Object], None]:
     def values(o: _Object) -> None:
         for name in names:
@@ -350,6 +356,7 @@ def _fidelity_values(fidelity: _Object) -> None:
 
 _RELATIONS: dict[str, Callable[[_Object], None]] = {
     "BarycenterFit": _steps,
+    "Classes": _classes,
     "FlowFit": _flow,
     "GaussianMixture": _mixture_sizes,
     "GaussianMixturePair": _pair_sizes,

@@ -17,7 +17,7 @@ from coupled_gmm.fits import contest, em, frame
 from coupled_gmm.fits.frame import Sight, View
 from coupled_gmm.fits.gmm import pooled_draws
 from coupled_gmm.fits.graph import MixtureGraph
-from coupled_gmm.fits.linked import check_edges
+from coupled_gmm.fits.linked import started_graph
 from coupled_gmm.fits.refits import Coupled, fidelity_of
 from coupled_gmm.fits.request import Controls, FitOptions, FitRequest, GivenCloud, Stretches, view_of
 from coupled_gmm.fits.results import GraphFit
@@ -182,11 +182,14 @@ def fit_graph(
     n_init = contest.check_starts(n_init, key)
     if n_init > 1 and progress:
         raise ArgumentError("progress", "fits of several starts have none", "leave it out, or n_init")
+    if n_init > 1 and graph.links is not None:
+        problem = "draws components in no order, and the graph's links say of each what it may be linked to"
+        raise ArgumentError("n_init", problem, "fit from graphs of your own, one by one")
     if graph.sources.ndim != 1:
         raise ArgumentError(
             "graph", f"is a batch of {len(graph.sources)} graphs", "fit them with jax.vmap, or take one of them"
         )
-    check_edges(graph)
+    graph = started_graph(graph)
     request = FitRequest.checked(
         ridge=ridge,
         tol=tol,

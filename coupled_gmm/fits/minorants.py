@@ -81,7 +81,7 @@ def climb(
     heavy = graph.edge_weights * farthest > jnp.max(graph.node_weights)
     doubt = jnp.where(heavy & (missed > 8 * jnp.finfo(missed.dtype).eps), missed * farthest, 0)
     good = (later_error <= limits.MAX_MARGINAL_ERROR) & (gain > graph.edge_weights @ doubt)
-    adopted = good & (budget > 1)
+    adopted, worst = good & (budget > 1), jnp.fmax(error, later_error)
     log_weights = chosen(adopted, planned.log_weights, base.log_weights)
     used = chosen(adopted, planned.after, planned.before)
 
@@ -94,7 +94,8 @@ def climb(
         parameters=coordinates.parameters(end.search.best, log_weights)._replace(log_weights=log_weights),
         initial=Terms(end.q - jnp.where(adopted, change, 0), transport, costs, planned.before),
         potentials=used,
-        marginal_error=jnp.where(adopted, jnp.fmax(error, later_error), error),
+        # Masses that links make agree, and that were not found, are no end to be content with.
+        marginal_error=jnp.where(adopted, worst, error) if graph.links is None else worst,
         moved=adopted | (end.search.state.value < end.value),
         ahead=(gain + end.slope) / SLACK,
         left=end.search.left / SLACK,

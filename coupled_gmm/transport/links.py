@@ -103,7 +103,7 @@ def _check_each_has_one(name: str, allowed: np.ndarray, a: np.ndarray, b: np.nda
             raise ArgumentError(name, problem, "allow it one, or give it weight 0")
 
 
-def check_carry(name: str, allowed: Any, a: Any, b: Any, most: float) -> None:
+def check_carry(name: str, allowed: Any, a: Any, b: Any, most: Any) -> None:
     """Refuse balanced masses that links can't carry to a marginal error of at most `most`, where all is known.
 
     By Hall's condition: no components together may hold more than all that they are linked to. The largest flow tells.
@@ -111,7 +111,7 @@ def check_carry(name: str, allowed: Any, a: Any, b: Any, most: float) -> None:
     if allowed is None or not checks.known(allowed, a, b, most):
         return
     missing, (rows, columns) = shortage(*(np.asarray(x) for x in (allowed, a, b)))
-    if missing <= max(0.5 * float(most), 1e-6):
+    if missing <= max(0.5 * float(np.max(most)), 1e-6):
         return
     held, room = (float(np.sum(np.asarray(m)[which])) for m, which in ((a, rows), (b, columns)))
     problem = (

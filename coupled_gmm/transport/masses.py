@@ -22,7 +22,8 @@ problem concave, and its value a lower bound that is exact at the start: balance
 Newton's step is one of all edges at once: `edges`.
 """
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from coupled_gmm.core import expansions, matrices
 from coupled_gmm.core.expansions import Words
-from coupled_gmm.core.tree import pytree
+from coupled_gmm.core.tree import chosen, pytree
 from coupled_gmm.transport import edges, entropic
 from coupled_gmm.transport.annealing import FAR, Goal, Merit, NewtonSystem, Solve, Unknowns, anneal
 from coupled_gmm.transport.entropic import Potentials
@@ -38,6 +39,7 @@ from coupled_gmm.transport.problem import Potential, TransportProblem, largest_e
 
 # Of Newton's method for the normalizer, from the last one: the merit must be that of masses that sum to 1.
 _NORMALIZER_STEPS, _LAST_NORMALIZER_STEPS = 4, 8
+_ROUNDS = 8  # of looking for what rounding has left, where there are links
 
 
 @pytree
@@ -132,9 +134,7 @@ class _Joint(NamedTuple):
     rates: Float[Array, "2 E 1"]
     kept: Float[Array, "2 E K"]  # what the start leaves of masses
     pulled: Float[Array, "V K"]  # by the start
-    heaviest: Float[
-        Array, ""
-    ]  # at least 1: a part of the mass that goes astray costs what an edge weighs times its costs
+    heaviest: Float[Array, ""]  # at least 1: mass that goes astray costs what an edge weighs times its costs
     enough: Float[Array, ""]  # a marginal error that is not worth the way over a plateau
 
     @classmethod
@@ -150,7 +150,7 @@ class _Joint(NamedTuple):
         ends, nodes = joins.ends, _Nodes(response, log_masses)
         given, present, free = nodes.given[ends], nodes.present[ends], response.free[ends]
         unit = jnp.exp2(jnp.round(jnp.log2(problems.epsilon)))
-        near = _near(problems, present, init)
+        near = _near(problems, present, init, joins, response)
         cost = -jax.vmap(TransportProblem.exponent)(problems, *near) / unit[:, None, None]
         start = jnp.stack([value(side) for side in near]) / unit[:, None]
         left = problems.in_unit(unit, cost).with_log_masses(given[0], given[1])
@@ -273,9 +273,12 @@ class _Joint(NamedTuple):
         info = jnp.finfo(self.start.dtype)
         # At an epsilon above v / lambda masses answer to a step in F by orders of magnitude.
         stiffest = jnp.maximum(jnp.max(self.rates * self.epsilon[:, None]), info.tiny)
+        least = tol / (16 * self.heaviest)
+        if self.problems.links is not None:  # masses that are held agree no better than they were solved for
+            least = jnp.where(jnp.any(self.free), least, tol / 4)
         return Goal(
             jnp.ones((), self.start.dtype),
-            marginal_error=jnp.maximum(tol / (16 * self.heaviest), 8 * info.eps),
+            marginal_error=jnp.maximum(least, 8 * info.eps),
             hottest=jnp.maximum(1, jnp.minimum(jnp.max(self.scales), 1 / stiffest)),
             max_iterations=max_iterations,
         )
@@ -295,6 +298,47 @@ def solve(
     `init`: the potentials of the plans between the present masses, or of ones nearby where no node is free. Where unbalanced,
     those that are returned are optimal for masses that were free only once they no longer move.
     """
+    if problems.links is None:
+        return _once(problems, joins, log_masses, init, response, tol, max_iterations)[:2]
+    # Masses that links alone make agree do so at potentials of v / lambda, whatever the costs are; their rounding is none in the
+    # next round. Unbalanced there is no next one: a start that is no plan's bounds nothing.
+    rest = {"response": response, "tol": tol, "max_iterations": max_iterations}
+    once = functools.partial(_once, problems, joins, log_masses, **rest)
+
+    def again(now: _Round) -> _Round:
+        found, new, near = once(now.near)
+        missed, before = (jnp.max(one.marginal_error, initial=0) for one in (found, now.found))
+        goes_on = jnp.all(problems.balanced) & jnp.any(found.stalled) & ((now.count == 0) | (missed < 0.5 * before))
+        found, new = chosen((now.count == 0) | (missed < before), (found, new), (now.found, now.log_masses))
+        return _Round(near, found, new, now.count + 1, ~goes_on)
+
+    near = jax.tree.map(lambda side: side.astype(log_masses.dtype), tuple(map(expansions.words, init)))
+    found, new, _ = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(once, near))
+    start = _Round(near, found, new, jnp.zeros((), jnp.int32), jnp.asarray(False))
+    end = jax.lax.while_loop(lambda now: ~now.done & (now.count < _ROUNDS), again, start)
+    return end.found, end.log_masses
+
+
+class _Round(NamedTuple):
+    """Where the next starts, and the best so far."""
+
+    near: tuple[Words, Words]
+    found: Potentials
+    log_masses: Float[Array, "V K"]
+    count: Int[Array, ""]
+    done: Bool[Array, ""]
+
+
+def _once(
+    problems: TransportProblem,
+    joins: Joins,
+    log_masses: Float[Array, "V K"],
+    init: tuple[Potential, Potential],
+    response: Response,
+    tol: Float[Array, ""],
+    max_iterations: int,
+) -> tuple[Potentials, Float[Array, "V K"], tuple[Words, Words]]:
+    """Potentials and masses, and the former as they are between the present masses."""
     joint = _Joint.of(problems, joins, log_masses, init, response, tol)
     nothing, ones = jnp.zeros(joint.start.size, joint.start.dtype), jnp.ones((len(log_masses), 1), joint.start.dtype)
     end = anneal(joint.equations, nothing, ones, joint.unknowns(), joint.goal(tol, max_iterations))
@@ -303,15 +347,24 @@ def solve(
     moved = new[joins.ends]
     change = joint.unit[:, None] * (x - joint.epsilon[:, None] * _difference(moved, joint.nodes.given[joins.ends]))
     found = _potentials(problems, moved, joint.present, joint.near, change)
-    return jax.vmap(entropic.certified, (0, 0, 0, None, None))(*found, tol, end), new
+    near = joint.near
+    if problems.links is not None:
+        steps = joint.unit[:, None] * jnp.where(joint.present, x, 0)
+        near = expansions.moved(near[0], steps[0]), expansions.moved(near[1], steps[1])
+    return jax.vmap(entropic.certified, (0, 0, 0, None, None))(*found, tol, end), new, near
 
 
 def _near(
-    problems: TransportProblem, present: Bool[Array, "2 E K"], init: tuple[Potential, Potential]
+    problems: TransportProblem, present: Bool[Array, "2 E K"], init: Any, joins: Joins, response: Response
 ) -> tuple[Words, Words]:
     """Potentials to start from; those that are of another problem are farther away than zero."""
-    farthest = FAR * problems.longest_way * _cost_scales(problems, present)[:, None]
     f, g = (expansions.words(side) for side in init)
+    farthest = FAR * _cost_scales(problems, present)[:, None]
+    if problems.links is not None:  # they may be as large as what moves masses, and then go together
+        pulls = jnp.max(response.weights[joins.ends], axis=0) / joins.weights
+        farthest = problems.longest_way * farthest + FAR * pulls[:, None]
+        near = [jnp.all(jnp.abs(side[0]) <= farthest, axis=1, keepdims=True) for side in (f, g)]
+        farthest = jnp.where(near[0] & near[1], farthest, -1)
     return _where(jnp.abs(f[0]) <= farthest, f), _where(jnp.abs(g[0]) <= farthest, g)
 
 

@@ -89,8 +89,12 @@ def test_classes_of_several_components():
     assert np.mean(classes.predict(plan, x) == labels) > 0.97
 
 
-def test_links_by_class():
+def test_links_by_class(tmp_path):
     classes = cg.fit_classes(X, LABELS)
+    cg.save(tmp_path / "classes.npz", {"words": classes, "numbers": cg.fit_classes(X, np.arange(67) % 3)})
+    loaded = cg.load(tmp_path / "classes.npz")
+    assert loaded["words"].names == ("a", "b", "rare") and loaded["numbers"].names == (0, 1, 2)
+    np.testing.assert_array_equal(np.asarray(loaded["words"].of_component), [0, 1, 2])
     np.testing.assert_array_equal(classes.links(), np.eye(3, dtype=bool))
     np.testing.assert_array_equal(classes.links(forbidden=[("a", "rare")]), [[1, 1, 0], [1, 1, 1], [1, 1, 1]])
     with pytest.raises(ValueError, match="no class 'c'"):

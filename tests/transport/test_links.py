@@ -102,6 +102,7 @@ def test_otts_sinkhorn_finds_the_same(rho):
     np.testing.assert_allclose(np.asarray(theirs.matrix), np.asarray(ours.matrix), atol=2e-5)
 
 
+@pytest.mark.slow
 def test_links_that_forbid_nothing_change_nothing():
     gmm0, gmm1 = random_mixture(0, K0, 2), random_mixture(1, K1, 2)
     free, linked = (cg.GaussianMixturePair(gmm0, gmm1, 0.3, links=m) for m in (None, np.ones((K0, K1), bool)))
@@ -122,6 +123,7 @@ def test_a_plan_whose_links_leave_it_no_choice():
             np.testing.assert_allclose(np.asarray(plan.matrix), np.diag(gmm.weights), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_derivatives_are_those_of_finite_differences():
     with jax.enable_x64(True):
         pair, _ = pair_of(5)
@@ -230,6 +232,7 @@ def test_a_component_without_mass_may_be_without_links():
         assert np.isfinite(np.asarray(jax.grad(cost)(gmm0.means, method))).all()
 
 
+@pytest.mark.slow
 def test_they_batch_and_are_saved(tmp_path):
     pairs = [pair_of(seed)[0] for seed in (7, 8)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *pairs)
@@ -265,3 +268,37 @@ def test_the_helper_and_what_it_refuses():
     ):
         with pytest.raises((ValueError, TypeError), match=match):
             cg.GaussianMixturePair(gmm, gmm, links=given)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exactly", [False, True])
+def test_plans_of_many_components(exactly):
+    """More than XLA's simplex method takes: POT's, on the host, in either precision."""
+    with jax.enable_x64(exactly):
+        pair, allowed = pair_of(9, k0=70, k1=66)
+        plan = cg.solve_plan(pair, method="exact", tol=1e-4)
+        cost, a, b = (np.asarray(x, np.float64) for x in (plan.cost, pair.gmm0.weights, pair.gmm1.weights))
+        assert plan.status_name == "converged" and (np.asarray(plan.matrix)[~allowed] == 0).all()
+        best = programme(cost, a, b / b.sum() * a.sum(), allowed)
+        np.testing.assert_allclose(float(plan.transport_cost), best, rtol=1e-10 if exactly else 2e-5)
+        entropic = cg.solve_plan(pair)
+        assert entropic.status_name == "converged" and (np.asarray(entropic.matrix)[~allowed] == 0).all()
+        assert float(entropic.transport_cost) > best - 1e-3
+        np.testing.assert_allclose(float(cg.mw2_squared(pair.gmm0, pair.gmm1, links=allowed)), best, rtol=2e-5)
+
+
+@pytest.mark.slow
+def test_a_sweep_of_prices_and_densities(precision):
+    """Epsilon from 1e-4 of the mean cost, masses held on one side, both or none, sparse links: each plan converges."""
+    for seed in range(60):
+        rng, (k0, k1) = np.random.RandomState(seed), [(1, 4), (3, 3), (6, 5), (12, 9)][seed % 4]
+        allowed, a, b = masked(seed, k0, k1, density=rng.choice([0.1, 0.3, 0.6]))
+        gmm0, gmm1 = reweighted(random_mixture(seed, k0, 2), a), reweighted(random_mixture(seed + 99, k1, 2), b)
+        scale = float(np.mean(np.asarray(cg.bures_cost_matrix(gmm0, gmm1))))
+        rho = [np.inf, scale * 10 ** rng.uniform(-3, 1), [np.inf, scale], [scale, np.inf]][rng.randint(4)]
+        pair = cg.GaussianMixturePair(gmm0, gmm1, scale * 10 ** rng.uniform(-4, 0), rho=rho, links=allowed)
+        plan = cg.solve_plan(pair)
+        matrix = np.asarray(plan.matrix)
+        assert plan.status_name == "converged" and int(plan.n_iterations) < 150, (seed, plan.message)
+        assert np.isfinite(matrix).all() and (matrix[~allowed] == 0).all()
+        assert float(plan.duality_gap) > -1e-4 * scale
