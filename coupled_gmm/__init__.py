@@ -19,14 +19,23 @@ from coupled_gmm.core.status import FitError, Status
 from coupled_gmm.data.opening import open_cloud
 from coupled_gmm.data.placement import shard_cloud
 from coupled_gmm.data.saving import load, save
+from coupled_gmm.fits.contest import StartEnds
 from coupled_gmm.fits.coupled import GraphFit, fit_graph
+from coupled_gmm.fits.fidelity import Fidelity
 from coupled_gmm.fits.gmm import MixtureFit, fit_gmm, init_gmm
 from coupled_gmm.fits.graph import MixtureGraph
+from coupled_gmm.fits.graphs import chain, grid, star
 from coupled_gmm.fits.online import MixtureStatistics
-from coupled_gmm.fits.pairs import PairFit, fit_pair, fit_path, penalized_log_likelihood
+from coupled_gmm.fits.pairs import PairFit, fit_pair, fit_path
+from coupled_gmm.fits.penalized import penalized_log_likelihood
 from coupled_gmm.gaussians.bures import bures_cost_matrix
 from coupled_gmm.gaussians.mixture import GaussianMixture
 from coupled_gmm.interop.convert import from_ott, from_sklearn, to_ott, to_pot, to_sklearn
+from coupled_gmm.selection.bootstrap import Bootstrap, Intervals, bootstrap
+from coupled_gmm.selection.choice import Choice
+from coupled_gmm.selection.choose import choose
+from coupled_gmm.trajectories.densities import mixture_at
+from coupled_gmm.trajectories.points import trajectories
 from coupled_gmm.transport.links import links
 from coupled_gmm.transport.maps import interpolate, map_points, plan_density
 from coupled_gmm.transport.pair import GaussianMixturePair
@@ -40,14 +49,18 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BarycenterFit",
+    "Bootstrap",
     "BuresCost",
+    "Choice",
     "Classes",
     "CostParts",
+    "Fidelity",
     "FitError",
     "FlowFit",
     "GaussianMixture",
     "GaussianMixturePair",
     "GraphFit",
+    "Intervals",
     "MixtureFit",
     "MixtureFits",
     "MixtureGraph",
@@ -55,9 +68,13 @@ __all__ = [
     "PairFit",
     "PairFits",
     "Plan",
+    "StartEnds",
     "Status",
     "barycenter",
+    "bootstrap",
     "bures_cost_matrix",
+    "chain",
+    "choose",
     "fit_classes",
     "fit_gmm",
     "fit_gmms",
@@ -68,12 +85,14 @@ __all__ = [
     "flow",
     "from_ott",
     "from_sklearn",
+    "grid",
     "init_gmm",
     "init_gmms",
     "interpolate",
     "links",
     "load",
     "map_points",
+    "mixture_at",
     "mw2_matrix",
     "mw2_squared",
     "open_cloud",
@@ -83,9 +102,11 @@ __all__ = [
     "save",
     "shard_cloud",
     "solve_plan",
+    "star",
     "to_ott",
     "to_pot",
     "to_sklearn",
+    "trajectories",
 ]
 
 

@@ -12,7 +12,11 @@ import pytest
 
 import coupled_gmm as cg
 from coupled_gmm.batch import stacks, tiles
-from coupled_gmm.fits import coupled, gmm, pairs
+from coupled_gmm.core.tree import unchecked
+from coupled_gmm.fits import coupled, gmm, pairs, penalized, refits
+from coupled_gmm.selection import paths, replicates
+from coupled_gmm.trajectories import chains, densities
+from coupled_gmm.trajectories import points as trajectory_points
 from coupled_gmm.transport import maps, solvers
 
 NAN, INF = np.nan, np.inf
@@ -24,13 +28,17 @@ PROGRAMS = [
     (pairs, "_begin_pair"),
     (pairs, "_go_on_with_pair"),
     (pairs, "_fit_pairs"),
-    (pairs, "_value"),
+    (penalized, "_value_of_pair"),
     (coupled, "_begin_graph"),
     (coupled, "_go_on_with_graph"),
+    (coupled, "_fit_graphs"),
+    (refits, "_refit"),
     (gmm, "_fit"),
     (gmm, "_init"),
     (stacks, "_fits"),
     (tiles, "_costs"),
+    (paths, "_path"),
+    (replicates, "_refits"),
     (solvers, "_solve_plan"),
     (solvers, "_solve_exactly"),
     (solvers, "_mw2_squared"),
@@ -38,6 +46,9 @@ PROGRAMS = [
     (maps, "_map_random"),
     (maps, "_interpolate"),
     (maps, "_plan_density"),
+    (chains, "_chain"),
+    (densities, "_mixture_at"),
+    (trajectory_points, "_along"),
 ]
 
 
@@ -109,6 +120,23 @@ def fit_pairs(**changes):
     return cg.fit_pairs(**arguments)
 
 
+def bootstrap(**changes):
+    arguments = {"key": good().key, "fit": pair_fit(), "clouds": [X, X], **changes}
+    return cg.bootstrap(**arguments)
+
+
+def pair_fit(**changes):
+    """As `fit_pair` returns it, without a program."""
+    plan, steps = good().plan, jnp.array(1)
+    fit = cg.PairFit(good().pair, plan, jnp.array(-3.0), jnp.array(0), steps, None, transport_weights=jnp.array(0.1))
+    return dataclasses.replace(fit, **changes)
+
+
+def choose(**changes):
+    arguments = {"clouds": [X, X], "graph_or_key": good().key, "n_components": [1, 2], "folds": 2, **changes}
+    return cg.choose(**arguments)
+
+
 def make_pair(epsilon=1.0, tau=1.0, gmm0=None, gmm1=None):
     return cg.GaussianMixturePair(gmm0 or good().mixture, gmm1 or good().mixture, epsilon, tau)
 
@@ -139,6 +167,19 @@ def density(**changes):
 
 def interpolate(t, plan=None):
     return cg.interpolate(plan or good().plan, t)
+
+
+def course() -> cg.PairFit:
+    fields = {"penalized_log_likelihood": None, "status": jnp.array(0), "n_steps": None, "history": None}
+    return unchecked(cg.PairFit, pair=good().pair, plan=good().plan, **fields)
+
+
+def trajectories(x=X, times=(0.5,), **options):
+    return cg.trajectories(course(), x, times, **options)
+
+
+def mixture_at(t, **options):
+    return cg.mixture_at(course(), t, **options)
 
 
 def fit_pair(**changes):
@@ -538,7 +579,13 @@ FITS = [
     ),
     ("weights1", lambda: fit_pair(point_weights1=ONES[:, None]), ValueError, "^point_weights1: .*reshape it to 1 axes"),
     ("weight", lambda: fit_pair(transport_weight=-1), ValueError, "^transport_weight: must be finite and at least 0"),
-    ("weight-none", lambda: fit_pair(transport_weight=None), TypeError, "^transport_weight: expected a real number"),
+    (
+        "weight-none",
+        lambda: fit_pair(transport_weight=None),
+        ValueError,
+        "^transport_weight: is missing; pass relative_weight",
+    ),
+    ("weight-two", lambda: fit_pair(relative_weight=1), ValueError, "^transport_weight: given beside relative_weight"),
     ("em-steps", lambda: fit_pair(em_steps=0), ValueError, "^em_steps: must be at least 1, got 0"),
     ("em-float", lambda: fit_pair(em_steps=5.0), TypeError, "^em_steps: expected an integer, got 5.0"),
     ("m-steps", lambda: fit_pair(m_steps=0), ValueError, "^m_steps: must be at least 1, got 0"),
@@ -615,6 +662,20 @@ FITS = [
     ),
     ("value-weights", lambda: objective(point_weights0=0 * ONES), ValueError, "^point_weights0: all weights are zero"),
 ]
+
+COURSES = [
+    ("time", lambda: mixture_at(1.5), ValueError, "^t: 1.5 is outside of the chain's times, 0 to 1; a path is known"),
+    ("nan", lambda: mixture_at(NAN), ValueError, "^t: must be .*got nan"),
+    ("times", lambda: mixture_at([0.5]), TypeError, "^t: expected one real number"),
+    ("ends", lambda: mixture_at(0.5, ends="clamped"), ValueError, "^ends: expected one of 'parabolic'"),
+    ("fit", lambda: cg.mixture_at(good().plan, 0.5), TypeError, "^fit: expected a GraphFit or a PairFit, got Plan"),
+    ("late", lambda: trajectories(times=[0, 2]), ValueError, "^times: 2 is outside"),
+    ("points", lambda: trajectories(x_with(NAN)), ValueError, "^x: 1 of 40 values are NaN"),
+    ("features", lambda: trajectories(X[:, :1]), ValueError, r"^x: expected shape \(n, 2\)"),
+    ("key", lambda: trajectories(key=0), TypeError, "^key: expected a random key"),
+    ("method", lambda: trajectories(method="cubic"), ValueError, "^method: expected one of 'spline', 'geodesic'"),
+]
+
 
 GRAPHS = [
     ("none", lambda: cg.MixtureGraph.from_mixtures([], []), ValueError, "^gmms: .*empty; a graph needs at least one"),
@@ -695,6 +756,63 @@ BATCHES = [
 ]
 
 
+SELECTION = [
+    ("fit", lambda: bootstrap(fit=good().pair), TypeError, "^fit: expected a PairFit or a GraphFit"),
+    ("failed", lambda: bootstrap(fit=pair_fit(status=jnp.array(4))), ValueError, "^fit: has no usable result"),
+    (
+        "weightless",
+        lambda: bootstrap(fit=pair_fit(transport_weights=None)),
+        ValueError,
+        "^transport_weight: .* pass it",
+    ),
+    ("clouds", lambda: bootstrap(clouds=[X]), ValueError, "^clouds: expected one for each of the 2"),
+    ("no clouds", lambda: bootstrap(clouds=[None, None]), ValueError, "^clouds: every one is None"),
+    ("NaN", lambda: bootstrap(clouds=[X, x_with(NAN)]), ValueError, r"^clouds\[1\]: 1 of 40 values"),
+    ("level", lambda: bootstrap(level=1.0), ValueError, "^level: must be below 1"),
+    ("replicates", lambda: bootstrap(n_replicates=1), ValueError, "^n_replicates: must be at least 2"),
+    ("key", lambda: bootstrap(key=0), TypeError, "^key: expected a random key"),
+    ("graph", lambda: bootstrap(graph=3), ValueError, "^graph: goes with the fit of a graph"),
+    ("freeze", lambda: bootstrap(freeze=["gmm2"]), ValueError, "^freeze: expected"),
+    ("traced", lambda: jax.jit(lambda x: bootstrap(clouds=[x, x]).level)(X), ValueError, "^fit: arguments are traced"),
+    ("no graph", lambda: choose(graph_or_key=3), TypeError, "^graph_or_key: expected a MixtureGraph or a random key"),
+    ("two keys", lambda: choose(key=good().key), ValueError, "^key: goes with a graph"),
+    ("one cloud", lambda: choose(clouds=[X]), ValueError, "^clouds: expected two or more"),
+    ("None", lambda: choose(clouds=[X, None]), ValueError, "^clouds: expected two or more, all with points"),
+    ("folds", lambda: choose(folds=1), ValueError, "^folds: must be at least 2"),
+    (
+        "many folds",
+        lambda: choose(folds=11),
+        ValueError,
+        r"^folds: clouds\[0\] has 20 points .* 11 folds need two each",
+    ),
+    ("no sizes", lambda: choose(n_components=[]), ValueError, "^n_components: the list is empty"),
+    (
+        "many",
+        lambda: choose(n_components=[11]),
+        ValueError,
+        "^n_components: 11 components, and the smallest cloud has 20",
+    ),
+    ("no weights", lambda: choose(relative_weights=[]), ValueError, "^relative_weights: the list is empty"),
+    (
+        "weights",
+        lambda: choose(relative_weights=[-0.1]),
+        ValueError,
+        "^relative_weights: must be finite and at least 0",
+    ),
+    ("epsilons", lambda: choose(epsilons=[0.0]), ValueError, "^epsilons: must be finite and above 0"),
+    ("rhos", lambda: choose(rhos=[]), ValueError, "^rhos: the list is empty"),
+    ("rule", lambda: choose(rule="two"), ValueError, "^rule: expected one of"),
+    ("held out", lambda: choose(held_out="clouds"), ValueError, "^held_out: expected one of"),
+    ("nodes", lambda: choose(held_out="nodes"), ValueError, "^held_out: no node that has a cloud"),
+    (
+        "traced choice",
+        lambda: jax.jit(lambda x: choose(clouds=[x, x]).row)(X),
+        ValueError,
+        "^clouds: arguments are traced",
+    ),
+]
+
+
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")
 @pytest.mark.parametrize(
     ("call", "error", "message"),
@@ -709,6 +827,8 @@ BATCHES = [
             ("fits", FITS),
             ("graphs", GRAPHS),
             ("batches", BATCHES),
+            ("courses", COURSES),
+            ("selection", SELECTION),
         ]
         for case_name, *case in cases
     ],
@@ -729,15 +849,18 @@ class Entered(Exception):
 
 def test_every_program_is_watched():
     """The refusals above would prove nothing if the legal arguments did not enter the programs under those names."""
-    calls = {"_value": objective}
+    calls = {"_value_of_pair": objective, "_refit": fit_pair}
     calls |= {"_begin_pair": fit_pair, "_begin_graph": fit_graph}
     calls |= {"_go_on_with_pair": fit_pair, "_go_on_with_graph": fit_graph}
     calls |= {"_fit": fit_gmm, "_init": init, "_solve_plan": solve, "_mw2_squared": distance}
     calls |= {"_solve_exactly": lambda: solve(method="exact"), "_map_barycentric": map_points}
     calls |= {"_map_random": lambda: map_points(method="random", key=good().key)}
+    calls |= {"_fit_graphs": lambda: fit_graph(n_init=2, key=good().key)}
     calls |= {"_fit_pairs": lambda: fit_pair(n_init=2, key=good().key)}
     calls |= {"_fits": fit_gmms, "_costs": lambda: cg.mw2_matrix([good().mixture])}
+    calls |= {"_path": choose, "_refits": bootstrap}
     calls |= {"_interpolate": lambda: interpolate(0.5), "_plan_density": density}
+    calls |= dict.fromkeys(("_chain", "_mixture_at"), lambda: mixture_at(0.5)) | {"_along": trajectories}
 
     def enter(*args, **kwargs):
         raise Entered

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
@@ -14,11 +15,14 @@ from coupled_gmm.batch.stacks import Kind, StackedFits
 from coupled_gmm.core import checks
 from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.tree import AnyArray, pytree, saved
+from coupled_gmm.fits.fidelity import many_overruled
 from coupled_gmm.fits.graph import MixtureGraph, unpadded
 from coupled_gmm.fits.linked import started
-from coupled_gmm.fits.pairs import check_densities, frozen_sides, pair_fit
+from coupled_gmm.fits.pairs import both, check_densities, coupled, frozen_sides, pair_fit
+from coupled_gmm.fits.refits import Coupled
 from coupled_gmm.fits.request import FitRequest, GivenCloud, view_of
 from coupled_gmm.fits.results import PairFit, trimmed
+from coupled_gmm.fits.weights import Weight
 from coupled_gmm.transport import solvers
 from coupled_gmm.transport.pair import GaussianMixturePair, stated
 
@@ -41,13 +45,19 @@ class PairFits(StackedFits[PairFit]):
     def _words(self) -> list[str]:
         return self._went("pair", "J")
 
+    def _warnings(self) -> list[str]:
+        found = [part.fidelity.overruled for part in self.stacks if part.fidelity is not None]
+        many = sum(int(lost.any(axis=1).sum()) for lost in found)
+        return [many_overruled(many, len(self))] if many else []
+
 
 def fit_pairs(
     clouds0: Sequence[Any],
     clouds1: Sequence[Any],
     pairs: Any,
     *,
-    transport_weight: Any,
+    transport_weight: Any = None,
+    relative_weight: Any = None,
     point_weights0: Sequence[Any] | None = None,
     point_weights1: Sequence[Any] | None = None,
     em_steps: int = 30,
@@ -60,6 +70,7 @@ def fit_pairs(
     method: str = "entropic",
     chunk_size: int | None = None,
     progress: Any = False,
+    fidelity: bool = True,
     executor: Any = None,
 ) -> PairFits:
     r"""`fit_pair` of many pairs of clouds, of any numbers of points and components.
@@ -72,12 +83,14 @@ def fit_pairs(
     Args:
       clouds0, clouds1: B clouds each, (n, d).
       pairs: a `GaussianMixturePair` to start all fits from, or B.
-      transport_weight: lambda, one or (B,).
+      transport_weight: lambda, one or (B,); or
+      relative_weight: in its place, one or (B,), without a unit: each pair has the variance of its own clouds.
       point_weights0, point_weights1: None, or for each pair (n,) or None.
       progress: True draws a bar; a callable gets a dict of what is ``done`` and ``of`` how many, in parts of at most 64 pairs.
       executor: None works in this process; or a `concurrent.futures.Executor`, which gets whole parts. The pairs of one that it
         loses have the status ``LOST``, and a reason.
-      em_steps, m_steps, optimizer, learning_rate, tol, freeze, ridge, method, chunk_size: as in `fit_pair`, the same for all.
+      em_steps, m_steps, optimizer, learning_rate, tol, freeze, ridge, method, chunk_size, fidelity: as in `fit_pair`, the same
+        for all.
 
     Returns:
       `PairFits`: `fits[i]` is what `fit_pair` returns, and ends by itself.
@@ -102,8 +115,10 @@ def fit_pairs(
         chunk_size=chunk_size,
     )
     lists = _aligned(clouds0, clouds1, pairs, point_weights0, point_weights1)
-    given = _checked(lists, transport_weight, frozen_sides(freeze), request, method)
-    return PairFits(*stacks.fitted(_KIND, given, request, progress, executor))
+    weight = Weight.given(transport_weight, relative_weight)
+    given = _checked(lists, weight, frozen_sides(freeze), request, method)
+    kind = _KIND if fidelity else _KIND._replace(coupled=None)
+    return PairFits(*stacks.fitted(kind, given, request, progress, executor))
 
 
 def _aligned(clouds0: Any, clouds1: Any, pairs: Any, weights0: Any, weights1: Any) -> list[list]:
@@ -118,16 +133,16 @@ def _aligned(clouds0: Any, clouds1: Any, pairs: Any, weights0: Any, weights1: An
     return [clouds0, *given, each("point_weights0", weights0, none), each("point_weights1", weights1, none)]
 
 
-def _checked(lists: list[list], weight: Any, frozen: np.ndarray, request: FitRequest, method: str) -> list[Given]:
+def _checked(lists: list[list], weight: Weight, frozen: np.ndarray, request: FitRequest, method: str) -> list[Given]:
     """Every pair with its clouds, in the frame that its fit sees them in."""
     x0, x1, pairs, w0, w1 = lists
     n, ridge = len(pairs), request.controls.ridge
-    weight = np.asarray(checks.scalar("transport_weight", weight, at_least=0, batched=True))
-    if weight.shape not in ((), (n,)):
-        raise ArgumentError("transport_weight", f"expected one number or ({n},), got shape {weight.shape}")
+    if jnp.shape(weight.value) not in ((), (n,)):
+        raise ArgumentError(weight.name, f"expected one number or ({n},), got shape {jnp.shape(weight.value)}")
     for i, pair in enumerate(pairs):
         checks.instance(f"pairs[{i}]", pair, GaussianMixturePair)
-    parts.check_known("clouds0", "fit_pair", lists, weight)
+    parts.check_known("clouds0", "fit_pair", lists, weight.value)
+    weights = np.broadcast_to(np.asarray(weight.value), n)
     pairs = jax.device_get(pairs)  # at once: an accelerator would be waited for at every leaf
     given = []
     for i, (pair, *sides) in enumerate(zip(pairs, zip(x0, w0, strict=True), zip(x1, w1, strict=True), strict=True)):
@@ -137,7 +152,7 @@ def _checked(lists: list[list], weight: Any, frozen: np.ndarray, request: FitReq
         view = view_of(seen, [pair.gmm0, pair.gmm1], ridge, in_memory="fit_pair takes it")
         parts.check_whole(view, seen, "fit_pair")
         solver = solvers.solver_for(method, pair)
-        price = np.broadcast_to(weight, n)[i].astype(pair.gmm0.dtype)
+        price = np.asarray(weight._replace(value=weights[i]).of(view), pair.gmm0.dtype)
         given.append(Given(i, (stated(pair, balanced=False), price, frozen), view, solver))
     return given
 
@@ -147,4 +162,9 @@ def _lost(nothing: PairFit, start: tuple) -> PairFit:
     return dataclasses.replace(nothing, pair=start[0], plan=plan)
 
 
-_KIND = Kind("pair", MixtureGraph.from_pair, pair_fit, _lost)
+def _coupled(start: tuple, fit: PairFit) -> tuple[Coupled, Any, Any]:
+    pair, _, frozen = start
+    return coupled(fit), both(pair), frozen
+
+
+_KIND = Kind("pair", MixtureGraph.from_pair, pair_fit, _lost, _coupled)

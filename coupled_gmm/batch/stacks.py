@@ -23,11 +23,12 @@ from coupled_gmm.core.errors import ArgumentError, reason
 from coupled_gmm.core.programs import program
 from coupled_gmm.core.status import Outcome, Status
 from coupled_gmm.core.tree import AnyArray, counted, number, pytree, static, take
-from coupled_gmm.fits import em
+from coupled_gmm.fits import em, refits
 from coupled_gmm.fits.frame import Sight
 from coupled_gmm.fits.graph import MixtureGraph
 from coupled_gmm.fits.request import Controls, FitOptions, FitRequest
 from coupled_gmm.gaussians.mixture import GaussianMixture
+from coupled_gmm.transport import solvers
 
 F = TypeVar("F")
 
@@ -100,6 +101,10 @@ class Kind(NamedTuple):
     graph: Callable[..., MixtureGraph]
     fit: Callable[[MixtureGraph, em.Solution], Any]
     lost: Callable[[Any, tuple], Any]  # of a fit without numbers, and what it starts from
+    coupled: Callable[[tuple, Any], tuple] | None = (
+        None  # by what a fit started from, and the fit: arguments of its refit, as it is
+    )
+    #   called in `refits`: where it ended, where it began, what was frozen
 
 
 def fitted(
@@ -155,20 +160,54 @@ def fit_part(kind: Kind, part: Part, controls: Controls, options: FitOptions, fa
 
 @program("kind", "options", "far", over_matrices=True)
 def _fits(kind: Kind, part: Part, controls: Controls, options: FitOptions, far: bool) -> Any:
+    def sight(problem: Problem, n_nodes: int) -> Sight:
+        packed = Chunks(part.points, part.weights, problem.ends, problem.first)
+        seen = problem.frame, problem.variances, problem.pooled, jnp.ones(n_nodes, bool), far, problem.update
+        return Sight(packed, *seen)
+
     def task(problem: Problem) -> tuple[MixtureGraph, Sight]:
         graph = kind.graph(*problem.start)
-        packed = Chunks(part.points, part.weights, problem.ends, problem.first)
-        has_cloud = jnp.ones(graph.n_nodes, bool)
-        seen = problem.frame, problem.variances, problem.pooled, has_cloud, far, problem.update
-        return graph, Sight(packed, *seen)
+        return graph, sight(problem, graph.n_nodes)
 
-    def prepared(problem: Problem) -> em.Task:
+    fits = _ends(
+        task, lambda problem, end: kind.fit(task(problem)[0], end), part.problems, part.count, controls, options
+    )
+    if kind.coupled is None:
+        return fits
+    coupled_of, controls = kind.coupled, refits.sparing(controls)
+    options = FitOptions(chunks.rows(refits.STEPS), solvers.ENTROPIC, optimizer=None, progress=False)
+
+    def alone(given: tuple[Problem, Any]) -> tuple[MixtureGraph, Sight]:
+        problem, fit = given
+        coupled, starts, frozen = coupled_of(problem.start, fit)
+        seen = sight(problem._replace(update=refits.update(starts.dtype)), len(frozen))
+        return coupled.alone(starts, frozen), seen
+
+    def fidelity(given: tuple[Problem, Any], end: em.Solution) -> Any:
+        coupled, *_ = coupled_of(given[0].start, given[1])
+        return coupled.result(alone(given)[1], controls, end).fidelity
+
+    found = _ends(alone, fidelity, (part.problems, fits), part.count, controls, options)
+    return dataclasses.replace(fits, fidelity=found)
+
+
+def _ends(
+    task: Callable[[Any], tuple[MixtureGraph, Sight]],
+    read: Callable[[Any, em.Solution], Any],
+    problems: Any,
+    count: Any,
+    controls: Controls,
+    options: FitOptions,
+) -> Any:
+    """What is read of each problem's end, in lanes."""
+
+    def prepared(problem: Any) -> em.Task:
         return em.prepare(*task(problem), controls, options)
 
-    def sums(problem: Problem, underway: em.Underway) -> Any:
+    def sums(problem: Any, underway: em.Underway) -> Any:
         return em.e_step(prepared(problem), underway.state)
 
-    def step(problems: Problem, underway: em.Underway, runs: Bool[Array, " L"]) -> em.Underway:
+    def step(problems: Any, underway: em.Underway, runs: Bool[Array, " L"]) -> em.Underway:
         if jax.default_backend() == "cpu":  # clouds one by one, each as long as it is
             nothing = jax.tree.map(
                 lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
@@ -181,16 +220,13 @@ def _fits(kind: Kind, part: Part, controls: Controls, options: FitOptions, far: 
             found = jax.vmap(sums)(problems, underway)
         return jax.vmap(lambda problem, *one: em.advanced(prepared(problem), *one))(problems, underway, found)
 
-    def finish(problem: Problem, underway: em.Underway) -> Any:
-        return kind.fit(task(problem)[0], em.finish(prepared(problem), *underway))
-
     work = lanes.Work(
         lambda problem: em.begin(*task(problem), controls, options),
         step,
         lambda underway: underway.state.running,
-        finish,
+        lambda problem, underway: read(problem, em.finish(prepared(problem), *underway)),
     )
-    return lanes.ends(work, part.problems, part.count)
+    return lanes.ends(work, problems, count)
 
 
 def _lost(kind: Kind, part: Part, controls: Controls, options: FitOptions, far: bool) -> Any:

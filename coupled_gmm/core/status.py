@@ -30,6 +30,7 @@ class Status(enum.IntEnum):
     SINGULAR = 9
     MEAN_NOT_CONVERGED = 10
     LOST = 11
+    COMPOSED = 12
 
     @property
     def message(self) -> str:
@@ -73,6 +74,7 @@ _MESSAGES = {
         "a mean of covariances had not settled after 100 steps, since they are so thin, in different directions: add a small "
         "multiple of the identity to them"
     ),
+    Status.COMPOSED: "composed of the plans along a path: a coupling of its ends, and not the optimal one",
     Status.LOST: "the executor lost it, so that nothing was fitted (reasons says why): run the batch again, or fit it by itself",
 }
 # From the least to the worst; the numbers, which files hold, say nothing of that. After the ends that are none of a failure come
@@ -80,6 +82,7 @@ _MESSAGES = {
 SEVERITY = (
     Status.CONVERGED,
     Status.STEPS_DONE,
+    Status.COMPOSED,
     Status.NOT_CONVERGED,
     Status.STALLED,
     Status.PRECISION,
@@ -94,7 +97,7 @@ SEVERITY = (
 # A solver that reads its end asks from the worst to the least, so that what spoils a number comes before what that number says: a
 # plan that missed its marginals is named before the fall of an objective that it may have caused. Only whether the tolerance was
 # met is asked before whether the steps ran out, and of a plan before whether it stopped at its precision.
-FAILURES = frozenset(Status) - {Status.CONVERGED, Status.STEPS_DONE}
+FAILURES = frozenset(Status) - {Status.CONVERGED, Status.STEPS_DONE, Status.COMPOSED}
 Remedies = Mapping[Status, str]
 
 
@@ -118,13 +121,14 @@ class Outcome:
     def message(self) -> str:
         """The status in words, with the remedy; for a batch the worst one, and how many ended in each way.
 
-        Of a fit also what became of the plans that it ended with, where their solver stopped short.
+        Of a fit also what became of the plans that it ended with, where their solver stopped short, and what else is to be known.
         """
         said = message(self.status, self._remedies)
         plans = self._plans()
         if plans is not None and np.any(np.asarray(plans.status) != Status.CONVERGED):
             said = f"{said}; and the plan that it ended with: {plans.message}"
-        return said
+        warnings = "; ".join(self._warnings())
+        return f"{said}; but {warnings}" if warnings else said
 
     def raise_if_failed(self) -> None:
         """Raise `FitError` with the remedy unless the work was done (and converged, where that was asked)."""
@@ -140,6 +144,10 @@ class Outcome:
     def _facts(self) -> dict[str, str]:
         """Names and numbers that `summary` tells beside the words of `repr`."""
         return {}
+
+    def _warnings(self) -> list[str]:
+        """What else `message` says, of a result that is what was asked for and may mislead."""
+        return []
 
     def _plans(self) -> "Outcome | None":
         """The plans that a fit ended with."""

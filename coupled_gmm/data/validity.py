@@ -19,6 +19,7 @@ from coupled_gmm.gaussians.covariances import check_covariances
 
 # Fields that hold objects stacked on one more axis, and its length, in the words of the annotations.
 _STACKED = {("GraphFit", "plans"): "E", ("MixtureGraph", "nodes"): "V", ("FlowFit", "path"): "steps+1"}
+_STACKED |= {("Fidelity", "alone"): "V"}
 _ROUNDING = 10  # what programs may miss of a positive semi-definite matrix, in units of what constructors let through
 
 Shape = tuple[int, ...]
@@ -90,8 +91,9 @@ class _Object:
     def _typed(self, name: str, value: Any, hint: Any) -> None:
         origin, inner = typing.get_origin(hint), typing.get_args(hint)
         if origin in (types.UnionType, typing.Union):
-            if type(value) not in (str, int, types.NoneType) or type(value) not in inner:
-                self._typed(name, value, next(one for one in inner if one is not types.NoneType))
+            if value is not None or types.NoneType not in inner:
+                others = (one for one in inner if one is not types.NoneType)
+                self._typed(name, value, type(value) if type(value) in inner else next(others))
         elif _is_array(hint):
             self._shaped(name, value, hint)
         elif origin is list:
@@ -115,7 +117,7 @@ class _Object:
 
     def _below(self, name: str) -> Shape | None:
         """The axes that a field of this object is stacked on; None where these are its own."""
-        if self.name in ("MixtureFits", "PairFits"):
+        if self.name in ("Bootstrap", "MixtureFits", "PairFits"):
             return None
         axis = _STACKED.get((self.name, name))
         lead = self.lead or ()
@@ -288,6 +290,13 @@ def _graph_fit(o: _Object) -> None:
     o.require("plans", _components(pair) == (size, size), f"must be between mixtures of {size} components")
     if o.held("edges") is not None:
         _nodes(o, "edges", len(gmms))
+    _names(o, len(gmms))
+
+
+def _names(o: _Object, n_nodes: int) -> None:
+    names = o.held("names")
+    if names is not None:
+        o.require("names", len(set(names)) == len(names) == n_nodes, f"must be {n_nodes} that differ")
 
 
 def _nodes(o: _Object, name: str, n_nodes: int) -> None:
@@ -302,6 +311,7 @@ def _graph(o: _Object) -> None:
     o.require("sizes", [0 < size <= largest for size in sizes], f"must be from 1 to {largest}")
     for name in ("sources", "targets"):
         _nodes(o, name, n_nodes)
+    _names(o, n_nodes)
     o.require("targets", o.array("sources") != o.array("targets"), "must be other nodes than the sources")
     if o.held("links") is not None:
         shape = np.shape(o.held("links"))[-2:]
@@ -312,6 +322,7 @@ def _graph_values(o: _Object) -> None:
     _prices(o, o.held("balanced"))
     for name in ("edge_weights", "node_weights"):
         o.require(name, np.isfinite(o.array(name)) & (o.array(name) >= 0), "must be finite and at least 0")
+    _finite_values("times")(o)
 
 
 def _classes(o: _Object) -> None:
@@ -324,13 +335,20 @@ def _finite_values(*names: str) -> Callable[[_Object], None]:
     def values(o: _Object) -> None:
         for name in names:
             if o.held(name) is not None:
-                o.require(name, np.isfinite(o.array(name)), "must be finite, or the status say that it is not")
+                said = ", or the status say that it is not" if hasattr(o.value, "status") else ""
+                o.require(name, np.isfinite(o.array(name)), f"must be finite{said}")
 
     return values
 
 
 def _flow(o: _Object) -> None:
     o.require("path", o.held("path").means.shape[-2:] == o.held("gmm").means.shape[-2:], "has mixtures of another size")
+
+
+def _fidelity_values(fidelity: _Object) -> None:
+    for name in ("loss", "mean_shift", "covariance_shift"):
+        value = fidelity.array(name)
+        fidelity.require(name, np.isnan(value) | ((value >= 0) & np.isfinite(value)), "must be finite and at least 0")
 
 
 _RELATIONS: dict[str, Callable[[_Object], None]] = {
@@ -349,10 +367,11 @@ _RELATIONS: dict[str, Callable[[_Object], None]] = {
 }
 _VALUES: dict[str, Callable[[_Object], None]] = {
     "BarycenterFit": _finite_values("objective"),
+    "Fidelity": _fidelity_values,
     "FlowFit": _finite_values("loss"),
     "GaussianMixture": _mixture_values,
     "GaussianMixturePair": _pair_values,
-    "GraphFit": _finite_values("penalized_log_likelihood"),
+    "GraphFit": _finite_values("penalized_log_likelihood", "times"),
     "MixtureFit": _finite_values("log_likelihood", "penalized_log_likelihood"),
     "MixtureGraph": _graph_values,
     "MixtureStatistics": _statistics_values,

@@ -4,14 +4,17 @@ One run after the other in one program, which holds a single fit: a schedule say
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from coupled_gmm.core.tree import take
+from coupled_gmm.core import checks
+from coupled_gmm.core.errors import ArgumentError
+from coupled_gmm.core.status import Outcome
+from coupled_gmm.core.tree import counted, number, pytree, saved, take
 from coupled_gmm.fits import em
 from coupled_gmm.fits.em import Solution
 from coupled_gmm.fits.frame import Sight
@@ -39,11 +42,41 @@ class Schedule(NamedTuple):
         return cls(weight, start)
 
 
+@saved
+@pytree
+class StartEnds(Outcome):
+    """Where a fit ended from each of its S starts: J, and how."""
+
+    penalized_log_likelihood: Float[Array, "*b S"]
+    status: Int[Array, "*b S"]
+
+    def _words(self) -> list[str]:
+        return [*counted(self.status.shape[-1], "start"), f"J {number(self.penalized_log_likelihood)}", *self._ended()]
+
+
 class _Best(NamedTuple):
     """The best end so far of every weight, and which weights have one."""
 
     ends: Solution
     ran: Bool[Array, " W"]
+
+
+def check_starts(n_init: Any, key: Any) -> int:
+    """A number of starts, of which more than one are drawn by a key."""
+    n_init = checks.integer("n_init", n_init, 1, checks.MOST_STARTS)
+    if (key is None) != (n_init == 1):
+        raise ArgumentError("key", "goes with an n_init above 1, whose starts it decides", "pass both, or neither")
+    if key is not None:
+        checks.key("key", key)
+    return n_init
+
+
+def best_of(fits: list[Any]) -> Any:
+    """The fit of highest J, with the ends of all."""
+    values = np.array([float(fit.penalized_log_likelihood) for fit in fits])
+    best = fits[int(np.argmax(np.where(np.isfinite(values), values, -np.inf)))]
+    every = [(fit.penalized_log_likelihood, fit.status) for fit in fits]
+    return dataclasses.replace(best, starts=StartEnds(*(jnp.stack(column) for column in zip(*every, strict=True))))
 
 
 def best_ends(
@@ -54,13 +87,31 @@ def best_ends(
     sight: Sight,
     controls: Controls,
     options: FitOptions,
-) -> Solution:
-    """The end of highest J for each row of edge weights, stacked; `starts` are nodes of the graph, stacked."""
+) -> tuple[Solution, StartEnds]:
+    """The end of highest J for each row of edge weights, stacked, and of all starts; `starts` are nodes of the graph, stacked.
+
+    The schedule has every start at every weight.
+    """
+    best, every = run_all(problem, starts, weights, schedule, sight, controls, options)
+    from_starts = np.flatnonzero(schedule.start >= 0).reshape(len(weights), -1)
+    return best, StartEnds(*take(every, from_starts))
+
+
+def run_all(
+    problem: MixtureGraph,
+    starts: GaussianMixture,
+    weights: Float[Array, "W E"],
+    schedule: Schedule,
+    sight: Sight,
+    controls: Controls,
+    options: FitOptions,
+) -> tuple[Solution, tuple[Float[Array, " runs"], Int[Array, " runs"]]]:
+    """As `best_ends`, of any schedule; and J and status of every run."""
 
     def run(weight: Array, nodes: GaussianMixture) -> Solution:
         return em.run(dataclasses.replace(problem, edge_weights=weights[weight], nodes=nodes), sight, controls, options)
 
-    def one(best: _Best, turn: tuple[Array, Array]) -> tuple[_Best, None]:
+    def one(best: _Best, turn: tuple[Array, Array]) -> tuple[_Best, tuple[Array, Array]]:
         weight, start = turn
         before = best.ends.nodes
         nodes = jax.tree.map(
@@ -71,9 +122,10 @@ def best_ends(
         end = run(weight, nodes)
         better = ~best.ran[weight] | (end.value > best.ends.value[weight]) | jnp.isnan(best.ends.value[weight])
         ends = jax.tree.map(lambda old, new: old.at[weight].set(jnp.where(better, new, old[weight])), best.ends, end)
-        return _Best(ends, best.ran.at[weight].set(True)), None
+        return _Best(ends, best.ran.at[weight].set(True)), (end.value, end.status)
 
     shapes = jax.eval_shape(run, jnp.asarray(0), take(starts, 0))
     none = jax.tree.map(lambda leaf: jnp.zeros((len(weights), *leaf.shape), leaf.dtype), shapes)
     best = _Best(none, jnp.zeros(len(weights), bool))
-    return jax.lax.scan(one, best, (jnp.asarray(schedule.weight), jnp.asarray(schedule.start)))[0].ends
+    best, every = jax.lax.scan(one, best, (jnp.asarray(schedule.weight), jnp.asarray(schedule.start)))
+    return best.ends, every

@@ -7,19 +7,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, PRNGKeyArray
 
 from coupled_gmm.core import checks
 from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.programs import program
 from coupled_gmm.core.tree import take, unchecked
-from coupled_gmm.fits import em, frame
-from coupled_gmm.fits.frame import Sight
+from coupled_gmm.fits import contest, em, frame
+from coupled_gmm.fits.frame import Sight, View
+from coupled_gmm.fits.gmm import pooled_draws
 from coupled_gmm.fits.graph import MixtureGraph
 from coupled_gmm.fits.linked import started_graph
+from coupled_gmm.fits.refits import Coupled, fidelity_of
 from coupled_gmm.fits.request import Controls, FitOptions, FitRequest, GivenCloud, Stretches, view_of
 from coupled_gmm.fits.results import GraphFit
 from coupled_gmm.fits.statistics import Sums
+from coupled_gmm.fits.weights import Weight
+from coupled_gmm.gaussians.mixture import GaussianMixture, alike, stack
 from coupled_gmm.transport import plan, solvers
 from coupled_gmm.transport.pair import GaussianMixturePair, stated
 
@@ -67,6 +71,33 @@ def _go_on_with_graph(
     return underway, graph_fit(problem, end, order)
 
 
+@program("options", over_matrices=True)
+def _fit_graphs(
+    problem: MixtureGraph, starts: GaussianMixture, sight: Sight, controls: Controls, options: FitOptions
+) -> GraphFit:
+    """The best of the runs from some starts, stacked."""
+    ordered, order = problem.in_node_order()
+    schedule = contest.Schedule.along(1, len(starts.weights))
+    asked = ordered.edge_weights[None], schedule, sight, controls, options
+    ends, every = contest.best_ends(ordered, starts, *asked)
+    return dataclasses.replace(graph_fit(problem, take(ends, 0), order), starts=take(every, 0))
+
+
+def _starts(graph: MixtureGraph, view: View, ridge: Array, n_init: int, key: Any) -> GaussianMixture:
+    """The nodes, and nodes that are drawn, stacked; what is frozen is in all of them, and nodes of one size start alike."""
+    given = graph.split(graph.nodes)
+    drawn = {
+        size: pooled_draws(checks.key("key", key), view, ridge, size, n_init - 1) for size in sorted(set(graph.sizes))
+    }
+    drawn_nodes = [stack([drawn[size][i] for size in graph.sizes]) for i in range(n_init - 1)]
+    starts = jax.tree.map(lambda *leaves: jnp.stack(leaves), *alike([stack(given), *drawn_nodes]))
+
+    def held(leaf: Array) -> Array:
+        return jnp.where(jnp.expand_dims(graph.frozen, range(1, leaf.ndim - 1)), leaf[:1], leaf)
+
+    return jax.tree.map(held, starts)
+
+
 def graph_fit(problem: MixtureGraph, end: em.Solution, order: Array) -> GraphFit:
     """What a program returns of a solution whose edges are in node order."""
     edges = jnp.stack([problem.sources, problem.targets], axis=1)
@@ -90,7 +121,18 @@ def graph_fit(problem: MixtureGraph, end: em.Solution, order: Array) -> GraphFit
     )
     plans = plan.from_potentials(pairs, costs, potentials)
     return GraphFit(
-        problem.split(end.nodes), plans, end.value, end.status, end.n_steps, history, end.log_likelihoods, edges
+        gmms=problem.split(end.nodes),
+        plans=plans,
+        penalized_log_likelihood=end.value,
+        status=end.status,
+        n_steps=end.n_steps,
+        history=history,
+        log_likelihoods=end.log_likelihoods,
+        penalized_log_likelihoods=end.penalized,
+        edges=edges,
+        edge_weights=problem.edge_weights,
+        node_weights=problem.node_weights,
+        feature_variance=end.feature_variance,
     )
 
 
@@ -98,6 +140,7 @@ def fit_graph(
     clouds: Sequence[Any],
     graph: MixtureGraph,
     *,
+    relative_weight: Any = None,
     point_weights: Sequence[Any] | None = None,
     em_steps: int = 30,
     m_steps: int = 20,
@@ -107,7 +150,10 @@ def fit_graph(
     ridge: Any = 1e-6,
     method: str = "entropic",
     chunk_size: int | None = None,
+    n_init: int = 1,
+    key: PRNGKeyArray | None = None,
     progress: Any = False,
+    fidelity: bool = True,
 ) -> GraphFit:
     r"""The coupled fit of `fit_pair` for any graph of mixtures.
 
@@ -118,8 +164,13 @@ def fit_graph(
     Args:
       clouds: for each node a cloud (n, d), or None where it has none.
       graph: where to start, with the edges, their weights lambda, the nodes' weights v, epsilon, rho, and what is frozen.
+      relative_weight: at least 0, times which the edges' weights are taken, and without a unit: lambda is that product over the
+        mean variance of a feature within the clouds. None takes the edges' weights as they are, per squared data unit.
       point_weights: for each node (n,), at least 0, not all 0, or None; None weighs the points of every cloud equally.
-      em_steps, m_steps, optimizer, learning_rate, tol, ridge, method, chunk_size, progress: as in `fit_pair`.
+      n_init: starts, of which the fit of highest J is kept, and `fit.starts` says where each ended: the graph's mixtures, and
+        beside them ones that are drawn for the points of all clouds together, where a node is not frozen.
+      key: decides what is drawn; goes with an `n_init` above 1.
+      em_steps, m_steps, optimizer, learning_rate, tol, ridge, method, chunk_size, progress, fidelity: as in `fit_pair`.
 
     Returns:
       A `GraphFit` with the fitted mixtures, their plans, J, the status and the history.
@@ -128,6 +179,9 @@ def fit_graph(
       TypeError, ValueError: an argument of the wrong kind, shape or range, before anything is compiled.
     """
     checks.instance("graph", graph, MixtureGraph)
+    n_init = contest.check_starts(n_init, key)
+    if n_init > 1 and progress:
+        raise ArgumentError("progress", "fits of several starts have none", "leave it out, or n_init")
     if graph.sources.ndim != 1:
         raise ArgumentError(
             "graph", f"is a batch of {len(graph.sources)} graphs", "fit them with jax.vmap, or take one of them"
@@ -166,7 +220,25 @@ def fit_graph(
     view = view_of(given, [graph.nodes], ridge)
     numbers = max(graph.sizes) * graph.nodes.n_features
     program = Stretches(_begin_graph, _go_on_with_graph)
-    problem = dataclasses.replace(graph, balanced=False)  # one program, whatever the prices are
-    fit = request.fit(program, problem, view=view, numbers=numbers, solver=_edge_solver(method, graph))
+    if relative_weight is not None:
+        weight = Weight.given(None, relative_weight).of(view)
+        graph = dataclasses.replace(graph, edge_weights=(weight * graph.edge_weights).astype(graph.nodes.dtype))
+    # One program, whatever the prices are and nodes are called.
+    problem = dataclasses.replace(graph, balanced=False, times=None, names=None)
+    seen = {"view": view, "numbers": numbers, "solver": _edge_solver(method, graph)}
+    if n_init == 1:
+        fit = request.fit(program, problem, **seen)
+    else:
+        starts = _starts(graph, view, request.controls.ridge, n_init, key)
+        if view.external:
+            fit = contest.best_of(
+                [request.fit(program, dataclasses.replace(problem, nodes=one), **seen) for one in starts]
+            )
+        else:
+            fit = request.fit(_fit_graphs, problem, starts, **seen)
     plans = dataclasses.replace(fit.plans, pair=stated(fit.plans.pair, graph.balanced))
-    return dataclasses.replace(fit, plans=plans)
+    fit = dataclasses.replace(fit, plans=plans, times=graph.times, names=graph.names)
+    if not fidelity:
+        return fit
+    ended = Coupled(stack(fit.gmms), fit.penalized_log_likelihoods, fit.log_likelihoods)
+    return fidelity_of(fit, ended, graph.nodes, graph.frozen, request, view)

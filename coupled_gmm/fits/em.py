@@ -25,13 +25,13 @@ from coupled_gmm.fits.history import History
 from coupled_gmm.fits.m_step import MStep, ascend
 from coupled_gmm.fits.merged import merged
 from coupled_gmm.fits.minorants import climb
-from coupled_gmm.fits.objective import Objective, Terms, all_costs, no_terms, transport_terms
+from coupled_gmm.fits.objective import Objective, Terms, all_costs, no_terms
 from coupled_gmm.fits.online import Earlier, MixtureStatistics, Moments, with_earlier
 from coupled_gmm.fits.optimisers import Optimiser
 from coupled_gmm.fits.request import Controls, FitOptions
 from coupled_gmm.fits.statistics import Parameters
 from coupled_gmm.gaussians.mixture import GaussianMixture
-from coupled_gmm.transport import entropic, limits, solvers
+from coupled_gmm.transport import entropic, limits
 
 _FALL = 1e-4  # an ascent that falls by this part of 1 + |J| has met more than rounding
 _A_FEW = 3  # steps that a fit would go on if it could
@@ -98,10 +98,12 @@ class Solution(NamedTuple):
     nodes: GaussianMixture
     terms: Terms
     log_likelihoods: Float[Array, " V"]
+    penalized: Float[Array, " V"]
     value: Float[Array, ""]
     status: Int[Array, ""]
     n_steps: Int[Array, ""]
     history: History
+    feature_variance: Float[Array, ""]
     statistics: MixtureStatistics | None
 
 
@@ -176,7 +178,7 @@ def prepare(problem: MixtureGraph, sight: Sight, controls: Controls, options: Fi
     else:
         rate = controls.learning_rate
         optimiser = optimisers.optax_optimiser(options.optimizer if rate is None else options.optimizer(rate))
-    graph = _in_frame(problem, sight.frame.unit)
+    graph = in_frame(problem, sight.frame.unit)
     return Task(problem, graph, sight, sight.floors(controls.ridge), sight.earlier, controls, options, optimiser)
 
 
@@ -264,16 +266,18 @@ def finish(task: Task, state: FitState, history: History) -> Solution:
         nodes=nodes,
         terms=terms,
         log_likelihoods=jnp.asarray(row.log_likelihoods),
+        penalized=place.penalized - volume(task.sight),
         value=row.penalized_log_likelihood,
         status=_status_of_end(task, state, nodes),
         n_steps=state.step,
         history=history,
+        feature_variance=sight.feature_variance,
         # J less Q is the entropy of the probabilities that Q is under.
         statistics=sight.statistics(place.parameters, place.seen, place.penalized - place.terms.q),
     )
 
 
-def _in_frame(problem: MixtureGraph, unit: Array) -> MixtureGraph:
+def in_frame(problem: MixtureGraph, unit: Array) -> MixtureGraph:
     """The graph with its prices in the frame's unit: costs are squared lengths there too."""
     square = unit**2
     return dataclasses.replace(
@@ -366,30 +370,19 @@ def no_rows(task: Task, state: FitState) -> History:
 
 
 def _row(task: Task, place: _Place, marginal_error: Array) -> History:
-    """What was seen at a place, in data units, where a density per volume is less by the unit to the power d."""
-    unit, graph, terms = task.sight.frame.unit, task.graph, place.terms
-    n_features = place.parameters.means.shape[-1]
-    volume = jnp.where(task.sight.has_cloud, n_features * jnp.log(unit), 0)
+    """What was seen at a place, in data units."""
+    unit, graph, terms, larger = task.sight.frame.unit, task.graph, place.terms, volume(task.sight)
     return unchecked(
         History,
-        q=terms.q - volume,
+        q=terms.q - larger,
         transport_terms=terms.transport * unit**2,
-        objective=terms.total(graph) - graph.node_weights @ volume,
-        penalized_log_likelihood=place.value - graph.node_weights @ volume,
+        objective=terms.total(graph) - graph.node_weights @ larger,
+        penalized_log_likelihood=place.value - graph.node_weights @ larger,
         marginal_error=marginal_error,
-        log_likelihoods=place.log_likelihoods - volume,
+        log_likelihoods=place.log_likelihoods - larger,
     )
 
 
-@matrices.precise
-def value(problem: MixtureGraph, sight: Sight, ridge: Array) -> Float[Array, ""]:
-    """J at the graph's own nodes, differentiable once in them."""
-    sight = jax.lax.stop_gradient(sight)
-    floors, unit = jax.lax.stop_gradient(sight.floors(ridge)), sight.frame.unit
-    graph = _in_frame(problem, unit)
-    parameters = sight.frame.parameters(problem.nodes, jnp.zeros_like(floors))
-    penalized = statistics.likelihood(parameters, sight.chunks, floors)
-    start = no_terms(graph).potentials
-    transport, _, _ = transport_terms(parameters, graph, start, solvers.ENTROPIC)
-    volume = jnp.where(sight.has_cloud, problem.nodes.n_features * jnp.log(unit), 0)
-    return problem.node_weights @ (penalized - volume) - graph.edge_weights @ transport
+def volume(sight: Sight) -> Float[Array, " V"]:
+    """By what log-densities in the frame exceed those in data units: a density is per volume."""
+    return jnp.where(sight.has_cloud, sight.n_features * jnp.log(sight.frame.unit), 0)

@@ -206,6 +206,11 @@ class Sight:
     def n_features(self) -> int:
         return self.pooled.shape[-1]
 
+    @property
+    def feature_variance(self) -> Float[Array, ""]:
+        """The mean variance of a feature within a cloud, squared data units."""
+        return _feature_variance(self.variances, self.has_cloud, self.frame.unit)
+
     def floors(self, ridge: Array) -> Float[Array, "V d"]:
         """What ridge adds to the variances of each cloud, in the frame's coordinates.
 
@@ -225,6 +230,10 @@ class Sight:
         return jnp.where(self.has_cloud[:, None], floors, 0)
 
 
+def _feature_variance(variances: Any, has_cloud: Any, unit: Any) -> Any:
+    return has_cloud @ variances.mean(axis=1) / has_cloud.sum() * unit**2
+
+
 class View(NamedTuple):
     """Checked clouds and weights, None where a node has none, and the frame in which a fit is to see them."""
 
@@ -235,6 +244,11 @@ class View(NamedTuple):
     pooled: Float[AnyArray, " d"]
     far: bool
     update: Update | None = None
+
+    @property
+    def feature_variance(self) -> Any:
+        """The mean variance of a feature within a cloud, squared data units."""
+        return _feature_variance(self.variances, np.array([x is not None for x in self.clouds]), self.frame.unit)
 
     def together(self) -> "View":
         """All clouds as one, in which each counts as much as the others."""

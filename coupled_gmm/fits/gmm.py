@@ -87,9 +87,21 @@ def check_distinct(name: str, key: Array, view: View, n_components: int) -> None
     )
 
 
-def draws(key: Array, view: View, ridge: Array, n_components: int, n_init: int, n: int | None) -> GaussianMixture:
-    """The n best of n_init starts, stacked; None is the best alone."""
-    return _init(key, _represented(key, view, n_components), ridge, n_components, n_init, n)
+def draws(
+    key: Array, view: View, ridge: Array, n_components: int, n_init: int, n: int | None, present: int | None = None
+) -> GaussianMixture:
+    """The n best of n_init starts, stacked; None is the best alone.
+
+    Of their components so many are `present`, and the others have weight zero: one program for all numbers up to one.
+    """
+    some = None if present is None else np.int32(present)
+    return _init(key, _represented(key, view, n_components), ridge, n_components, n_init, n, some)
+
+
+def pooled_draws(key: Array, view: View, ridge: Array, n_components: int, n: int) -> list[GaussianMixture]:
+    """Starts for the points of all clouds together, each cloud counting as much."""
+    found = draws(key, sampled(key, view).together(), ridge, n_components, n, n)
+    return [take(found, i) for i in range(n)]
 
 
 def _represented(key: Array, view: View, n_components: int) -> Sight:
@@ -128,11 +140,19 @@ def _representatives(key: Array, view: View) -> View:
 
 
 @program("n_components", "n_init", "n", over_matrices=True)
-def _init(key: Array, sight: Sight, ridge: Array, n_components: int, n_init: int, n: int | None) -> GaussianMixture:
+def _init(
+    key: Array,
+    sight: Sight,
+    ridge: Array,
+    n_components: int,
+    n_init: int,
+    n: int | None,
+    present: Int[Array, ""] | None = None,
+) -> GaussianMixture:
     """The n best of n_init starts, stacked; None is the best alone."""
     floor, pooled = sight.floors(ridge)[0], sight.pooled
     deviations = jnp.where(pooled > 0, jnp.sqrt(pooled), 1)
-    found = starts.draws(key, sight.chunks, deviations, floor, n_components, starts.DRAWS * n_init)
+    found = starts.draws(key, sight.chunks, deviations, floor, n_components, starts.DRAWS * n_init, present)
     best = sight.frame.mixture(starts.race(found, sight.chunks, floor, n or 1), sight.far)
     return best if n else take(best, 0)
 

@@ -12,9 +12,10 @@ from jaxtyping import Array, Bool, Float, Int
 from coupled_gmm.core import checks
 from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.tree import counted, listed, pytree, saved, static, take
+from coupled_gmm.fits.nodes import NodeNames
 from coupled_gmm.gaussians.mixture import GaussianMixture, alike, in_one_space, stack
 from coupled_gmm.transport.links import padded, per_edge
-from coupled_gmm.transport.pair import GaussianMixturePair
+from coupled_gmm.transport.pair import GaussianMixturePair, given_epsilon, given_rho, mean_cost
 from coupled_gmm.transport.problem import BALANCED, Prices
 
 
@@ -41,22 +42,28 @@ class MixtureGraph:
     sizes: tuple[int, ...] = static()
     balanced: bool = static()
     links: Bool[Array, "E K K"] | None = None  # where mass may go, of padded mixtures; None is everywhere
+    times: Float[Array, " V"] | None = None
+    names: tuple[str, ...] | None = static(default=None)
 
     @classmethod
     def from_mixtures(
         cls,
         gmms: Sequence[GaussianMixture],
-        edges: Sequence[tuple[int, int]],
+        edges: Sequence[tuple[Any, Any]],
         *,
         edge_weights: Any = 1.0,
         epsilon: Any = None,
         tau: Any = BALANCED,
         rho: Any = None,
+        relative_epsilon: Any = None,
+        relative_rho: Any = None,
         node_weights: Any = None,
-        frozen: Sequence[int] = (),
+        frozen: Sequence[Any] = (),
         links: Sequence[Any] | None = None,
+        times: Any = None,
+        names: Sequence[str] | None = None,
     ) -> "MixtureGraph":
-        r"""A graph from mixtures and pairs of their indices.
+        r"""A graph from mixtures and pairs of their indices; `chain`, `star` and `grid` build the common ones.
 
         Args:
           gmms: V mixtures over the same features.
@@ -67,29 +74,40 @@ class MixtureGraph:
             a rho of its own; give `rho` where a change of mass shall cost the same on all. One number; one per edge, (E,);
             or two per edge, (E, 2): of changes at i and at j, where (1, 2) is a pair for all edges. (2,) is one per edge.
           rho: in place of tau: above 0, squared data units, infinite is balanced; shapes as of tau.
+          relative_epsilon, relative_rho: in place of epsilon, and of rho and tau: as parts of each edge's mean starting cost.
           node_weights: v, at least 0, (V,); None is 1 each.
           frozen: nodes that a fit leaves as they are.
           links: for each edge (i, j) a mask, True where components of i may send mass to those of j, or None, as in
             `GaussianMixturePair`; None is everywhere, on all edges.
+          times: when each node was seen, (V,); None where that is not known. A fit passes them on, and does not use them.
+          names: V distinct strings, by which nodes can be asked for wherever an index is, here and of a fit.
 
         Raises:
           TypeError, ValueError: an argument of the wrong kind, shape or range; tau and rho both given.
         """
         gmms = in_one_space("gmms", gmms, "a graph needs at least one mixture")
         n_nodes = len(gmms)
-        edges = _check_edges(edges, n_nodes)
-        frozen = checks.sequence("frozen", frozen)
-        for node in frozen:
-            if not _is_node(node, n_nodes):
-                raise ArgumentError("frozen", f"there is no node {node!r}", f"use indices from 0 to {n_nodes - 1}")
+        called = NodeNames.checked(n_nodes, names)
+        edges = _check_edges(edges, called)
+        frozen = [called.index("frozen", node) for node in checks.sequence("frozen", frozen)]
         ends = [(gmms[min(edge)], gmms[max(edge)]) for edge in edges]  # in one order, for roundings of epsilon
-        if epsilon is None:
-            pairs = [GaussianMixturePair(*end) for end in ends]
-            epsilon = jnp.stack([pair.epsilon for pair in pairs]) if pairs else jnp.ones(0)
-        epsilon = _per_edge("epsilon", checks.scalar("epsilon", epsilon, above=0, batched=True), len(edges))
-        rho, balanced = _prices(tau, rho, epsilon)
+
+        def costs() -> Array:
+            return jnp.stack([mean_cost(*end) for end in ends]) if ends else jnp.ones(0)
+
+        def one_each(name: str, value: Any, **bounds: Any) -> Array:
+            return _per_edge(name, checks.scalar(name, value, batched=True, **bounds), len(edges))
+
+        def one_or_two_each(name: str, value: Any, **bounds: Any) -> Array:
+            return _per_edge(name, checks.scalar(name, value, batched=True, **bounds), len(edges), two=True)
+
+        epsilon = given_epsilon(epsilon, relative_epsilon, one_each, costs)
+        prices = Prices.given(tau, given_rho(tau, rho, relative_rho, one_or_two_each, costs), one_or_two_each)
         edge_weights = checks.scalar("edge_weights", edge_weights, at_least=0, batched=True)
         v = jnp.ones(n_nodes) if node_weights is None else checks.weights("node_weights", node_weights, n_nodes)
+        if times is not None:
+            times = checks.array("times", times, n_nodes)
+            checks.finite("times", times)
         nodes = stack(gmms)
         return cls(
             nodes=nodes,
@@ -97,12 +115,14 @@ class MixtureGraph:
             targets=jax.device_put(np.array([j for _, j in edges], np.int32)),
             edge_weights=_per_edge("edge_weights", edge_weights, len(edges)).astype(nodes.dtype),
             epsilon=epsilon.astype(nodes.dtype),
-            rho=rho.astype(nodes.dtype),
+            rho=prices.rho(epsilon).astype(nodes.dtype),
             node_weights=v.astype(nodes.dtype),
             frozen=jax.device_put(np.array([node in frozen for node in range(n_nodes)])),
             sizes=tuple(gmm.n_components for gmm in gmms),
-            balanced=balanced,
+            balanced=prices.balanced,
             links=per_edge(links, [(gmms[i].weights, gmms[j].weights) for i, j in edges], nodes.weights.shape[-1]),
+            times=None if times is None else times.astype(nodes.dtype),
+            names=called.names,
         )
 
     @classmethod
@@ -126,17 +146,23 @@ class MixtureGraph:
     @classmethod
     def single(cls, gmm: GaussianMixture) -> "MixtureGraph":
         """The graph of one node and no edge."""
-        none, no_node = jnp.zeros(0, gmm.dtype), jnp.zeros(0, jnp.int32)
+        return cls.unjoined(stack([gmm]), jnp.zeros(1, bool))
+
+    @classmethod
+    def unjoined(cls, nodes: GaussianMixture, frozen: Any) -> "MixtureGraph":
+        """The graph of stacked nodes and no edge."""
+        none, no_node = jnp.zeros(0, nodes.dtype), jnp.zeros(0, jnp.int32)
+        n_nodes, n_components = nodes.weights.shape
         return cls(
-            nodes=stack([gmm]),
+            nodes=nodes,
             sources=no_node,
             targets=no_node,
             edge_weights=none,
             epsilon=none,
             rho=none,
-            node_weights=jnp.ones(1, gmm.dtype),
-            frozen=jnp.zeros(1, bool),
-            sizes=(gmm.n_components,),
+            node_weights=jnp.ones(n_nodes, nodes.dtype),
+            frozen=jnp.asarray(frozen),
+            sizes=(n_components,) * n_nodes,
             balanced=True,
         )
 
@@ -183,19 +209,16 @@ class MixtureGraph:
         return [unpadded(take(nodes, i), size) for i, size in enumerate(self.sizes)]
 
 
-def _is_node(node: Any, n_nodes: int) -> bool:
-    return isinstance(node, (int, np.integer)) and not isinstance(node, bool) and bool(0 <= node < n_nodes)
-
-
-def _check_edges(edges: Any, n_nodes: int) -> list[tuple[int, int]]:
+def _check_edges(edges: Any, called: NodeNames) -> list[tuple[int, int]]:
     pairs: list[tuple[int, int]] = []
     for edge in checks.sequence("edges", edges):
         pair = tuple(edge) if isinstance(edge, (tuple, list, np.ndarray)) else ()
-        if len(pair) != 2 or not all(_is_node(node, n_nodes) for node in pair) or pair[0] == pair[1]:
-            raise ArgumentError(
-                "edges", f"{edge!r} does not join two of the {n_nodes} nodes", "use indices from 0, two per edge"
-            )
-        i, j = map(int, pair)
+        if len(pair) != 2 or not all(map(called.has, pair)) or pair[0] == pair[1]:
+            problem = f"{checks.brief(edge)} does not join two of the {called.n_nodes} nodes"
+            raise ArgumentError("edges", problem, "use indices from 0, two per edge")
+        i, j = (called.index("edges", node) for node in pair)
+        if i == j:
+            raise ArgumentError("edges", f"{edge!r} joins a node to itself", "leave it out")
         if (i, j) in pairs or (j, i) in pairs:
             raise ArgumentError(
                 "edges",
@@ -215,16 +238,6 @@ def _per_edge(name: str, value: Array, size: int, two: bool = False) -> Array:
         )
         raise ArgumentError(name, f"expected {choices}, got shape {value.shape}")
     return jnp.broadcast_to(value, (size, 2) if value.ndim == 2 else (size,))
-
-
-def _prices(tau: Any, rho: Any, epsilon: Float[Array, " E"]) -> tuple[Float[Array, "E *sides"], bool]:
-    """rho of every edge, or of both its sides, and whether all of them are known to be infinite."""
-
-    def check(name: str, value: Any, **bounds: Any) -> Array:
-        return _per_edge(name, checks.scalar(name, value, batched=True, **bounds), len(epsilon), two=True)
-
-    prices = Prices.given(tau, rho, check)
-    return prices.rho(epsilon), prices.balanced
 
 
 def unpadded(gmm: GaussianMixture, size: int) -> GaussianMixture:

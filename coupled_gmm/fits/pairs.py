@@ -11,21 +11,23 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, PRNGKeyArray
 
-from coupled_gmm.core import checks, meshes
+from coupled_gmm.core import checks
 from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.programs import program
 from coupled_gmm.core.tree import take
 from coupled_gmm.fits import contest, em, frame
 from coupled_gmm.fits.coupled import graph_fit
 from coupled_gmm.fits.frame import Sight, View
-from coupled_gmm.fits.gmm import draws, highest, sampled
+from coupled_gmm.fits.gmm import pooled_draws
 from coupled_gmm.fits.graph import MixtureGraph
 from coupled_gmm.fits.linked import started
+from coupled_gmm.fits.refits import Coupled, fidelity_of
 from coupled_gmm.fits.request import Controls, FitOptions, FitRequest, GivenCloud, Stretches, view_of
 from coupled_gmm.fits.results import PairFit, trimmed
 from coupled_gmm.fits.statistics import Sums
+from coupled_gmm.fits.weights import Weight
 from coupled_gmm.gaussians.mixture import GaussianMixture, stack
 from coupled_gmm.transport import solvers
 from coupled_gmm.transport.pair import GaussianMixturePair, stated
@@ -63,8 +65,29 @@ def _go_on_with_pair(
 def pair_fit(problem: MixtureGraph, end: em.Solution) -> PairFit:
     fit = graph_fit(problem, end, jnp.zeros(1, jnp.int32))
     whole = trimmed(take(fit.plans, 0), *fit.gmms)
-    went = fit.penalized_log_likelihood, fit.status, fit.n_steps, fit.history, fit.log_likelihoods
-    return PairFit(whole.pair, whole, *went)
+    return PairFit(
+        pair=whole.pair,
+        plan=whole,
+        penalized_log_likelihood=fit.penalized_log_likelihood,
+        status=fit.status,
+        n_steps=fit.n_steps,
+        history=fit.history,
+        log_likelihoods=fit.log_likelihoods,
+        penalized_log_likelihoods=fit.penalized_log_likelihoods,
+        transport_weights=problem.edge_weights[0],
+        feature_variance=fit.feature_variance,
+    )
+
+
+def both(pair: GaussianMixturePair) -> GaussianMixture:
+    """The mixtures of a pair, stacked."""
+    return stack([pair.gmm0, pair.gmm1])
+
+
+def coupled(fit: PairFit) -> Coupled:
+    """Where a fit, or each of some, ended."""
+    nodes = jax.vmap(both)(fit.pair) if fit.batch_shape else both(fit.pair)
+    return Coupled(nodes, fit.penalized_log_likelihoods, fit.log_likelihoods)
 
 
 @program("options", over_matrices=True)
@@ -81,63 +104,21 @@ def _fit_pairs(
     def graph(pair: GaussianMixturePair, weight: Array) -> MixtureGraph:
         return MixtureGraph.from_pair(pair, weight, frozen)
 
-    starts = jax.vmap(lambda pair: graph(pair, transport_weights[0]).nodes)(pairs)
+    nodes = jax.vmap(lambda pair: graph(pair, transport_weights[0]).nodes)(pairs)
     problem = graph(take(pairs, 0), transport_weights[0])
     schedule = contest.Schedule.along(len(transport_weights), len(pairs.epsilon))
     weights = transport_weights[:, None].astype(problem.edge_weights.dtype)
-    ends = contest.best_ends(problem, starts, weights, schedule, sight, controls, options)
-    return jax.vmap(lambda end: pair_fit(problem, end))(ends)
+    ends, starts = contest.best_ends(problem, nodes, weights, schedule, sight, controls, options)
+    return dataclasses.replace(jax.vmap(lambda end: pair_fit(problem, end))(ends), starts=starts)
 
 
-def penalized_log_likelihood(
-    pair: GaussianMixturePair,
-    x0: Any,
-    x1: Any,
-    *,
-    transport_weight: Any,
-    point_weights0: Any = None,
-    point_weights1: Any = None,
-    ridge: Any = 1e-6,
-    chunk_size: int | None = None,
-) -> Float[Array, ""]:
-    r"""The objective of `fit_pair` at a pair, differentiable once in both mixtures.
-
-    .. math:: J = \overline{\log p_0} + \overline{\log p_1} - \lambda T(p_0, p_1)
-
-    Arguments and errors as in `fit_pair`.
-    """
-    checks.instance("pair", pair, GaussianMixturePair)
-    transport_weight = checks.scalar("transport_weight", transport_weight, at_least=0, batched=True)
-    ridge = checks.scalar("ridge", ridge, at_least=0, batched=True)
-    if chunk_size is not None:
-        checks.integer("chunk_size", chunk_size, 1)
-    pair.gmm0.check_densities("pair.gmm0")
-    pair.gmm1.check_densities("pair.gmm1")
-    clouds = _two_clouds(x0, x1, point_weights0, point_weights1)
-    otherwise = "the first row of a fit's history is J where it starts: fit_pair(..., em_steps=1)"
-    view = view_of(clouds, [pair.gmm0, pair.gmm1], ridge, in_memory=otherwise)
-    sight = view.in_chunks(_numbers(pair), chunk_size)
-    asked = stated(pair, balanced=False), transport_weight
-    if sight.chunks.mesh is None:
-        return _value(*asked, sight, ridge)
-    asked, ridge = meshes.whole((asked, ridge))
-    found = _value(*asked, sight, ridge)
-    return jax.device_put(meshes.whole(found))
-
-
-def _two_clouds(x0: Any, x1: Any, weights0: Any, weights1: Any) -> list[GivenCloud]:
+def two_clouds(x0: Any, x1: Any, weights0: Any, weights1: Any) -> list[GivenCloud]:
     return [GivenCloud("x0", x0, "point_weights0", weights0), GivenCloud("x1", x1, "point_weights1", weights1)]
 
 
-def _numbers(pair: GaussianMixturePair) -> int:
+def numbers(pair: GaussianMixturePair) -> int:
     """That a program holds of each point."""
     return max(pair.gmm0.n_components, pair.gmm1.n_components) * pair.n_features
-
-
-@program()
-def _value(pair: GaussianMixturePair, transport_weight: Array, sight: Sight, ridge: Array) -> Float[Array, ""]:
-    problem = MixtureGraph.from_pair(pair, transport_weight, np.zeros(2, bool))
-    return em.value(problem, sight, ridge)
 
 
 def fit_pair(
@@ -145,7 +126,8 @@ def fit_pair(
     x1: Any,
     pair: GaussianMixturePair,
     *,
-    transport_weight: Any,
+    transport_weight: Any = None,
+    relative_weight: Any = None,
     point_weights0: Any = None,
     point_weights1: Any = None,
     em_steps: int = 30,
@@ -160,6 +142,7 @@ def fit_pair(
     method: str = "entropic",
     chunk_size: int | None = None,
     progress: Any = False,
+    fidelity: bool = True,
 ) -> PairFit:
     r"""Fit two mixtures to two clouds while a penalty on the transport cost between them keeps them close.
 
@@ -171,7 +154,9 @@ def fit_pair(
     Args:
       x0, x1: clouds (n0, d) and (n1, d).
       pair: where to start, with epsilon and rho.
-      transport_weight: lambda, at least 0, per squared data unit.
+      transport_weight: lambda, at least 0, per squared data unit; or
+      relative_weight: in its place, lambda times the mean variance of a feature within the clouds, at least 0: it has no unit, and
+        0.01 is a fair begin. One of them is given, and the fit reports both.
       point_weights0, point_weights1: (n0,), (n1,), at least 0, not all 0; None weighs points equally.
       em_steps: EM steps, at most.
       m_steps: evaluations of the M-step's objective, or of what bounds it from below, and its gradient in each, at most.
@@ -182,7 +167,7 @@ def fit_pair(
       tol: at least 0; the fit has converged when an EM step raises J by no more. With 0 all steps are done.
       freeze: any of "gmm0", "gmm1", left as they are.
       n_init: starts, of which the fit of highest J is kept: the pair, and beside it mixtures of its sizes that are drawn for the
-        points of both clouds together, as `init_gmm` does.
+        points of both clouds together, as `init_gmm` does. `fit.starts` says where each ended.
       key: decides what is drawn; goes with an `n_init` above 1.
       ridge: at least 0, floor of the covariances relative to each feature's variance in its cloud: the component
         log-densities are lowered by :math:`tr(\Delta S^{-1}) / 2`, so the exact M-step at weight 0 is the second moment plus
@@ -192,6 +177,8 @@ def fit_pair(
       progress: True draws a bar; a callable gets each row as a dict, between calls of the program that a fit without it runs too
         (inside somebody's ``jit``, by one host callback a step). After what a callable raises it gets no more rows, and the fit
         raises that at its end.
+      fidelity: whether the mixtures are refitted without coupling at the end, by at most 100 steps of plain EM, to say what
+        coupling has cost: `fit.fidelity`, and the message where the penalty has overruled the data.
 
     Returns:
       A `PairFit` with the fitted pair, its plan, J, the status and the history.
@@ -216,22 +203,25 @@ def fit_pair(
         chunk_size=chunk_size,
         progress=progress,
     )
-    transport_weight = checks.scalar("transport_weight", transport_weight, at_least=0, batched=True)
-    clouds = _two_clouds(x0, x1, point_weights0, point_weights1)
+    weight = Weight.given(transport_weight, relative_weight)
+    clouds = two_clouds(x0, x1, point_weights0, point_weights1)
     asked, program = (
         _PairRequest.checked(request, clouds, pair, freeze, method, n_init, key),
         Stretches(_begin_pair, _go_on_with_pair),
     )
+    transport_weight = weight.of(asked.view)
     if n_init == 1:
-        return asked.fit(program, asked.pair, transport_weight)
+        return asked.measured(asked.fit(program, asked.pair, transport_weight), fidelity)
     if jnp.ndim(transport_weight) or progress:
         raise ArgumentError(
-            "n_init", "fits of several starts take one transport_weight, and have no progress", "see fit_path"
+            "n_init", f"fits of several starts take one {weight.name}, and have no progress", "see fit_path"
         )
     if asked.view.external:
         ends = [asked.fit(program, start, transport_weight) for start in asked.starts()]
-        return ends[highest(np.array([float(end.penalized_log_likelihood) for end in ends]))]
-    return asked.fit(_fit_pairs, asked.starts(), transport_weight[None])[0]
+        best = contest.best_of(ends)
+    else:
+        best = asked.fit(_fit_pairs, asked.starts(), transport_weight[None])[0]
+    return asked.measured(best, fidelity)
 
 
 def fit_path(
@@ -239,7 +229,8 @@ def fit_path(
     x1: Any,
     pair: GaussianMixturePair,
     *,
-    transport_weights: Any,
+    transport_weights: Any = None,
+    relative_weights: Any = None,
     point_weights0: Any = None,
     point_weights1: Any = None,
     em_steps: int = 30,
@@ -253,6 +244,7 @@ def fit_path(
     ridge: Any = 1e-6,
     method: str = "entropic",
     chunk_size: int | None = None,
+    fidelity: bool = True,
 ) -> PairFit:
     """`fit_pair` for each of several transport weights, in one program: the best of what the pair and the neighbours lead to.
 
@@ -261,9 +253,10 @@ def fit_path(
     a neighbour's mixtures. So give weights in order, and a `tol` above 0, with which a start that is near costs few steps.
 
     Args:
-      transport_weights: lambda (W,), at least 0, per squared data unit.
+      transport_weights: lambda (W,), at least 0, per squared data unit; or
+      relative_weights: (W,), in their place, as in `fit_pair`.
       x0, x1, pair, point_weights0, point_weights1, em_steps, m_steps, optimizer, learning_rate, tol, freeze, n_init, key, ridge,
-        method, chunk_size: as in `fit_pair`.
+        method, chunk_size, fidelity: as in `fit_pair`.
 
     Returns:
       A `PairFit` of W fits, stacked: `fits[i]` is one. `fits.transport_weights` are their weights.
@@ -287,13 +280,15 @@ def fit_path(
         method=method,
         chunk_size=chunk_size,
     )
-    weights = checks.scalar("transport_weights", transport_weights, at_least=0, batched=True)
-    if jnp.ndim(weights) != 1 or not len(weights):
-        raise ArgumentError("transport_weights", f"expected a list of numbers, got shape {weights.shape}", "pass (W,)")
-    clouds = _two_clouds(x0, x1, point_weights0, point_weights1)
+    weights = Weight.given(transport_weights, relative_weights, plural="s")
+    if jnp.ndim(weights.value) != 1 or not len(weights.value):
+        raise ArgumentError(weights.name, f"expected a list of numbers, got shape {weights.value.shape}", "pass (W,)")
+    clouds = two_clouds(x0, x1, point_weights0, point_weights1)
     otherwise = "call fit_pair for each weight, and start it where the one before ended"
     asked = _PairRequest.checked(request, clouds, pair, freeze, method, n_init, key, in_memory=otherwise)
-    return dataclasses.replace(asked.fit(_fit_pairs, asked.starts(), weights), transport_weights=weights)
+    transport_weights = weights.of(asked.view)
+    fits = asked.fit(_fit_pairs, asked.starts(), transport_weights)
+    return asked.measured(dataclasses.replace(fits, transport_weights=transport_weights), fidelity)
 
 
 def frozen_sides(freeze: Any) -> Bool[np.ndarray, "2"]:
@@ -338,9 +333,7 @@ class _PairRequest(NamedTuple):
         frozen, ridge = frozen_sides(freeze), request.controls.ridge
         check_densities("pair", pair, frozen, ridge)
         pair = started(pair, frozen)
-        n_init = checks.integer("n_init", n_init, 1, checks.MOST_STARTS)
-        if (key is None) != (n_init == 1):
-            raise ArgumentError("key", "goes with an n_init above 1, whose starts it decides", "pass both, or neither")
+        n_init = contest.check_starts(n_init, key)
         if n_init > 1 and pair.links is not None:
             problem = "draws components in no order, and the pair's links say of each what it may be linked to"
             raise ArgumentError("n_init", problem, "fit from pairs of your own, one by one")
@@ -350,10 +343,16 @@ class _PairRequest(NamedTuple):
 
     def fit(self, program: Any, pairs: GaussianMixturePair, weights: Array) -> PairFit:
         problem = stated(pairs, balanced=False), weights, self.frozen  # one program, whatever the prices are
-        fit = self.request.fit(program, *problem, view=self.view, numbers=_numbers(self.pair), solver=self.solver)
+        fit = self.request.fit(program, *problem, view=self.view, numbers=numbers(self.pair), solver=self.solver)
         balanced = self.pair.balanced
         plan = dataclasses.replace(fit.plan, pair=stated(fit.plan.pair, balanced))
         return dataclasses.replace(fit, pair=stated(fit.pair, balanced), plan=plan)
+
+    def measured(self, fit: PairFit, fidelity: bool) -> PairFit:
+        """A fit, or fits stacked, with what coupling has cost its mixtures where that is asked for."""
+        if not fidelity:
+            return fit
+        return fidelity_of(fit, coupled(fit), both(self.pair), self.frozen, self.request, self.view)
 
     def starts(self) -> GaussianMixturePair:
         """The pair, and pairs that are drawn, stacked; what is frozen is in all of them."""
@@ -362,8 +361,7 @@ class _PairRequest(NamedTuple):
         @functools.cache  # sides of one size start alike
         def drawn(size: int) -> list[GaussianMixture]:
             assert key is not None
-            found = draws(key, sampled(key, self.view).together(), ridge, size, n_drawn, n_drawn)
-            return [take(found, i) for i in range(n_drawn)]
+            return pooled_draws(key, self.view, ridge, size, n_drawn)
 
         def side(gmm: GaussianMixture, frozen: bool) -> GaussianMixture:
             if frozen or key is None:

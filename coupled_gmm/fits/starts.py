@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from coupled_gmm.core import matrices
 from coupled_gmm.core.chunks import Chunks
@@ -35,19 +35,27 @@ class Drawn(NamedTuple):
 
 
 def draws(
-    key: Array, chunks: Chunks, deviations: Float[Array, " d"], floor: Float[Array, " d"], n_components: int, n: int
+    key: Array,
+    chunks: Chunks,
+    deviations: Float[Array, " d"],
+    floor: Float[Array, " d"],
+    n_components: int,
+    n: int,
+    present: Int[Array, ""] | None = None,
 ) -> Parameters:
     """n starts, stacked: moments of the points closest to each of the centres, and the floor.
 
     Args:
       chunks: one cloud, whose weights sum to 1.
       deviations: of features, in which distances are measured.
+      present: so many of the components, the first, are drawn, and the others have weight zero; None draws all.
     """
     n_tries = 2 + int(math.log(n_components))
+    drawn = jnp.arange(n_components, dtype=jnp.int32) < (n_components if present is None else present)
 
     def draw(draws: Array) -> Parameters:
-        labels = _plus_plus(draws, chunks, deviations)
-        return _moments(chunks, *_lloyd(chunks, deviations, labels, n_components), floor)
+        labels = _plus_plus(draws, chunks, deviations, drawn)
+        return _moments(chunks, *_lloyd(chunks, deviations, labels, drawn), floor)
 
     return jax.lax.map(draw, jax.random.uniform(key, (n, n_components, n_tries), deviations.dtype))
 
@@ -59,7 +67,9 @@ def _squares(
     return jnp.sum(((x - centres[:, :, None]) / deviations[:, None]) ** 2, axis=1)
 
 
-def _plus_plus(draws: Float[Array, "K tries"], chunks: Chunks, deviations: Float[Array, " d"]) -> Int[Array, "C B"]:
+def _plus_plus(
+    draws: Float[Array, "K tries"], chunks: Chunks, deviations: Float[Array, " d"], drawn: Bool[Array, " K"]
+) -> Int[Array, "C B"]:
     """The closest of centres drawn one by one, with a probability of weight times squared distance to the closest so far.
 
     Of some tries each the one that leaves the least distances (Arthur & Vassilvitskii 2007); the first is taken as it comes.
@@ -67,7 +77,7 @@ def _plus_plus(draws: Float[Array, "K tries"], chunks: Chunks, deviations: Float
     points, weights, count = chunks.points, chunks.weights, chunks.count
 
     def add(drawn: Drawn, step: tuple) -> tuple[Drawn, None]:
-        k, draws = step
+        k, draws, counts = step
         masses = jnp.where(k > 0, drawn.sums, jnp.sum(weights, axis=1))
         centres = jax.vmap(lambda draw: _chosen(draw, masses, drawn.closest, chunks, k == 0))(draws)
 
@@ -80,7 +90,7 @@ def _plus_plus(draws: Float[Array, "K tries"], chunks: Chunks, deviations: Float
 
         def update(index: Array, drawn: Drawn) -> Drawn:
             (square,) = _squares(points[index], centre[None], deviations)
-            nearer = square < drawn.closest[index]
+            nearer = (square < drawn.closest[index]) & counts
             closest = jnp.where(nearer, square, drawn.closest[index])
             return Drawn(
                 drawn.closest.at[index].set(closest),
@@ -93,7 +103,7 @@ def _plus_plus(draws: Float[Array, "K tries"], chunks: Chunks, deviations: Float
     start = Drawn(
         jnp.full_like(weights, jnp.inf), jnp.zeros(weights.shape, jnp.int32), jnp.zeros(len(weights), weights.dtype)
     )
-    return jax.lax.scan(add, start, (jnp.arange(len(draws), dtype=jnp.int32), draws))[0].labels
+    return jax.lax.scan(add, start, (jnp.arange(len(draws), dtype=jnp.int32), draws, drawn))[0].labels
 
 
 def _chosen(
@@ -125,9 +135,10 @@ class _Sums(NamedTuple):
 
 
 def _lloyd(
-    chunks: Chunks, deviations: Float[Array, " d"], labels: Int[Array, "C B"], k: int
+    chunks: Chunks, deviations: Float[Array, " d"], labels: Int[Array, "C B"], drawn: Bool[Array, " K"]
 ) -> tuple[Int[Array, "C B"], _Sums]:
     """Labels after steps of k-means, as long as they change and leave no centre without points; and their sums."""
+    k = len(drawn)
     every = jnp.arange(k, dtype=labels.dtype)[:, None]
 
     def sums(index: Array, labels: Array, total: _Sums) -> _Sums:
@@ -149,7 +160,7 @@ def _lloyd(
     def step(carry: tuple) -> tuple:
         labels, total, _, count = carry
         moved, found, changed = nearest(labels, total)
-        fine = jnp.all(found.masses > 0)
+        fine = jnp.all((found.masses > 0) | ~drawn)
         labels, total = chosen(fine, (moved, found), (labels, total))
         return labels, total, fine & changed, count + 1
 

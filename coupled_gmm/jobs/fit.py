@@ -58,6 +58,10 @@ Tau = Annotated[float | list[float], _prices(1)]
 Rho = Annotated[float | list[float], _prices(math.inf)]
 
 
+_THE_SAME = (("transport_weight", "relative_weight"), ("epsilon", "relative_epsilon"), ("tau", "rho"))
+_THE_SAME += (("tau", "relative_rho"), ("rho", "relative_rho"))
+
+
 class Start(Section):
     """The pooled fit: one mixture for both clouds together, from which the two mixtures start."""
 
@@ -71,10 +75,13 @@ class Start(Section):
 class Fit(Section):
     """The coupled fit; the names are those of `fit_pair` and `GaussianMixturePair`."""
 
-    transport_weight: NonNegative
+    transport_weight: NonNegative | None = None
+    relative_weight: NonNegative | None = None
     epsilon: Positive | None = None
+    relative_epsilon: Positive | None = None
     tau: Tau | None = None
     rho: Rho | None = None
+    relative_rho: Rho | None = None
     em_steps: Steps = 30
     m_steps: Steps = 20
     optimizer: Literal["default", "adam"] = "default"
@@ -88,8 +95,13 @@ class Fit(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.tau is not None and self.rho is not None:
-            raise refuse("tau and rho say the same thing; keep one of them", "rho")
+        if self.transport_weight is None and self.relative_weight is None:
+            raise refuse(
+                "missing; or give transport_weight, which has the unit of one over squared data", "relative_weight"
+            )
+        for one, other in _THE_SAME:
+            if getattr(self, one) is not None and getattr(self, other) is not None:
+                raise refuse(f"{one} and {other} say the same thing; keep one of them", other)
         if self.optimizer == "default" and self.learning_rate is not None:
             raise refuse("the default optimizer has none; remove it, or set optimizer = 'adam'", "learning_rate")
         if self.optimizer == "adam" and self.learning_rate is None:
@@ -138,7 +150,7 @@ class FitJob(Job[FitConfig, CloudPair, cg.PairFit]):
             pair = _pair(config.fit, pooled.gmm)
             with ProgressBar(console) as bar:
                 result = _fit_pair(config.fit, pair, points, weights, None if console.quiet else bar)
-        if config.fit.epsilon is None:
+        if config.fit.epsilon is None and config.fit.relative_epsilon is None:
             chosen = config.fit.model_copy(update={"epsilon": float(f"{float(pair.epsilon):.9g}")})
             config = config.model_copy(update={"fit": chosen})
         return config, result
@@ -148,7 +160,7 @@ class FitJob(Job[FitConfig, CloudPair, cg.PairFit]):
         return {"history.csv": history_table(columns), "plan.csv": _plan(result)}
 
     def sheets(self, result: cg.PairFit) -> Sequence[Sheet]:
-        return _masses(result), _transfer(result), _costs(result)
+        return _masses(result), _transfer(result), *_fidelity(result.fidelity), _costs(result)
 
     def drawn(self, result: cg.PairFit) -> Any:
         return result.pair.gmm0, result.pair.gmm1
@@ -192,19 +204,26 @@ def _pooled_start(config: FitConfig, points: Points, weights: PointWeights) -> A
 
 
 def _pair(section: Fit, gmm: cg.GaussianMixture) -> cg.GaussianMixturePair:
-    if section.rho is not None:
-        return cg.GaussianMixturePair.from_rho(gmm, gmm, section.epsilon, _array(section.rho))
-    return cg.GaussianMixturePair(gmm, gmm, section.epsilon, 1.0 if section.tau is None else _array(section.tau))
-
-
-def _array(given: float | list[float]) -> Any:
-    return np.asarray(given) if isinstance(given, list) else given
+    names = ("epsilon", "tau", "rho", "relative_epsilon", "relative_rho")
+    given = {name: getattr(section, name) for name in names}
+    prices = {name: np.asarray(one) if isinstance(one, list) else one for name, one in given.items() if one is not None}
+    return cg.GaussianMixturePair(gmm, gmm, **prices)
 
 
 def _fit_pair(
     section: Fit, pair: cg.GaussianMixturePair, points: Points, weights: PointWeights, progress: Any
 ) -> cg.PairFit:
-    same = ("transport_weight", "em_steps", "m_steps", "learning_rate", "tol", "freeze", "ridge", "method")
+    same = (
+        "transport_weight",
+        "relative_weight",
+        "em_steps",
+        "m_steps",
+        "learning_rate",
+        "tol",
+        "freeze",
+        "ridge",
+        "method",
+    )
     return cg.fit_pair(
         *points,
         pair,
@@ -262,9 +281,28 @@ def _mass(mass: float) -> str:
     return "." if abs(mass) < 5e-5 else f"{mass:.4f}"
 
 
+def _fidelity(found: Any) -> list[Sheet]:
+    """What coupling has cost each mixture; of a run of before nobody knows."""
+    if found is None:
+        return []
+    numbers = {
+        "log-likelihood": found.log_likelihood,
+        "lost to coupling": found.loss,
+        "mean off, sd": found.mean_shift,
+        "covariance off, sd": found.covariance_shift,
+    }
+    columns = {"": ["mixture 0", "mixture 1"]}
+    columns |= {name: [f"{value:.4f}" for value in np.asarray(number).tolist()] for name, number in numbers.items()}
+    return [Sheet("What coupling has cost, in nats per point, and how far mixtures are from their clouds", columns)]
+
+
 def _costs(fit: cg.PairFit) -> Sheet:
     plan, pair = fit.plan, fit.pair
+    weights = [
+        f"{float(weight):.6g}" if weight is not None else "" for weight in (fit.transport_weight, fit.relative_weight)
+    ]
     rows = {
+        "transport weight, relative weight": ", ".join(weights),
         "epsilon": f"{float(pair.epsilon):.6g}",
         "rho": "infinite (balanced)" if pair.balanced else ", ".join(f"{rho:.6g}" for rho in np.ravel(pair.rho)),
         "total mass F": f"{float(plan.total_mass):.6f}",

@@ -70,7 +70,9 @@ def plot_clouds(
         plot_mixture(ax, gmm, axes=axes, colors=colors)
         tidy(ax)
         shown = f", {len(chosen):,} shown" if d > 1 and len(chosen) < len(cloud) else ""
-        ax.set_title(f"Cloud {i} and mixture {i}\n{len(cloud):,} points{shown}", fontsize=11)
+        ax.set_title(
+            f"Cloud {i} and mixture {i}\n{len(cloud):,} points{shown}{_overruled(fit_or_pair, i)}", fontsize=11
+        )
         ax.set_xlabel(names[0 if d == 1 else axes[0]])
     panels[0].set_ylabel("density" if d == 1 else names[axes[1]])
     if d == 1:
@@ -79,6 +81,14 @@ def plot_clouds(
         how = "in their own colours" if point_colors == "own" else "in the colour of their most probable component"
         figure.suptitle(f"Points {how}, ellipses at 1 and 2 standard deviations", fontsize=12)
     return figure
+
+
+def _overruled(fit: Any, node: int) -> str:
+    """A line that says where the penalty has overruled the data."""
+    found = getattr(fit, "fidelity", None)
+    if found is None or not found.overruled[node]:
+        return ""
+    return f"\noverruled by the penalty: {float(found.loss[node]):.2g} nats per point lost"
 
 
 def _component_shades(gmm: GaussianMixture, points: np.ndarray, colors: Sequence[Any]) -> np.ndarray:

@@ -9,5 +9,6 @@ Which method solves it, and what is the distance MW2? `solvers`; by OTT? `sinkho
 `limits`. Derivatives of values and potentials? `duals`. Which equations has an entropic plan? `entropic`; with masses that move
 as well? `masses`, whose Newton step is in `edges`. How are they solved, and why did this plan not converge? `annealing`.
 Vertices of the linear programme (eps = 0)? `exact`; many components, by POT? `network_simplex`. Which components may exchange
-mass, and can they carry it? `links`. What is a plan, and how is it certified? `plan`. Where do points go? `maps`.
+mass, and can they carry it? `links`. What is a plan, and how is it certified? `plan`, by its `marginals`. Several plans on end?
+`composition`. Where do points go? `maps`.
 """

@@ -215,7 +215,8 @@ def _moves(plan: Plan) -> _Moves:
     gmm0, gmm1 = plan.pair.gmm0, plan.pair.gmm1
     k0, k1 = gmm0.n_components, gmm1.n_components
     # A vertex moves mass in no more cells than its tree has.
-    cells = jnp.arange(k0 * k1) if plan.vertex is None else jax.lax.top_k(plan.vertex.ravel(), k0 + k1 - 1)[1]
+    exact = plan.vertex if plan.is_exact else None
+    cells = jnp.arange(k0 * k1) if exact is None else jax.lax.top_k(exact.ravel(), k0 + k1 - 1)[1]
     source, target = cells // k1, cells % k1
     factors1 = gmm1.cholesky[target]
     coupling = bures.coupling(gmm0.cholesky[source], factors1)

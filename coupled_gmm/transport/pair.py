@@ -1,14 +1,16 @@
 """Two mixtures and the transport problem between them."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from coupled_gmm.core import checks
-from coupled_gmm.core.errors import ArgumentTypeError
+from coupled_gmm.core.errors import ArgumentError, ArgumentTypeError
 from coupled_gmm.core.programs import program
 from coupled_gmm.core.tree import Stackable, mapped, number, pytree, saved, single, static, unchecked
 from coupled_gmm.gaussians import bures
@@ -46,6 +48,8 @@ class GaussianMixturePair(Stackable):
         tau: Any = BALANCED,
         *,
         rho: Any = None,
+        relative_epsilon: Any = None,
+        relative_rho: Any = None,
         links: Any = None,
     ):
         r"""A pair with :math:`\rho = \epsilon \tau / (1 - \tau)`; tau = 1 is balanced transport.
@@ -56,15 +60,21 @@ class GaussianMixturePair(Stackable):
           tau: in (0, 1], one number, or two: gmm0's side and gmm1's (OTT's and moscot's tau_a, tau_b). A traced tau is taken as
             unbalanced.
           rho: instead of tau, the price itself: above 0, squared data units, infinite is balanced; one number or two.
+          relative_epsilon, relative_rho: in place of epsilon, and of rho and tau: as a part of the mean cost between components,
+            so that they have no unit.
           links: a mask (K0, K1) of bools, True where component i of gmm0 may send mass to j of gmm1, as `coupled_gmm.links` makes
             it; None is everywhere. A forbidden link carries nothing, in every solver and in a fit.
 
         Raises:
-          TypeError, ValueError: not mixtures, features that disagree, numbers out of range or of another shape, tau and rho;
-            links that leave a component without any.
+          TypeError, ValueError: not mixtures, features that disagree, numbers out of range or of another shape, two that say the
+            same; links that leave a component without any.
         """
+        checks.instance("gmm0", gmm0, GaussianMixture)
+        checks.instance("gmm1", gmm1, GaussianMixture)
+        check_features("gmm1", gmm1, " and gmm0 has", gmm0.n_features)
+        rho = given_rho(tau, rho, relative_rho, checks.one_or_two, lambda: mean_cost(gmm0, gmm1))
         prices = Prices.given(tau, rho, checks.one_or_two)
-        epsilon = _check(gmm0, gmm1, epsilon)
+        epsilon = given_epsilon(epsilon, relative_epsilon, checks.scalar, lambda: mean_cost(gmm0, gmm1))
         dtype = jnp.result_type(gmm0.dtype, gmm1.dtype)
         fields = {
             "gmm0": gmm0,
@@ -163,21 +173,38 @@ def transport_problem(pair: GaussianMixturePair, cost: Float[Array, "*b K0 K1"])
     return TransportProblem.of_masses(cost, *masses, epsilon=pair.epsilon, rho=pair.rho, links=pair.links)
 
 
-def _check(gmm0: GaussianMixture, gmm1: GaussianMixture, epsilon: Any) -> jax.Array:
-    checks.instance("gmm0", gmm0, GaussianMixture)
-    checks.instance("gmm1", gmm1, GaussianMixture)
-    check_features("gmm1", gmm1, " and gmm0 has", gmm0.n_features)
+def given_epsilon(epsilon: Any, relative: Any, check: Callable[..., Array], cost: Callable[[], Array]) -> Array:
+    """epsilon, checked: as it was given, or as a part of a mean cost, which is a hundredth where nothing is given."""
     if epsilon is None:
-        return _default_epsilon(gmm0, gmm1)
-    return checks.scalar("epsilon", epsilon, above=0)
+        return (1e-2 if relative is None else check("relative_epsilon", relative, above=0)) * cost()
+    if relative is not None:
+        raise ArgumentError(
+            "relative_epsilon", "given beside epsilon, and both say how blurred plans are", "keep one of them"
+        )
+    return check("epsilon", epsilon, above=0)
+
+
+def given_rho(tau: Any, rho: Any, relative: Any, check: Callable[..., Array], cost: Callable[[], Array]) -> Any:
+    """rho as it was given, or as a part of a mean cost."""
+    if relative is None:
+        return rho
+    if rho is not None or tau is not BALANCED:
+        raise ArgumentError(
+            "relative_rho", "given beside rho or tau, and each says what it costs to change masses", "keep one of them"
+        )
+    share = check("relative_rho", relative, above=0, infinite=True)
+    if checks.known(relative) and bool(np.all(np.isinf(np.asarray(relative)))):
+        return relative
+    each = cost()
+    return share * jnp.reshape(each, each.shape + (1,) * (share.ndim - each.ndim) if each.ndim else ())
 
 
 @program()
-def _default_epsilon(gmm0: GaussianMixture, gmm1: GaussianMixture) -> jax.Array:
+def mean_cost(gmm0: GaussianMixture, gmm1: GaussianMixture) -> jax.Array:
+    """The mean cost between components, or, where mixtures are equal and of one component, their variance."""
     (gmm0, gmm1), _ = about_one_point(gmm0, gmm1)
     cost = bures.pairwise_cost(gmm0.means, gmm0.cholesky, gmm1.means, gmm1.cholesky)
     mean = gmm0.weights @ cost @ gmm1.weights
     # Two equal one-component mixtures cost nothing; their variance then sets the scale.
     variance = jnp.trace(gmm0.covariance() + gmm1.covariance())
-    scale = jnp.where(mean > 1e-6 * variance, mean, jnp.where(variance > 0, variance, 1))
-    return 1e-2 * scale
+    return jnp.where(mean > 1e-6 * variance, mean, jnp.where(variance > 0, variance, 1))

@@ -18,13 +18,15 @@ from coupled_gmm.transport import duals
 from coupled_gmm.transport.entropic import Potentials
 from coupled_gmm.transport.exact import Vertex
 from coupled_gmm.transport.links import shares
+from coupled_gmm.transport.marginals import distance, feasible
 from coupled_gmm.transport.pair import GaussianMixturePair, transport_problem
 from coupled_gmm.transport.problem import TransportProblem
 
-_NO_DERIVATIVE = (
+_JUMPS = (
     "an exact plan's matrix can't be differentiated: it jumps from vertex to vertex; differentiate plan.transport_cost, use "
     "an entropic plan, or jax.lax.stop_gradient(plan)"
 )
+_COMPOSED = "a composed plan can't be differentiated: use jax.lax.stop_gradient(plan)"
 
 
 @saved
@@ -48,16 +50,17 @@ class Plan(Stackable, Outcome):
     r"""A solved transport problem, raw: never rounded to its marginals.
 
     Entropic plans are :math:`P = a b^T \exp((f + g - C) / \epsilon)`, and everything read off them is differentiable in both
-    mixtures, epsilon and rho. Exact ones are a vertex of the linear programme; their costs are differentiable. Of plans stacked on
-    leading axes (a graph's edges, a batch) `plan[i]` is one; all that is read off them comes stacked too.
+    mixtures, epsilon and rho. Exact ones are a vertex of the linear programme; their costs are differentiable. Composed ones have a
+    matrix, no potentials, no gap and no derivatives: they are optimal for nothing. Of plans stacked on leading axes (a graph's
+    edges, a batch) `plan[i]` is one; all that is read off them comes stacked too.
     """
 
     pair: GaussianMixturePair
     cost: Float[Array, "*b K0 K1"]
-    potentials: tuple[Float[Array, "*b K0"], Float[Array, "*b K1"]]
+    potentials: tuple[Float[Array, "*b K0"], Float[Array, "*b K1"]] | None  # of a composed plan None
     status: Int[Array, "*b"]
     n_iterations: Int[Array, "*b"]
-    vertex: Float[Array, "*b K0 K1"] | None = None  # an exact plan's matrix
+    vertex: Float[Array, "*b K0 K1"] | None = None  # the matrix of an exact plan, or of a composed one
     gap: Float[Array, "*b"] | None = None  # and its duality gap, from potentials more precise than `potentials`
     # Of an entropic plan's potentials, what rounding has left of them; files of before have none.
     rests: tuple[Float[Array, "*b K0"], Float[Array, "*b K1"]] | None = None
@@ -82,7 +85,7 @@ class Plan(Stackable, Outcome):
     def _words(self) -> list[str]:
         k0, k1 = self.cost.shape[-2:]
         epsilon = [f"epsilon {said}" for said in [number(self.pair.epsilon)] if said and self.vertex is None]
-        how = ["exact"] if self.vertex is not None else ["balanced" if self.pair.balanced else "unbalanced"]
+        how = ["exact" if self.is_exact else "balanced" if self.pair.balanced else "unbalanced"]
         cost = [f"<P, C> {said}" for said in [number(self._cost_on_host())] if said]
         return [
             *self._stacked(),
@@ -96,7 +99,7 @@ class Plan(Stackable, Outcome):
 
     def _cost_on_host(self) -> Any:
         """<P, C> by NumPy, which compiles nothing; None where it is not known."""
-        read = self.cost, self.vertex, self._whole, self.pair
+        read = self.cost, self.vertex, self.vertex is None and self._whole, self.pair
         if not checks.known(read):
             return None
         cost, vertex, words, pair = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), read)
@@ -125,7 +128,7 @@ class Plan(Stackable, Outcome):
             self,
             pair=self.pair.reverse(),
             cost=matrices.transpose(self.cost),
-            potentials=self.potentials[::-1],
+            potentials=None if self.potentials is None else self.potentials[::-1],
             rests=None if self.rests is None else self.rests[::-1],
             vertex=vertex,
         )
@@ -137,7 +140,7 @@ class Plan(Stackable, Outcome):
         """Mass from each component of gmm0 to each of gmm1."""
         if self.vertex is not None:
             # With what it depends on: a vertex alone carries no derivative that could be refused.
-            return checks.value_only((self.vertex, self.cost, *self._masses), _NO_DERIVATIVE)[0]
+            return checks.value_only((self.vertex, self.cost, *self._masses), _JUMPS if self.is_exact else _COMPOSED)[0]
         return self._problem.plan(*self._whole)
 
     @property
@@ -179,7 +182,7 @@ class Plan(Stackable, Outcome):
     @program()
     def transport_cost(self) -> Float[Array, ""]:
         """<P, C>, squared data units."""
-        if self.vertex is None:
+        if self.vertex is None or self.potentials is None:
             return jnp.sum(self.matrix * self.cost)
         # The envelope theorem: mass costs what the potentials say.
         (f, g), (a, b) = jax.lax.stop_gradient(self.potentials), self._masses
@@ -193,7 +196,7 @@ class Plan(Stackable, Outcome):
         r""":math:`\langle P, C \rangle + \epsilon KL(P | a b^T) + \rho_0 KL(P 1 | a) + \rho_1 KL(P^T 1 | b)`, the primal
         objective.
 
-        Of an exact plan, <P, C>: what it minimises.
+        Of an exact plan, <P, C>: what it minimises; of a composed one as well, which minimises nothing.
         """
         if self.vertex is not None:
             return self.transport_cost
@@ -242,9 +245,10 @@ class Plan(Stackable, Outcome):
     @mapped
     @program()
     def marginal_error(self) -> Float[Array, ""]:
-        r"""L1 distance of the raw plan's marginals from a and b, or from :math:`a e^{-f/\rho_0}` and :math:`b e^{-g/\rho_1}`."""
+        r"""L1 distance of the raw plan's marginals from a and b, or from :math:`a e^{-f/\rho_0}` and :math:`b e^{-g/\rho_1}`; a
+        composed plan's from a and b."""
         if self.vertex is not None:
-            return _distance(self.vertex, *self._masses)
+            return distance(self.vertex, *self._masses)
         return self._problem.marginal_error(*self._whole)
 
     @property
@@ -256,7 +260,7 @@ class Plan(Stackable, Outcome):
         Masses that are kept count as such: of a plan rounded to its marginals (Altschuler, Weed & Rigollet 2017). The optimum lies
         between that feasible plan's cost and the dual's; the raw plan's own may lie outside. Of an exact plan, a sum of mass times
         reduced cost, which does not cancel: a bound for the masses that the plan has; so it is where there are links, over which
-        no plan may have others.
+        no plan may have others. Of a composed plan infinite: none is known.
         """
         if self.gap is not None:
             return jax.lax.stop_gradient(self.gap)
@@ -264,8 +268,8 @@ class Plan(Stackable, Outcome):
         raw, dual = fixed._parts(fixed.matrix).total, fixed._dual()
         if self.pair.links is not None:
             return raw - jnp.minimum(dual, raw)
-        feasible = fixed._parts(_feasible(fixed.matrix, *fixed._masses, fixed.pair)).total
-        return jnp.maximum(feasible, raw) - jnp.minimum(dual, raw)
+        near = fixed._parts(feasible(fixed.matrix, *fixed._masses, fixed.pair)).total
+        return jnp.maximum(near, raw) - jnp.minimum(dual, raw)
 
     @mapped
     @program()
@@ -304,9 +308,14 @@ class Plan(Stackable, Outcome):
         return self.pair.gmm0.posterior_mean(x, self.mass_change())
 
     @property
+    def is_exact(self) -> bool:
+        """Whether it is a vertex of the linear programme."""
+        return self.vertex is not None and self.potentials is not None
+
+    @property
     def _whole(self) -> tuple[Words, Words]:
         """The potentials, not rounded."""
-        f, g = self.potentials
+        f, g = self.potentials  # pyright: ignore[reportGeneralTypeIssues]
         rests = (f - f, g - g) if self.rests is None else self.rests
         return (f, rests[0]), (g, rests[1])
 
@@ -320,7 +329,7 @@ class Plan(Stackable, Outcome):
 
     @matrices.precise
     def _dual(self) -> Array:
-        (a, b), (f, g) = self._masses, self.potentials
+        (a, b), (f, g) = self._masses, self.potentials  # pyright: ignore[reportGeneralTypeIssues]
         if self.vertex is not None:
             return f @ a + g @ b
         return duals.dual_value(self._problem, *self._whole)
@@ -346,7 +355,7 @@ def from_potentials(pair: GaussianMixturePair, cost: Array, solution: Potentials
 
 def from_vertex(pair: GaussianMixturePair, cost: Array, vertex: Vertex, tol: Array) -> Plan:
     """The plan of an exact solver's vertex, with its status."""
-    error = _distance(vertex.matrix, pair.gmm0.weights, pair.gmm1.weights)
+    error = distance(vertex.matrix, pair.gmm0.weights, pair.gmm1.weights)
     finite = jnp.all(jnp.isfinite(vertex.f)) & jnp.all(jnp.isfinite(vertex.g)) & jnp.isfinite(vertex.gap)
     status = _status(finite & jnp.isfinite(error), (error <= tol) & vertex.optimal, vertex.done)
     return Plan(pair, cost, (vertex.f, vertex.g), status, vertex.n_iterations, vertex.matrix, vertex.gap)
@@ -371,29 +380,3 @@ def _kl(p: Array, q: Array) -> Array:
     near = present & (jnp.abs(p - q) < 0.5 * q)
     x = jnp.where(near, p - q, 0) / jnp.where(near, q, 1)
     return jnp.sum(jnp.where(near, q * ((1 + x) * jnp.log1p(x) - x), p * jnp.log(ratio) - p + q))
-
-
-def _distance(matrix: Array, a: Array, b: Array) -> Array:
-    return jnp.sum(jnp.abs(matrix.sum(1) - a)) + jnp.sum(jnp.abs(matrix.sum(0) - b))
-
-
-def _feasible(matrix: Array, a: Array, b: Array, pair: GaussianMixturePair) -> Array:
-    """A plan of about the same cost with the marginals that are kept."""
-    if pair.balanced:
-        return _rounded(matrix, a, b)
-    kept0, kept1 = jnp.isinf(pair.rho0), jnp.isinf(pair.rho1)
-    rows, columns = matrix.sum(1), matrix.sum(0)
-    rows, columns = a / jnp.where(rows > 0, rows, 1), b / jnp.where(columns > 0, columns, 1)
-    one_side = matrix * jnp.where(kept0, rows, 1)[:, None] * jnp.where(kept1, columns, 1)
-    return jnp.where(kept0 & kept1, _rounded(matrix, a, b), one_side)
-
-
-def _rounded(matrix: Array, a: Array, b: Array) -> Array:
-    def shrink(flow: Array, mass: Array) -> Array:
-        return jnp.minimum(1, jnp.where(flow > 0, mass / jnp.where(flow > 0, flow, 1), 1))
-
-    matrix = matrix * shrink(matrix.sum(1), a)[:, None]
-    matrix = matrix * shrink(matrix.sum(0), b)
-    rows, columns = jnp.maximum(a - matrix.sum(1), 0), jnp.maximum(b - matrix.sum(0), 0)
-    missing = jnp.sum(rows)
-    return matrix + rows[:, None] * columns / jnp.where(missing > 0, missing, 1)

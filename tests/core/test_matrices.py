@@ -13,6 +13,7 @@ from problems import LAPACK, names_in, random_covariances, random_mixture
 
 import coupled_gmm as cg
 from coupled_gmm.core import chunks, matrices
+from coupled_gmm.core.tree import unchecked
 from coupled_gmm.fits import statistics
 
 # One, few enough that the loop over columns is laid out flat, and many; the others are the same code.
@@ -181,8 +182,15 @@ class Examples:
         plans = jax.tree.map(lambda leaf: jnp.asarray(np.zeros(leaf.shape, leaf.dtype)), plans)
         linked = cg.GaussianMixturePair(gmm0, gmm1, 0.1, links=cg.links((3, 4), forbidden=[(0, 1)]))
         self.instances = [gmm0, *pairs, linked, graph, *plans]
+        fields = {"penalized_log_likelihood": None, "status": jnp.array(0), "n_steps": None, "history": None}
+        course = unchecked(cg.PairFit, pair=pairs[0], plan=plans[0], **fields)
         self.functions = {
             "barycenter": lambda: cg.barycenter([gmm0, gmm1], gmm1, max_steps=2),
+            "chain": lambda: cg.chain([gmm0, gmm1]),
+            "grid": lambda: cg.grid([[gmm0, gmm1]] * 2),
+            "star": lambda: cg.star(gmm0, [gmm1]),
+            "trajectories": lambda: [cg.trajectories(course, x, [0.5], key=k) for k in (None, key)],
+            "mixture_at": lambda: cg.mixture_at(course, 0.5),
             "bures_cost_matrix": lambda: cg.bures_cost_matrix(gmm0, gmm1),
             "fit_gmm": lambda: cg.fit_gmm(x, gmm0, max_steps=2),
             "fit_graph": lambda: cg.fit_graph([x, None], graph, **steps),
@@ -215,6 +223,8 @@ class Examples:
 
 # What other libraries, files and the host do.
 ELSEWHERE = {
+    "bootstrap",
+    "choose",
     "fit_classes",
     "links",
     "fit_gmms",

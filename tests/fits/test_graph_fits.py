@@ -346,3 +346,45 @@ def test_plans_of_a_batch_of_fits_are_those_of_a_loop():
         for got in (read_outs(batch[i].plan), {name: value[i] for name, value in read_outs(batch.plan).items()}):
             for name, value in expected.items():
                 np.testing.assert_allclose(got[name], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_star_of_frozen_mixtures_is_a_barycenter():
+    """Its centre is as near to them, by exact distances, as the barycenter with learnt weights from the same start."""
+    gmms, start = [random_mixture(seed, 3, 2, condition=10) for seed in range(3)], random_mixture(5, 3, 2, condition=10)
+    expected = float(cg.barycenter(gmms, start, learn_weights=True, max_steps=300, tol=1e-9).objective)
+    star = cg.star(start, gmms, frozen=[1, 2, 3], epsilon=0.01, edge_weights=1 / 3)
+    centre = cg.fit_graph([None, clouds()[0], None, None], star, em_steps=30).gmms[0]
+    assert np.mean([float(cg.mw2_squared(centre, gmm)) for gmm in gmms]) < expected * (1 + 1e-5)
+
+
+@pytest.mark.slow
+def test_a_cycle():
+    """J never falls, and the plan of each edge is that of its ends; K differ along it."""
+    graph = cg.MixtureGraph.from_mixtures(GMMS, [(0, 1), (1, 2), (2, 0)], edge_weights=0.1, epsilon=0.5, tau=0.8)
+    end = fit(clouds(), graph)
+    values = np.append(end.history.penalized_log_likelihood, end.penalized_log_likelihood)
+    assert (np.diff(values) >= -1e-6 * (1 + np.abs(values[:-1]))).all() and values[-1] > values[0]
+    for e, (i, j) in enumerate([(0, 1), (1, 2), (2, 0)]):
+        expected = cg.solve_plan(cg.GaussianMixturePair(end.gmms[i], end.gmms[j], 0.5, 0.8)).matrix
+        np.testing.assert_allclose(end.plan(e).matrix, expected, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_parts_that_nothing_joins_are_fits_of_their_own():
+    """Two pairs in one graph, and a node that has neither points nor edges: it stays as it is."""
+    x = clouds()
+    options = {"edge_weights": 0.1, "epsilon": 0.5, "tau": 0.8}
+    pairs = [[0, 1], [2, 0]]
+    both = cg.MixtureGraph.from_mixtures(
+        [*(GMMS[i] for pair in pairs for i in pair), GMMS[1]], [(0, 1), (2, 3)], **options
+    )
+    end = fit([*(x[i] for pair in pairs for i in pair), None], both)
+    alone = [
+        fit([x[i] for i in pair], cg.MixtureGraph.from_mixtures([GMMS[i] for i in pair], [(0, 1)], **options))
+        for pair in pairs
+    ]
+    total = sum(float(one.penalized_log_likelihood) for one in alone)
+    np.testing.assert_allclose(end.penalized_log_likelihood, total, rtol=1e-5)
+    for name in ("means", "covariances", "weights"):
+        np.testing.assert_allclose(getattr(end.gmms[4], name), getattr(GMMS[1], name), atol=1e-5)

@@ -91,7 +91,7 @@ def test_more_starts_are_no_worse_and_find_what_one_does_not():
     one = cg.fit_pair(*problem, transport_weight=0.01, **OPTIONS)
     best = cg.fit_pair(*problem, transport_weight=0.01, n_init=4, key=jax.random.PRNGKey(0), **OPTIONS)
     assert best.penalized_log_likelihood > one.penalized_log_likelihood + 0.1
-    assert best.transport_weights is None and best.batch_shape == ()
+    assert best.transport_weight == np.float32(0.01) and best.batch_shape == ()
 
 
 def test_what_is_frozen_is_in_every_start(problem):
@@ -190,3 +190,36 @@ def test_rows_come_from_inside_somebody_elses_program(problem):
     vmapped = jax.vmap(fit)(jnp.asarray([0.1, 0.2]))
     assert len(rows) == 8
     np.testing.assert_allclose(vmapped.penalized_log_likelihood[0], traced.penalized_log_likelihood, rtol=1e-5)
+
+
+def test_every_start_tells_where_it_ended(problem):
+    """Of a pair, a path and a graph: the best of them is the fit, the first is that from the mixtures which were given."""
+    x0, x1, pair = problem
+    drawn = {"n_init": 3, "key": jax.random.PRNGKey(0), **OPTIONS}
+    fit = cg.fit_pair(x0, x1, pair, transport_weight=0.1, **drawn)
+    path = cg.fit_path(x0, x1, pair, transport_weights=[0.1, 1.0], **drawn)
+    graph = cg.MixtureGraph.from_mixtures([pair.gmm0, pair.gmm1], [(0, 1)], edge_weights=0.1, epsilon=pair.epsilon)
+    several = cg.fit_graph([x0, x1], graph, **drawn)
+    alone = cg.fit_pair(x0, x1, pair, transport_weight=0.1, **OPTIONS)
+    for found in (fit, several):
+        assert found.starts.status.shape == (3,)
+        np.testing.assert_allclose(found.starts.penalized_log_likelihood[0], alone.penalized_log_likelihood, atol=1e-5)
+        assert found.penalized_log_likelihood == found.starts.penalized_log_likelihood.max()
+    np.testing.assert_allclose(several.starts.penalized_log_likelihood, fit.starts.penalized_log_likelihood, atol=1e-4)
+    assert path.starts.penalized_log_likelihood.shape == (2, 3)
+    assert "starts: 3 starts" in fit.summary() and alone.starts is None
+
+
+def test_starts_of_a_graph_keep_what_is_frozen(problem):
+    x0, x1, pair = problem
+    graph = cg.MixtureGraph.from_mixtures(
+        [pair.gmm0, pair.gmm1, pair.gmm1], [(0, 1), (1, 2)], edge_weights=0.1, frozen=[0]
+    )
+    fit = cg.fit_graph([x0, None, x1], graph, n_init=2, key=jax.random.PRNGKey(0), em_steps=5)
+    assert jnp.array_equal(fit.gmms[0].means, pair.gmm0.means)
+    for wrong, name in (
+        ({"n_init": 2}, "key"),
+        ({"n_init": 2, "key": jax.random.PRNGKey(0), "progress": True}, "progress"),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}"):
+            cg.fit_graph([x0, None, x1], graph, **wrong)

@@ -1,0 +1,142 @@
+r"""How far a penalty has pulled mixtures away from their clouds.
+
+Of a node with a cloud, of mean log-likelihood L under its fitted mixture, and L' under the same mixture refitted without coupling:
+
+.. math:: loss = L' - L \ge 0
+
+with the ridge's term in both, in nats per point. A weight :math:`\lambda` costs no more than it saves: with T the transport cost
+of the fit and T' that between the refitted mixtures,
+
+.. math:: \sum_i v_i \, loss_i \le \sum_{ij} \lambda_{ij} (T'_{ij} - T_{ij}),
+
+so that at :math:`\lambda \le \delta / T'` no more than :math:`\delta` can be lost.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from coupled_gmm.core.tree import Stackable, listed, number, pytree, saved, take
+from coupled_gmm.fits.online import MixtureStatistics
+from coupled_gmm.gaussians.mixture import GaussianMixture
+from coupled_gmm.transport.pair import GaussianMixturePair
+from coupled_gmm.transport.plan import Plan
+from coupled_gmm.transport.solvers import solve_plan
+
+MOST_LOST = 0.1  # nats per point; a mixture that has lost more is none of its cloud
+_ONE = 0.01  # of the squared distance between two mixtures: with no more left they are one
+
+
+@saved
+@pytree
+class Fidelity(Stackable):
+    """What coupling has cost each of V mixtures; NaN where a node has no cloud.
+
+    Likelihoods are means per point of the cloud, `log_likelihood` the density's own. `loss` is what the mixture gains by being
+    refitted without coupling, from where the fit ended, in nats per point; at least that, where a hundred steps were not enough.
+    Shifts are in the cloud's standard deviations, and 0 of a mixture that was fitted by EM alone: of the mean, the largest of any
+    feature; of the covariance, of any two, the cloud's having the ridge's floor. `alone` are the refitted mixtures, stacked, of
+    which frozen ones are as they were.
+    """
+
+    log_likelihood: Float[Array, "*b V"]
+    penalized_log_likelihood: Float[Array, "*b V"]
+    loss: Float[Array, "*b V"]
+    mean_shift: Float[Array, "*b V"]
+    covariance_shift: Float[Array, "*b V"]
+    alone: GaussianMixture
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        return jnp.shape(self.loss)[:-1]
+
+    def _words(self) -> list[str]:
+        return [
+            *self._stacked(),
+            f"loss {number(self.loss)} nats per point",
+            f"mean off by {number(self.mean_shift)} sd",
+        ]
+
+    @property
+    def overruled(self) -> np.ndarray:
+        """Of which nodes the penalty has overruled the data, on the host."""
+        return np.asarray(np.nan_to_num(np.asarray(self.loss)) > MOST_LOST)
+
+
+def overruled(
+    found: Fidelity,
+    plans: Plan,
+    edges: np.ndarray,
+    names: list[str],
+    edge_weights: Any,
+    node_weights: Any,
+    variance: Any,
+) -> list[str]:
+    """What is to be known where the penalty has overruled the data, with the remedy; on the host.
+
+    Args:
+      plans: of the edges, stacked, between the fitted mixtures.
+      edges: pairs of nodes, (E, 2).
+      names: of the nodes.
+      edge_weights, node_weights: lambda (E,) and v (V,); for several fits stacked.
+      variance: by which lambda has no unit.
+    """
+    lost = found.overruled
+    if not lost.any():
+        return []
+    if found.batch_shape:
+        each = lost.reshape(-1, lost.shape[-1]).any(axis=1)
+        return [many_overruled(each.sum(), each.size)]
+    losses = [f"{names[i]} {np.asarray(found.loss)[i]:.3g}" for i in np.flatnonzero(lost)]
+    said = [f"the penalty has overruled the data: coupling has cost {listed(losses)} nats per point"]
+    price, linked = np.zeros(len(edges)), plans.pair.links is not None
+    for edge, (i, j) in enumerate(edges.tolist()):
+        pair, alone = take(plans.pair, edge), (found.alone[i], found.alone[j])
+        price[edge] = np.nan if linked else float(solve_plan(pair.replace(*alone)).regularized_cost)
+        if (lost[i] or lost[j]) and _distance(pair.gmm0, pair.gmm1) < _ONE * _distance(*alone):
+            said.append(f"{names[i]} and {names[j]} have become one mixture")
+    if linked:  # which may be no links that the refitted mixtures' masses can take
+        return [*said, "fit with a smaller weight"]
+    weights, cost = np.asarray(edge_weights, np.float64), np.asarray(node_weights, np.float64)
+    least = cost[np.isfinite(np.asarray(found.loss))].min()
+    safe = MOST_LOST * least / (weights @ price) * weights.max()
+    given = f"transport_weight={safe:.2g} (relative_weight={safe * float(variance):.2g})"
+    return [*said, f"at {given} none of them need lose more than {MOST_LOST:g}: fit with that, or less"]
+
+
+def many_overruled(number: int, of: int) -> str:
+    """The same of several fits."""
+    return f"the penalty has overruled the data in {number} of {of} fits: see the message of each"
+
+
+def _distance(gmm0: GaussianMixture, gmm1: GaussianMixture) -> float:
+    return float(solve_plan(GaussianMixturePair(gmm0, gmm1, epsilon=1.0), method="exact").transport_cost)
+
+
+def shifts(
+    gmm: GaussianMixture, cloud: MixtureStatistics, floors: Float[Array, "V d"]
+) -> tuple[Float[Array, " V"], Float[Array, " V"]]:
+    """How far means and covariances of V mixtures are from those of their clouds, in standard deviations."""
+    centre = cloud.means[:, :1]
+    own = _moments(
+        gmm.weights, (gmm.means - centre) + (0 if gmm.remainders is None else gmm.remainders), gmm.covariances
+    )
+    mean, covariance = _moments(cloud.masses, (cloud.means - centre) + cloud.remainders, cloud.scatters)
+    covariance = covariance + floors[:, :, None] * jnp.eye(floors.shape[-1], dtype=floors.dtype)
+    deviations = jnp.sqrt(jnp.diagonal(covariance, axis1=1, axis2=2))
+    deviations = jnp.where(deviations > 0, deviations, 1)
+    of_means = jnp.abs(own[0] - mean) / deviations
+    of_covariances = jnp.abs(own[1] - covariance) / deviations[:, :, None] / deviations[:, None, :]
+    return jnp.max(of_means, axis=1), jnp.max(of_covariances, axis=(1, 2))
+
+
+def _moments(masses: Array, means: Array, covariances: Array) -> tuple[Array, Array]:
+    """Means and covariances of V mixtures, about a point near them."""
+    present = masses > 0
+    means = jnp.where(present[..., None], means, 0)
+    mean = jnp.einsum("vk,vkd->vd", masses, means)
+    apart = means - mean[:, None]
+    each = jnp.where(present[..., None, None], covariances, 0) + apart[..., :, None] * apart[..., None, :]
+    return mean, jnp.einsum("vk,vkij->vij", masses, each)

@@ -1,0 +1,68 @@
+"""Which row of a table of fits is chosen, by how likely what was held out is under each."""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+RULES = ("one_standard_error", "best", "corner")
+
+
+class Candidates(NamedTuple):
+    """Rows of a table: what they were fitted with, and how they did."""
+
+    sizes: Int[np.ndarray, " R"]  # components, at most, of a mixture
+    groups: Int[np.ndarray, " R"]  # rows that differ in their weight alone have one number
+    weights: Float[np.ndarray, " R"]
+    scores: Float[np.ndarray, "R F"]  # of each fold; -inf where a fit has failed
+    log_likelihoods: Float[np.ndarray, " R"]  # of all points, fitted to all
+    transport: Float[np.ndarray, " R"]
+
+    def means(self) -> Float[np.ndarray, " R"]:
+        return self.scores.mean(axis=1)
+
+    def losses(self) -> tuple[Float[np.ndarray, " R"], Float[np.ndarray, " R"]]:
+        r"""How much less likely each is than the best, and the standard error of that, over folds F:
+
+        .. math:: \bar d, \quad \mathrm{sd}(d_f) / \sqrt F, \quad d_f = s_{best, f} - s_f
+
+        Folds are paired: what is hard for all costs none. Infinite where a fit has failed.
+        """
+        failed = np.any(~np.isfinite(self.scores), axis=1)
+        best = int(np.argmax(self.means()))
+        behind = self.scores[best] - np.where(failed[:, None], 0, self.scores)
+        error = behind.std(axis=1, ddof=1) / np.sqrt(behind.shape[1])
+        return np.where(failed, np.inf, behind.mean(axis=1)), np.where(failed, np.inf, error)
+
+    def within(self) -> Bool[np.ndarray, " R"]:
+        """Rows that lose no more than one standard error."""
+        loss, error = self.losses()
+        return np.isfinite(loss) & (loss <= error)
+
+
+def chosen(candidates: Candidates, rule: str) -> int:
+    """The number of the row that a rule takes.
+
+    "best": the likeliest. "one_standard_error": of those within one standard error of it the smallest mixtures, and of these, with
+    the epsilon and rho of the likeliest, the largest weight (Breiman et al. 1984). "corner": of the same mixtures, epsilon and rho
+    the weight at which log-likelihood against transport turns: farthest above the line between the ends of the path.
+    """
+    means, within = candidates.means(), candidates.within()
+    if rule == "best":
+        return int(np.argmax(means))
+    smallest = within & (candidates.sizes == np.min(candidates.sizes, where=within, initial=candidates.sizes.max()))
+    group = candidates.groups == candidates.groups[int(np.argmax(np.where(smallest, means, -np.inf)))]
+    if rule == "one_standard_error":
+        return int(np.argmax(np.where(group & within, candidates.weights, -np.inf)))
+    rows = np.flatnonzero(group & np.isfinite(means))
+    return int(rows[corner(candidates.transport[rows], candidates.log_likelihoods[rows])])
+
+
+def corner(transport: Float[np.ndarray, " n"], likelihood: Float[np.ndarray, " n"]) -> int:
+    """Of a path the point farthest above the line between its ends, both axes being parts of their ranges."""
+
+    def part(values: np.ndarray) -> np.ndarray:
+        size = np.ptp(values)
+        return (values - values.min()) / (size if size > 0 else 1)
+
+    return int(np.argmax(part(likelihood) - part(transport)))
