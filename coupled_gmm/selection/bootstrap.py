@@ -238,6 +238,7 @@ def _problem(fit: Any, transport_weight: Any, freeze: Any, graph: Any) -> Mixtur
         frozen=jnp.asarray(frozen),
         sizes=tuple(gmm.n_components for gmm in fit.gmms),
         balanced=False,  # one program, whatever the prices are
+        links=pair.links,
     )
 
 
