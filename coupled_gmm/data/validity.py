@@ -204,6 +204,9 @@ def _plan_sizes(o: _Object) -> None:
     sizes = _components(o.held("pair"))
     given = o.sizes["K0"], o.sizes["K1"]
     o.require("cost", given == sizes, f"is {given} and its mixtures have {sizes} components")
+    o.require(
+        "potentials", any(o.held(name) is not None for name in ("potentials", "vertex")), "are missing, and a matrix"
+    )
     o.require("n_iterations", o.array("n_iterations") >= 0, "must be at least 0")
 
 

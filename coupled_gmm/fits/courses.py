@@ -37,20 +37,20 @@ class Course(NamedTuple):
         return np.asarray(self.times).tolist()
 
     def compose(self, i: Any, j: Any) -> Plan:
-        """The plans along the shortest path, composed from the lower index to the higher."""
+        """The plans along the shortest path, composed from the earlier node to the later."""
         start, end = self.called.index("i", i), self.called.index("j", j)
         if start == end:
             raise ArgumentError("j", f"{self.called.said(end)} is i as well", "a plan is between two nodes")
-        found, several = routes.shortest(routes.both_ways(self.edges), min(start, end))
+        first, last = sorted((start, end), key=lambda node: (self.places[node], node))
+        found, several = routes.shortest(routes.both_ways(self.edges), first)
         between = f"{self.called.said(start)} and {self.called.said(end)}"
-        last = max(start, end)
         if last not in found:
             raise ArgumentError("j", f"no path of edges joins {between}", "compose between nodes that one joins")
         if last in several:
             problem = f"several shortest paths join {between}"
             raise ArgumentError("j", problem, "compose along the parts of one, between nodes that one path joins")
         plan = composed([self.plan(step) for step in pairwise(found[last])])
-        return plan if start < end else plan.reverse()
+        return plan if start == first else plan.reverse()
 
     def growth(self) -> list[Growth]:
         """Of each edge, from its earlier node to its later; as written, where neither is."""

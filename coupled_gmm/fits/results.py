@@ -105,6 +105,7 @@ class GraphFit(Stackable, Outcome):
         the law of the ends of a Markov chain of components, whose marginals hold where the edges' do; where masses change, so do
         they along the way, by the product of what they do on each edge. `compose(j, i)` is its reverse. It has the matrix and all
         that is read off that, and claims no optimality: its status is `COMPOSED`, its gap infinite. Of neighbours, the edge's plan.
+        Node 0 stands for the earlier end (in time; by index, where there are no times), whichever is i.
 
         Args:
           i, j: two nodes, by index or name. In a graph with cycles the path is the shortest in edges.

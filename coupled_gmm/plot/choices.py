@@ -26,8 +26,8 @@ def plot_choice(choice: Any) -> Figure:
         best = max((row for row in table if row["n_components"] == size), key=lambda row: row["held_out"])
         rows = [row for row in table if _alike(row, best) and np.isfinite(row["held_out"])]
         if rows:
-            places = [row["relative_weight"] or apart for row in rows]
-            values, errors = ([row[name] for row in rows] for name in ("held_out", "loss_error"))
+            places = np.array([row["relative_weight"] or apart for row in rows])
+            values, errors = (np.array([row[name] for row in rows]) for name in ("held_out", "loss_error"))
             ax.errorbar(places, values, errors, marker=".", color=color, capsize=2, label=f"K {size}")
     row = table[int(choice.row)]
     ax.plot(row["relative_weight"] or apart, row["held_out"], "o", ms=13, mfc="none", mec="black", label="chosen")

@@ -44,14 +44,17 @@ def chosen(candidates: Candidates, rule: str) -> int:
     """The number of the row that a rule takes.
 
     "best": the likeliest. "one_standard_error": of those within one standard error of it the smallest mixtures, and of these, with
-    the epsilon and rho of the likeliest, the largest weight (Breiman et al. 1984). "corner": of the same mixtures, epsilon and rho
-    the weight at which log-likelihood against transport turns: farthest above the line between the ends of the path.
+    the epsilon and rho of the likeliest that is coupled, the largest weight (Breiman et al. 1984). "corner": of the same mixtures,
+    epsilon and rho the weight at which log-likelihood against transport turns: farthest above the line between the ends of the
+    path.
     """
     means, within = candidates.means(), candidates.within()
     if rule == "best":
         return int(np.argmax(means))
     smallest = within & (candidates.sizes == np.min(candidates.sizes, where=within, initial=candidates.sizes.max()))
-    group = candidates.groups == candidates.groups[int(np.argmax(np.where(smallest, means, -np.inf)))]
+    coupled = smallest & (candidates.weights > 0)  # at weight 0 prices are all the same
+    best = int(np.argmax(np.where(coupled if coupled.any() else smallest, means, -np.inf)))
+    group = candidates.groups == candidates.groups[best]
     if rule == "one_standard_error":
         return int(np.argmax(np.where(group & within, candidates.weights, -np.inf)))
     rows = np.flatnonzero(group & np.isfinite(means))

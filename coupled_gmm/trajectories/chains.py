@@ -12,6 +12,7 @@ from coupled_gmm.core import checks
 from coupled_gmm.core.errors import ArgumentError, ArgumentTypeError
 from coupled_gmm.core.programs import program
 from coupled_gmm.core.tree import pytree
+from coupled_gmm.fits.nodes import NodeNames
 from coupled_gmm.fits.results import GraphFit, PairFit
 from coupled_gmm.gaussians import mixture
 from coupled_gmm.gaussians.mixture import GaussianMixture
@@ -59,6 +60,16 @@ def ordered(fit: Any) -> tuple[list[int], Float[Array, " V"]]:
 
 def n_features(fit: Any) -> int:
     return fit.pair.n_features if isinstance(fit, PairFit) else fit.gmms[0].n_features
+
+
+def place(fit: Any, order: list[int], node: Any) -> int:
+    """Where a node is in that order; None is the first.
+
+    Raises:
+      ValueError: there is no such node.
+    """
+    called = NodeNames(2) if isinstance(fit, PairFit) else fit.course().called
+    return 0 if node is None else order.index(called.index("node", node))
 
 
 def plans(fit: Any, order: list[int]) -> list[Plan]:

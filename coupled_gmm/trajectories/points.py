@@ -11,6 +11,7 @@ from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.programs import program
 from coupled_gmm.trajectories import chains, splines
 from coupled_gmm.transport.maps import map_points
+from coupled_gmm.transport.plan import Plan
 
 
 def trajectories(
@@ -18,11 +19,12 @@ def trajectories(
     x: Any,
     times: Any,
     *,
+    node: Any = None,
     method: str = "spline",
     ends: str = "parabolic",
     key: PRNGKeyArray | None = None,
 ) -> Float[Array, "T n d"]:
-    r"""Where points of the first node's cloud are at any times of a fitted chain.
+    r"""Where points of a node's cloud, the first's unless another is named, are at any times of a fitted chain.
 
     .. math:: x(t) = \sum_v W_v(t) x_v , \qquad x_0 = x, \quad x_{v+1} = T_v(x_v)
 
@@ -32,8 +34,9 @@ def trajectories(
     Args:
       fit: of a chain (`fit_graph` of `chain(...)`, or of any graph with an edge between each two nodes that follow in time), or of
         a pair, whose times are 0 and 1. Nodes without times have their indices.
-      x: (n, d), data units; of the first node.
+      x: (n, d), data units.
       times: (T,), within those of the chain.
+      node: whose points they are, by index or name: pushed on to later nodes, and pulled back to earlier ones by the reverse plans.
       method: "spline", or "geodesic" for straight lines between nodes.
       ends: what the spline does in its first and last stretch: "parabolic" (its curvature is constant there), "not-a-knot" (its
         third derivative goes on from the stretch beside) or "natural" (the curvature falls to 0).
@@ -53,13 +56,22 @@ def trajectories(
     times = chains.checked_times("times", times, knots, "T")
     if foreign.is_open(x):
         raise ArgumentError("x", f"expected points in memory, got {x!r}", "take some of them, by its rows(...)")
-    x = checks.points("x", x, chains.n_features(fit))
-    images = [x]
-    for v, plan in enumerate(chains.plans(fit, order)):
+    x, start = checks.points("x", x, chains.n_features(fit)), chains.place(fit, order, node)
+    plans = list(enumerate(chains.plans(fit, order)))
+    later = _images(plans[start:], x, key)
+    earlier = _images([(v, plan.reverse()) for v, plan in plans[:start][::-1]], x, key)
+    own = jnp.asarray(x, (later or earlier)[0].dtype)
+    return _along(jnp.stack([*earlier[::-1], own, *later]), knots, times, method, ends)
+
+
+def _images(plans: list[tuple[int, Plan]], x: Any, key: PRNGKeyArray | None) -> list[Array]:
+    """Of points at each node that plans lead to in turn, with the numbers of their edges."""
+    images = []
+    for v, plan in plans:
         how: dict[str, Any] = {} if key is None else {"method": "random", "key": jax.random.fold_in(key, v)}
-        images.append(map_points(plan, images[-1], **how))
-    images[0] = jnp.asarray(x, images[1].dtype)
-    return _along(jnp.stack(images), knots, times, method, ends)
+        x = map_points(plan, x, **how)
+        images.append(x)
+    return images
 
 
 @program("method", "ends")

@@ -126,6 +126,20 @@ def test_ancestors_and_descendants(course, x64):
         np.testing.assert_allclose(shares, row / row.sum(), rtol=1e-9)
 
 
+def test_growth_multiplies_forward_in_time_however_nodes_are_numbered(course, x64):
+    """The same course, its nodes numbered from its end."""
+    turned = fit_of(
+        cg.MixtureGraph.from_mixtures(
+            course.gmms[::-1], [(1, 0), (2, 1), (3, 2)], epsilon=2.0, times=TIMES[::-1],
+            rho=None if course.plans.pair.balanced else course.plans.pair.rho[::-1],
+        )
+    )  # fmt: skip
+    np.testing.assert_allclose(turned.compose(3, 0).matrix, course.compose(0, 3).matrix, atol=1e-4)
+    np.testing.assert_allclose(turned.compose(3, 0).mass_change(), course.compose(0, 3).mass_change(), atol=1e-3)
+    for mine, theirs in zip(turned.ancestors(0, 1), course.ancestors(3, 1), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-3)
+
+
 @functools.cache
 def other_graphs():
     """A star, a cycle of four, two parts: of one size, so that all have one program for plans."""

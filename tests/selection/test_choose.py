@@ -57,6 +57,16 @@ def test_fewer_components_come_before_more_weight():
     assert rules.chosen(table, "one_standard_error") == 3
 
 
+def test_prices_are_told_apart_by_rows_that_are_coupled():
+    """At weight 0 they change nothing, and rounding may put any of them first."""
+    best = np.array([0.0, 1.0, 2.0])
+    near, far = best - [0.3, -0.1, 0.1], best - 1
+    table = candidates([best + 1e-7, far, best, near], [1] * 4, [0.0, 1.0, 0.0, 1.0], groups=[0, 0, 1, 1])
+    assert rules.chosen(table, "one_standard_error") == 3
+    table = candidates([best, far, best - [0.1, 0.0, 0.0], far], [1] * 4, [0.0, 1.0, 0.0, 1.0], groups=[0, 0, 1, 1])
+    assert rules.chosen(table, "one_standard_error") == 0, "where none is near enough, fits apart"
+
+
 def test_failed_rows_are_not_chosen():
     failed = np.full(2, -np.inf)
     table = candidates([failed, [1.0, 2.0], [0.0, -np.inf]], [1, 2, 1], [9.0, 0.0, 1.0], likelihoods=np.zeros(3))
@@ -250,10 +260,11 @@ def test_planted_components_and_a_weight_that_costs_nothing():
     The truth is the score of fits to all points, at 100,000 fresh ones of each mixture; at the largest weight it is far lower.
     """
     right, lost = 0, []
+    grid = {"n_components": range(1, 8), "relative_weights": [1e-3, 1e-2, 0.03, 0.1, 1.0, 10.0], "n_init": 2}
     for seed in range(20):
         k = 3 + seed % 3
         some, fresh = planted(k, seed, 1000)
-        choice = cg.choose(some, jax.random.key(seed))
+        choice = cg.choose(some, jax.random.key(seed), **grid)
         right += choice.chosen["n_components"] == k
         if choice.chosen["n_components"] != k:
             continue

@@ -41,6 +41,18 @@ def test_a_spline_through_the_chained_maps(fit):
     assert np.abs(got[-1] - found[-1]).max() > 0.1
 
 
+def test_points_are_pushed_and_pulled(fit):
+    """Those of a node in the middle: back by reverse plans, on by the others."""
+    x = points(fit.gmms[1], 30)
+    back = cg.map_points(fit.plan((1, 0)), x)
+    on = cg.map_points(fit.plan((1, 2)), x)
+    found = np.stack([back, x, on, cg.map_points(fit.plan((2, 3)), on)])
+    got = cg.trajectories(fit, x, T, node=1, ends="not-a-knot")
+    np.testing.assert_allclose(got, CubicSpline(TIMES, found, bc_type="not-a-knot")(T), atol=2e-5)
+    with pytest.raises(ValueError, match=r"^node: there is no node 4; use indices from 0 to 3"):
+        cg.trajectories(fit, x, T, node=4)
+
+
 def test_any_order_of_nodes_and_edges(fit):
     """Nodes in the order of their times, however they are numbered and edges are written."""
     order = [2, 0, 3, 1]
