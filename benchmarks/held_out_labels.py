@@ -63,8 +63,7 @@ def by_mixtures(x: np.ndarray, labels: np.ndarray, y: np.ndarray, weight: float,
     """The labelled mixture held, another one fitted to the target from there; balanced, a class to itself."""
     classes = cg.fit_classes(x, labels, ridge=ridge)
     pair = cg.GaussianMixturePair(classes.gmm, classes.gmm, links=classes.links())
-    unit = 0.5 * (x.var(0).mean() + y.var(0).mean())
-    fit = cg.fit_pair(x, y, pair, transport_weight=weight / unit, freeze=["gmm0"], ridge=ridge)
+    fit = cg.fit_pair(x, y, pair, relative_weight=weight, freeze=["gmm0"], ridge=ridge)
     shifts = np.asarray(fit.pair.gmm1.means - fit.pair.gmm0.means)
     return {
         f"classes moved, weight {weight}": nearest(x + shifts[np.searchsorted(classes.names, labels)], labels, y),

@@ -15,6 +15,7 @@ from coupled_gmm.core.tree import take
 from coupled_gmm.fits.coupled import fit_graph
 from coupled_gmm.fits.frame import Sight, View
 from coupled_gmm.fits.graph import MixtureGraph, unpadded
+from coupled_gmm.fits.linked import started_graph
 from coupled_gmm.fits.pairs import fit_pair
 from coupled_gmm.fits.request import FitOptions, FitRequest, GivenCloud, view_of
 from coupled_gmm.fits.results import GraphFit, PairFit
@@ -131,6 +132,11 @@ def choose(
         if meshes.is_spread(x):
             raise ArgumentError(cloud.name, "lies on several devices", "choose by points that lie on one")
     own = graph is not None and n_components is None
+    if graph is not None and graph.links is not None:
+        if not own:
+            problem = "draws components in no order, and the graph's links say of each what it may be linked to"
+            raise ArgumentError("n_components", problem, "leave it out: the graph's own mixtures are taken")
+        graph = started_graph(graph)
     if graph is not None and not own and key is None:
         raise ArgumentError("key", "decides the starts of other numbers of components", "pass key=jax.random.key(0)")
     if graph is not None and not own and graph.links is not None:

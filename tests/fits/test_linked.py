@@ -208,3 +208,22 @@ def test_a_chain_with_links_starts_and_climbs():
     assert (np.asarray(fit.plan(0).matrix)[~DIAGONAL] == 0).all()
     assert (np.asarray(fit.plan((2, 1)).matrix)[~PINNED] == 0).all()
     assert np.diff(np.asarray(fit.history.penalized_log_likelihood)).min() > -1e-5
+
+
+@pytest.mark.slow
+def test_what_goes_on_from_fits_keeps_to_their_links():
+    graph = cg.MixtureGraph.from_mixtures(
+        [pair_of(None).gmm0, pair_of(None).gmm1], [(0, 1)], edge_weights=0.1, epsilon=0.05, links=[DIAGONAL]
+    )
+    fit = cg.fit_graph(CLOUDS, graph)
+    sure = cg.bootstrap(jax.random.key(0), fit, CLOUDS, graph=graph, n_replicates=4)
+    assert (np.asarray(sure.plan.samples)[..., ~DIAGONAL] == 0).all()
+    np.testing.assert_allclose(np.asarray(sure.plan.samples).sum((-1, -2)), 1, atol=1e-5)
+    chosen = cg.choose(CLOUDS, graph, relative_weights=[0.0, 0.1], folds=2).fit
+    assert (np.asarray(chosen.plans.matrix)[:, ~DIAGONAL] == 0).all()
+    for name, call in (
+        ("n_components", lambda key: cg.choose(CLOUDS, graph, n_components=2, key=key)),
+        ("n_init", lambda key: cg.fit_graph(CLOUDS, graph, n_init=2, key=key)),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: draws components in no order"):
+            call(jax.random.key(0))
