@@ -207,9 +207,12 @@ class TimeCourse(NamedTuple):
 
     times: Float[np.ndarray, " V"]
     gmms: list[GaussianMixture]
-    growth: Float[np.ndarray, " K"]  # per unit of time, from `BRANCHING` on: rates of numbers, before masses are normalised
+    growth: Float[
+        np.ndarray, " K"
+    ]  # per unit of time, from `BRANCHING` on: rates of numbers, before masses are normalised
 
 
+COURSE_TIMES = (0.0, 1.0, 2.0, 3.0, 4.0)
 BRANCHING = 1.0  # when the progenitors split
 _GROWTH = (0.0, 0.5)  # of the two branches
 
@@ -221,7 +224,7 @@ def time_course_mixtures() -> TimeCourse:
     lower branch stay what they are, those of the upper grow by :math:`e^{0.5}` per unit of time. A component is a branch, and
     progenitors are the one component of their times; masses are parts of all cells there are.
     """
-    times, growth = np.arange(5.0), np.array(_GROWTH)
+    times, growth = np.array(COURSE_TIMES), np.array(_GROWTH)
     gmms = []
     for t in times:
         since = max(t - BRANCHING, 0.0)
