@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from coupled_gmm.jobs.barycenter import BarycenterJob
+from coupled_gmm.jobs.choose import ChooseGraphJob, ChooseJob
 from coupled_gmm.jobs.config import JobConfig
 from coupled_gmm.jobs.fit import FitJob
 from coupled_gmm.jobs.flow import FlowJob
@@ -14,7 +15,7 @@ from coupled_gmm.jobs.job import Job
 from coupled_gmm.jobs.sections import ConfigError, check, read
 
 # Of one command the first whose configuration claims the tables; the last one's claims all.
-JOBS: tuple[Job[Any, Any, Any], ...] = (GraphJob(), FitJob(), BarycenterJob(), FlowJob())
+JOBS: tuple[Job[Any, Any, Any], ...] = (GraphJob(), FitJob(), ChooseGraphJob(), ChooseJob(), BarycenterJob(), FlowJob())
 COMMANDS = tuple(dict.fromkeys(job.command for job in JOBS))
 
 Config = TypeVar("Config", bound=JobConfig)
