@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from rich.console import Console
 
 import coupled_gmm as cg
-from coupled_gmm.jobs.clouds import CloudPair, Data, read_pair
+from coupled_gmm.jobs.clouds import CloudPair, Data, described, read_pair
 from coupled_gmm.jobs.config import Count, JobConfig, NonNegative, Positive, Precision, Seed, Starts, Steps
 from coupled_gmm.jobs.coupled import CoupledFit, FitOutput, Start
 from coupled_gmm.jobs.fit import Fit, FitConfig, FitJob
@@ -127,9 +127,7 @@ class ChooseJob(Job[Any, Any, cg.Choice]):
         if inputs.names is not None:
             config = config.model_copy(update={"data": config.data.model_copy(update={"columns": list(inputs.names)})})
         points, weights, graph, beside = self.problem(config, inputs)
-        given = [x for x in points if x is not None]
-        sizes = " and ".join(f"{len(x):,}" for x in given)
-        say(console, f"clouds: {sizes} points of {given[0].shape[1]} features, {config.precision}")
+        say(console, described([x for x in points if x is not None], config.precision))
         with blame(path, "choose", Choose, KEYS):
             choice = cg.choose(
                 points,

@@ -10,6 +10,7 @@ from jaxtyping import Array
 from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
 from coupled_gmm.core import checks
+from coupled_gmm.core.tree import listed
 from coupled_gmm.data import clouds
 from coupled_gmm.data.files import FORMATS, TEXT, ending
 from coupled_gmm.jobs.config import Seed
@@ -117,6 +118,13 @@ def read_pair(path: Path, data: Data, precision: str) -> CloudPair:
     if given != cloud1.names:
         notes.append(f"cloud1: columns put into cloud0's order, {', '.join(cloud0.names or ())}")
     return CloudPair((x0, x1), (w0, w1), cloud0.names if cloud1.names else None, notes)
+
+
+def described(points: Sequence[np.ndarray | Array], precision: str) -> str:
+    """Their sizes, in words."""
+    sizes = [f"{len(x):,}" for x in points]
+    said = f"{len(sizes)} of {sizes[0]}" if len(sizes) > 2 and len(set(sizes)) == 1 else listed(sizes)
+    return f"clouds: {said} points of {points[0].shape[1]} features, {precision}"
 
 
 class CloudKeys(NamedTuple):

@@ -11,7 +11,7 @@ from rich.console import Console
 
 import coupled_gmm as cg
 from coupled_gmm.core.progress import ProgressBar
-from coupled_gmm.jobs.clouds import CloudPair, Data, Points, PointWeights, read_pair
+from coupled_gmm.jobs.clouds import CloudPair, Data, Points, PointWeights, described, read_pair
 from coupled_gmm.jobs.config import JobConfig
 from coupled_gmm.jobs.coupled import CoupledFit, FitOutput, Start, fidelity_sheet, pooled_start
 from coupled_gmm.jobs.job import Job
@@ -61,8 +61,7 @@ class FitJob(Job[FitConfig, CloudPair, cg.PairFit]):
             say(console, note)
         if names is not None:  # kept in the run's configuration, and shown by its pictures
             config = config.model_copy(update={"data": config.data.model_copy(update={"columns": list(names)})})
-        sizes = " and ".join(f"{len(x):,}" for x in points)
-        say(console, f"clouds: {sizes} points of {points[0].shape[1]} features, {config.precision}")
+        say(console, described(points, config.precision))
         with console.status("fitting the start"), blame(path, "start", Start, _KEYS):
             pooled = pooled_start(config.start, config.start.n_components, config.fit.ridge, points, weights)
         components = config.start.n_components

@@ -13,6 +13,7 @@ import coupled_gmm as cg
 from coupled_gmm.core.checks import brief
 from coupled_gmm.core.progress import ProgressBar
 from coupled_gmm.core.tree import listed
+from coupled_gmm.jobs.clouds import described
 from coupled_gmm.jobs.config import JobConfig
 from coupled_gmm.jobs.coupled import CoupledFit, FitOutput, Start, fidelity_sheet, pooled_start
 from coupled_gmm.jobs.job import Job
@@ -98,7 +99,7 @@ class GraphJob(Job[GraphConfig, NodeClouds, cg.GraphFit]):
             say(console, note)
         if inputs.names is not None:  # kept in the run's configuration, and shown by its pictures
             config = config.model_copy(update={"data": config.data.model_copy(update={"columns": list(inputs.names)})})
-        say(console, inputs.described(config.precision))
+        say(console, described(inputs.given[0], config.precision))
         sizes = config.start.sizes(len(inputs.points))
         with console.status("fitting the start"), blame(path, "start", NodeStart, KEYS):
             pooled = {
@@ -124,7 +125,8 @@ class GraphJob(Job[GraphConfig, NodeClouds, cg.GraphFit]):
     def tables(self, result: cg.GraphFit) -> dict[str, pl.DataFrame]:
         history, steps = result.history, int(result.n_steps)
         names = ("transport", "objective", "penalized_log_likelihood", "marginal_error")
-        columns = {f"q_{i}": q for i, q in enumerate(np.asarray(history.q).T)}
+        found, q = np.isfinite(np.asarray(result.log_likelihoods)), np.asarray(history.q)
+        columns = {f"q_{i}": q[:, i] for i in np.flatnonzero(found)}  # of nodes with a cloud
         columns |= {name: np.asarray(getattr(history, name)) for name in names}
         return {
             "history.csv": history_table({name: column[:steps] for name, column in columns.items()}),

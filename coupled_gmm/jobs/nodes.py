@@ -158,12 +158,6 @@ class NodeClouds(NamedTuple):
         both = [(x, w) for x, w in zip(self.points, self.weights, strict=True) if x is not None]
         return [x for x, _ in both], [w for _, w in both]
 
-    def described(self, precision: str) -> str:
-        points, _ = self.given
-        sizes = [f"{len(x):,}" for x in points]
-        said = f"{len(points)} of {sizes[0]}" if len(set(sizes)) == 1 else listed(sizes)
-        return f"clouds: {said} points of {points[0].shape[1]} features, {precision}"
-
 
 def read_nodes(path: Path, data: NodeData, graph: Graph, precision: str) -> NodeClouds:
     """The clouds of [data] at the nodes of [graph], as `read_pair` reads two.
