@@ -1,4 +1,4 @@
-"""The command line: ``coupled-gmm fit``, ``barycenter``, ``flow``, ``batch``, each of a CONFIG.toml; ``coupled-gmm show DIR``.
+"""The command line: ``coupled-gmm fit``, ``choose``, ``barycenter``, ``flow``, ``batch``, each of a CONFIG.toml; ``show DIR``.
 
 Exit status: 0 done; 1 the job failed, or did not converge where it was asked to, or some of a batch did; 2 bad input or
 configuration, a line on standard error for each mistake.

@@ -125,8 +125,8 @@ class GraphJob(Job[GraphConfig, NodeClouds, cg.GraphFit]):
     def tables(self, result: cg.GraphFit) -> dict[str, pl.DataFrame]:
         history, steps = result.history, int(result.n_steps)
         names = ("transport", "objective", "penalized_log_likelihood", "marginal_error")
-        found, q = np.isfinite(np.asarray(result.log_likelihoods)), np.asarray(history.q)
-        columns = {f"q_{i}": q[:, i] for i in np.flatnonzero(found)}  # of nodes with a cloud
+        q = np.asarray(history.q)
+        columns = {f"q_{i}": q[:, i] for i in np.flatnonzero(np.nan_to_num(q).any(axis=0))}  # of nodes with a cloud
         columns |= {name: np.asarray(getattr(history, name)) for name in names}
         return {
             "history.csv": history_table({name: column[:steps] for name, column in columns.items()}),

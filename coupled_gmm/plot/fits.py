@@ -137,9 +137,8 @@ def _expected(fit: Any) -> dict[str, Any]:
     """Q of each node that has a cloud, by its name."""
     q = np.asarray(fit.history.q)
     named = getattr(fit, "names", None) or [f"cloud {i}" for i in range(q.shape[1])]
-    found = getattr(fit, "log_likelihoods", None)
-    there = np.ones(q.shape[1], bool) if found is None else np.isfinite(np.asarray(found))
-    return {name: q[:, i] for i, name in enumerate(named) if there[i]}
+    there = np.flatnonzero(np.nan_to_num(q).any(axis=0))  # 0 at every step where there is none
+    return {named[i]: q[:, i] for i in there}
 
 
 def _draw_steps(ax: Axes, title: str, ylabel: str, lines: dict[str, Any]) -> None:

@@ -42,7 +42,8 @@ relative_weights = [0.01]
 held_out = "nodes"
 folds = 2
 n_init = 2
-em_steps = 20
+em_steps = 200
+tol = 1e-4
 """
 
 
