@@ -1,4 +1,4 @@
-"""The command line: ``coupled-gmm fit``, ``barycenter``, ``flow``, ``batch``, each of a CONFIG.toml; ``coupled-gmm show DIR``.
+"""The command line: ``coupled-gmm fit``, ``choose``, ``barycenter``, ``flow``, ``batch``, each of a CONFIG.toml; ``show DIR``.
 
 Exit status: 0 done; 1 the job failed, or did not converge where it was asked to, or some of a batch did; 2 bad input or
 configuration, a line on standard error for each mistake.
@@ -7,7 +7,7 @@ configuration, a line on standard error for each mistake.
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import typer
@@ -15,8 +15,7 @@ import typer
 import coupled_gmm as cg
 from coupled_gmm.core import installation, interrupts
 from coupled_gmm.jobs import batch, cache, execution, parts, run, terminal, workers
-from coupled_gmm.jobs.job import Job
-from coupled_gmm.jobs.registry import JOBS, load_config
+from coupled_gmm.jobs.registry import COMMANDS, JOBS, job_for, load_config
 from coupled_gmm.jobs.sections import ConfigError, at
 from coupled_gmm.jobs.tables import print_sheets
 from coupled_gmm.jobs.terminal import say
@@ -49,16 +48,16 @@ def _commands() -> None:
     """Gaussian mixtures fitted together, and optimal transport between them."""
 
 
-def _add_command(job: Job[Any, Any, Any]) -> None:
-    @app.command(job.command, help=job.summary)
+def _add_command(name: str) -> None:
+    @app.command(name, help=next(job.summary for job in JOBS if job.command == name))
     def command(path: ConfigFile, out: Out = None, no_cache: NoCache = False) -> None:
         if not no_cache:
             cache.keep_programs()
-        _run(job, path, out)
+        _run(name, path, out)
 
 
-for _job in JOBS:
-    _add_command(_job)
+for _name in COMMANDS:
+    _add_command(_name)
 
 
 @app.command("batch", help="Run many jobs: files, a manifest, sweeps. Run again, it goes on.")
@@ -137,10 +136,11 @@ def show(
             raise typer.Exit(1)
 
 
-def _run(job: Job[Any, Any, Any], path: Path, out: Path | None) -> None:
-    """A job from its configuration to its folder; `out` is that folder, if not the configured one."""
+def _run(command: str, path: Path, out: Path | None) -> None:
+    """A command's job from its configuration to its folder; `out` is that folder, if not the configured one."""
     console = terminal.console()
-    with _exit_status(job.command):
+    with _exit_status(command):
+        job = job_for(command, path)
         config = load_config(path, job.config)
         if out is not None:
             output = config.output.model_copy(update={"directory": str(out)})

@@ -497,6 +497,9 @@ def test_rows_that_say_nothing_new_are_left_out():
     assert len(rows_of([-7.6])) == 1 and len(rows_of(np.linspace(-9, -7, 10))) == 10
 
 
+WEIGHTS = {"fidelity": None, "transport_weight": 0.01, "relative_weight": None}
+
+
 @pytest.mark.parametrize(("width", "components"), [(10, 1), (10, 3), (40, 3), (60, 12), (80, 10), (120, 12)])
 @pytest.mark.parametrize("tau", [1.0, 0.9])
 def test_no_number_is_cut_on_a_narrow_console(width, components, tau):
@@ -509,7 +512,7 @@ def test_no_number_is_cut_on_a_narrow_console(width, components, tau):
         matrix=matrix, total_mass=1.0, transport_cost=12345.678901, regularized_cost=1.0, marginal_error=1e-6
     )
     plan.reweighting, plan.mass_change = lambda: (weights * 1234, weights), lambda: weights * 4321
-    fit = SimpleNamespace(pair=pair, plan=plan, penalized_log_likelihood=-123456.789, n_steps=1)
+    fit = SimpleNamespace(pair=pair, plan=plan, penalized_log_likelihood=-123456.789, n_steps=1, **WEIGHTS)
     console = Console(file=io.StringIO(), width=width)
     tables.print_sheets(console, FitJob().sheets(fit))
     text = console.file.getvalue()
@@ -528,7 +531,7 @@ def test_large_plans_are_listed_by_their_largest_transfers():
         draw.normal(size=(20, 2)), np.tile(0.01 * np.eye(2), (20, 1, 1)), np.ones(20) / 20
     )
     pair = cg.GaussianMixturePair(gmm, gmm, 0.01)
-    fit = SimpleNamespace(pair=pair, plan=cg.solve_plan(pair), penalized_log_likelihood=0.0, n_steps=1)
+    fit = SimpleNamespace(pair=pair, plan=cg.solve_plan(pair), penalized_log_likelihood=0.0, n_steps=1, **WEIGHTS)
     console = Console(file=io.StringIO(), width=80)
     tables.print_sheets(console, FitJob().sheets(fit))
     text = console.file.getvalue()

@@ -25,7 +25,8 @@ def test_there_are_notebooks():
     assert NOTEBOOKS
 
 
-LONG = ("02_barycenters", "03_flow", "04_transport_maps", "05_batches")  # half a minute of compilation and more
+# Half a minute of compilation and more.
+LONG = ("02_barycenters", "03_flow", "04_transport_maps", "05_batches", "06_time_course", "07_choosing")
 
 
 @pytest.mark.timeout(600)

@@ -1,4 +1,4 @@
-"""Point clouds from files, and the two built-in pairs of clouds.
+"""Point clouds from files, and those that are built in: two pairs, and a time course.
 
 A cloud is an array (n, d): n points, d features. Weights are an array (n,). A file either is a table of numbers or is
 refused, with its name and what to do.
@@ -200,6 +200,50 @@ def tutorial_clouds(key: PRNGKeyArray, n: int) -> tuple[Float[Array, "n 2"], Flo
     key0, key1 = jax.random.split(key)
     gmm0, gmm1 = tutorial_mixtures()
     return gmm0.sample(key0, n), gmm1.sample(key1, n)
+
+
+class TimeCourse(NamedTuple):
+    """A planted time course: the mixture at each time, and how fast the mass of each of its components grows."""
+
+    times: Float[np.ndarray, " V"]
+    gmms: list[GaussianMixture]
+    growth: Float[
+        np.ndarray, " K"
+    ]  # per unit of time, from `BRANCHING` on: rates of numbers, before masses are normalised
+
+
+COURSE_TIMES = (0.0, 1.0, 2.0, 3.0, 4.0)
+BRANCHING = 1.0  # when the progenitors split
+_GROWTH = (0.0, 0.5)  # of the two branches
+
+
+def time_course_mixtures() -> TimeCourse:
+    r"""Differentiation as a planted time course in the plane: one population that drifts, splits in two, and one half grows.
+
+    At times 0 and 1 there are progenitors alone, one Gaussian that drifts. Then both halves of them move apart: the numbers of the
+    lower branch stay what they are, those of the upper grow by :math:`e^{0.5}` per unit of time. A component is a branch, and
+    progenitors are the one component of their times; masses are parts of all cells there are.
+    """
+    times, growth = np.array(COURSE_TIMES), np.array(_GROWTH)
+    gmms = []
+    for t in times:
+        since = max(t - BRANCHING, 0.0)
+        if not since:
+            gmms.append(GaussianMixture.from_moments([[2 * t, 0.0]], [np.diag([0.4, 0.3])], [1.0]))
+            continue
+        means = np.array([[2 * t, -1.5 * since], [2 * t, 1.5 * since]])
+        tilt = np.array([[0.4, -0.1], [-0.1, 0.3]])
+        numbers = np.exp(growth * since)
+        covariances = np.stack([tilt, tilt * [[1, -1], [-1, 1]]])
+        gmms.append(GaussianMixture.from_moments(means, covariances, numbers / numbers.sum()))
+    return TimeCourse(times, gmms, growth)
+
+
+def time_course_clouds(key: PRNGKeyArray, n: int) -> tuple[list[Float[Array, "n 2"]], Float[np.ndarray, " V"]]:
+    """n points at each time of `time_course_mixtures`, and these times; the key decides the points."""
+    course = time_course_mixtures()
+    keys = jax.random.split(key, len(course.times))
+    return [gmm.sample(one, n) for gmm, one in zip(course.gmms, keys, strict=True)], course.times
 
 
 def photograph_clouds(n: int | None = None, seed: int = 0) -> tuple[Float[np.ndarray, "n 3"], Float[np.ndarray, "n 3"]]:

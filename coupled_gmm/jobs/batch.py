@@ -5,6 +5,7 @@ combination is tried with each of them, [output] where results go. Resolved, eve
 it stood alone; the batch is written down as what its jobs share, and a row for each.
 """
 
+import contextlib
 import copy
 import hashlib
 import itertools
@@ -21,7 +22,7 @@ from coupled_gmm.core.checks import brief
 from coupled_gmm.jobs import manifest
 from coupled_gmm.jobs.job import Job
 from coupled_gmm.jobs.manifest import Row
-from coupled_gmm.jobs.registry import JOBS, job_named
+from coupled_gmm.jobs.registry import COMMANDS, JOBS, job_named
 from coupled_gmm.jobs.sections import (
     LARGEST,
     ConfigError,
@@ -86,12 +87,11 @@ class BatchSections(Section):
 
     @model_validator(mode="after")
     def _known(self) -> Self:
-        commands = " or ".join(repr(job.command) for job in JOBS)
-        job = job_named(self.command)
-        if job is None:
-            raise refuse(f"must be {commands}, got {brief(self.command)}", "command")
+        if self.command not in COMMANDS:
+            raise refuse(f"must be {_said(COMMANDS)}, got {brief(self.command)}", "command")
+        measures = {name for job in JOBS if job.command == self.command for name in job.measures}
         for column in self.jobs.keep:
-            if column in (*RESERVED, *job.measures, *flattened(self.sweep)):
+            if column in (*RESERVED, *measures, *flattened(self.sweep)):
                 raise refuse(f"the summary has a column {column!r} of its own; name another", "jobs.keep")
         return self
 
@@ -146,10 +146,10 @@ def load(path: Path, directory: str | None = None, *, resolved: bool = False) ->
     """
     values = read(path, _LARGEST_RESOLVED if resolved else LARGEST)
     if "command" not in values:  # of one job, perhaps, about which there would be more to say
-        words = " or ".join(repr(job.command) for job in JOBS)
-        raise ConfigError(f"{path}: command: missing; say first which jobs these are, {words}, or run that for one job")
+        words = f"say first which jobs these are, {_said(COMMANDS)}"
+        raise ConfigError(f"{path}: command: missing; {words}, or run that for one job")
     own = check(path, {key: values.pop(key) for key in _OWN if key in values}, BatchSections)
-    job = job_named(own.command)
+    job = job_named(own.command, _first(values, own))
     assert job is not None  # checked with the sections
     rows, sweep = _rows(path, own, job), _flat_sweep(path, own.sweep)
     tasks = _tasks(path, job, values, rows, sweep)
@@ -182,6 +182,20 @@ def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
+
+
+def _said(commands: Sequence[str]) -> str:
+    return " or ".join(map(repr, commands))
+
+
+def _first(values: Mapping[str, Any], own: BatchSections) -> dict[str, Any]:
+    """What is known of the first job before its row is checked: which kind of job it is depends on that."""
+    first = copy.deepcopy(dict(values))
+    swept = {key: given[0] for key, given in flattened(own.sweep).items() if isinstance(given, list) and given}
+    for key, value in {**(own.jobs.rows or [{}])[0], **swept}.items():
+        with contextlib.suppress(MistakesError):  # which is said of the row
+            _set(first, key, value)
+    return first
 
 
 def _rows(path: Path, own: BatchSections, job: Job[Any, Any, Any]) -> list[Row]:

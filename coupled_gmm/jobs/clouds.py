@@ -1,4 +1,4 @@
-"""Clouds that a configuration names: two files, or a built-in source."""
+"""Two clouds that a configuration names: files, or a built-in source; and how the files of any cloud are read."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +10,7 @@ from jaxtyping import Array
 from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
 from coupled_gmm.core import checks
+from coupled_gmm.core.tree import listed
 from coupled_gmm.data import clouds
 from coupled_gmm.data.files import FORMATS, TEXT, ending
 from coupled_gmm.jobs.config import Seed
@@ -19,6 +20,7 @@ TUTORIAL_SIZE = 10_000
 MOST_POINTS = 100_000_000  # that are drawn
 PointCount = Annotated[int, Field(ge=1, le=MOST_POINTS)]
 Points = tuple[np.ndarray | Array, np.ndarray | Array]
+_OF_ONE = ("cloud", "weights", "key")
 PointWeights = tuple[np.ndarray | None, np.ndarray | None]
 
 
@@ -103,7 +105,8 @@ def read_pair(path: Path, data: Data, precision: str) -> CloudPair:
             x0, x1 = clouds.photograph_clouds(data.n, data.seed or 0)
         dtype = np.dtype(precision)
         return CloudPair((x0.astype(dtype), x1.astype(dtype)))
-    (cloud0, w0), (cloud1, w1) = (_read_side(path, data, side, precision) for side in "01")
+    sides = [CloudKeys(f"cloud{i}", f"weights{i}", *(getattr(data, f"{key}{i}") for key in _OF_ONE)) for i in "01"]
+    (cloud0, w0), (cloud1, w1) = (read_cloud(path, side, data.columns, data.header, precision) for side in sides)
     with blame(path, "data", Data):
         given = cloud1.names
         cloud0, cloud1 = clouds.paired(("cloud0", "cloud1"), cloud0, cloud1)
@@ -117,24 +120,47 @@ def read_pair(path: Path, data: Data, precision: str) -> CloudPair:
     return CloudPair((x0, x1), (w0, w1), cloud0.names if cloud1.names else None, notes)
 
 
-def _read_side(path: Path, data: Data, side: str, precision: str) -> tuple[clouds.Cloud, np.ndarray | None]:
-    file, name = getattr(data, f"cloud{side}"), getattr(data, f"weights{side}")
-    inside = None if is_file(name) else name
-    with at(path, f"data.cloud{side}"):
+def described(points: Sequence[np.ndarray | Array], precision: str) -> str:
+    """Their sizes, in words."""
+    sizes = [f"{len(x):,}" for x in points]
+    said = f"{len(sizes)} of {sizes[0]}" if len(sizes) > 2 and len(set(sizes)) == 1 else listed(sizes)
+    return f"clouds: {said} points of {points[0].shape[1]} features, {precision}"
+
+
+class CloudKeys(NamedTuple):
+    """What a configuration says of one cloud, and by which keys of [data]."""
+
+    cloud_key: str
+    weights_key: str
+    file: str
+    weights: str | None
+    array: str | None  # of a .npz
+
+
+def read_cloud(
+    path: Path, one: CloudKeys, columns: Sequence[str] | None, header: bool | None, precision: str
+) -> tuple[clouds.Cloud, np.ndarray | None]:
+    """A cloud and its points' weights from the files that the configuration at `path` names.
+
+    Raises:
+      ConfigError: a file can't be read or used.
+    """
+
+    def first_line(file: str) -> bool | None:
+        return header if ending(file) in TEXT else None
+
+    inside = None if is_file(one.weights) else one.weights
+    with at(path, f"data.{one.cloud_key}"):
         exclude = [] if inside is None else [inside]
-        options = {"columns": data.columns, "key": getattr(data, f"key{side}"), "header": _header(data, file)}
-        cloud = clouds.read_named_cloud(file, exclude=exclude, **options)
+        options = {"columns": columns, "key": one.array, "header": first_line(one.file)}
+        cloud = clouds.read_named_cloud(one.file, exclude=exclude, **options)
         single = cloud.points.dtype == np.float32 and precision == "float32"
         cloud = cloud._replace(points=cloud.points if single else cloud.points.astype(np.float64))
-        checks.points(file, cloud.points)
-    if name is None:
+        checks.points(one.file, cloud.points)
+    if one.weights is None:
         return cloud, None
-    with at(path, f"data.weights{side}"):
-        source = name if inside is None else file
-        w = clouds.read_weights(source, name=inside, header=_header(data, source)).astype(np.float64)
+    with at(path, f"data.{one.weights_key}"):
+        source = one.weights if inside is None else one.file
+        w = clouds.read_weights(source, name=inside, header=first_line(source)).astype(np.float64)
         checks.weights(source, w, len(cloud.points))
         return cloud, w
-
-
-def _header(data: Data, file: str) -> bool | None:
-    return data.header if ending(file) in TEXT else None

@@ -1,6 +1,7 @@
 """What configurations of several jobs share: kinds of values, how plans are solved, what is left, and the whole of one."""
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -43,6 +44,12 @@ class JobConfig(Section):
     command: ClassVar[str]  # and the section of that name, which has the precision
     if TYPE_CHECKING:  # its place among the sections is the job's to say: the last
         output: Output
+
+    @classmethod
+    def claims(cls, values: Mapping[str, Any]) -> bool:
+        """Whether tables are those of this job, where several have one command."""
+        del values
+        return True
 
     def completed(self) -> Self:
         """With defaults written out that depend on other keys."""

@@ -1,30 +1,24 @@
 """The job `fit`: two mixtures fitted to two clouds so that they stay close, from its configuration to its pictures."""
 
-import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-import jax
 import numpy as np
-import optax
 import polars as pl
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field
 from rich.console import Console
 
 import coupled_gmm as cg
-from coupled_gmm.core.checks import brief
 from coupled_gmm.core.progress import ProgressBar
-from coupled_gmm.core.status import Status
-from coupled_gmm.jobs.clouds import CloudPair, Data, Points, PointWeights, read_pair
-from coupled_gmm.jobs.config import Count, JobConfig, NonNegative, Output, Positive, Precision, Seed, Starts, Steps
+from coupled_gmm.jobs.clouds import CloudPair, Data, Points, PointWeights, described, read_pair
+from coupled_gmm.jobs.config import JobConfig
+from coupled_gmm.jobs.coupled import CoupledFit, FitOutput, Start, fidelity_sheet, pooled_start
 from coupled_gmm.jobs.job import Job
-from coupled_gmm.jobs.sections import Section, blame, refuse
+from coupled_gmm.jobs.sections import blame
 from coupled_gmm.jobs.tables import MOST_ROWS, Sheet, history_table, quantities
 from coupled_gmm.jobs.terminal import say
 
-_USABLE = (Status.CONVERGED, Status.STEPS_DONE, Status.NOT_CONVERGED, Status.PRECISION)  # ends of a start
 # Arguments whose key has another name, or stands in another section.
 _KEYS = {"x": "data", "x0": "data.cloud0", "x1": "data.cloud1", "point_weights": "data.weights0"}
 _KEYS |= {"point_weights0": "data.weights0", "point_weights1": "data.weights1", "ridge": "fit.ridge"}
@@ -34,83 +28,10 @@ _RGB = ("red", "green", "blue")
 _LARGEST_MATRIX = 12  # columns that a terminal has room for; larger plans are listed
 
 
-def _prices(at_most: float) -> BeforeValidator:
-    """Above 0: one number, or a list of two, for mixture 0 and for mixture 1."""
+class Fit(CoupledFit):
+    """The coupled fit of two mixtures."""
 
-    def check(given: Any) -> float | list[float]:
-        several = given if isinstance(given, list) else [given]
-        if isinstance(given, list) and len(given) != 2:
-            raise refuse(f"must be one number or two (of mixture 0 and of mixture 1), got {brief(given)}")
-        for one in several:
-            number = isinstance(one, (int, float)) and not isinstance(one, bool)
-            if not number or (isinstance(one, int) and one > sys.float_info.max):
-                raise refuse(f"must be a valid number, got {brief(one)}")
-            if not one > 0:
-                raise refuse(f"must be greater than 0, got {brief(one)}")
-            if one > at_most:
-                raise refuse(f"must be less than or equal to {at_most:g}, got {brief(one)}")
-        return [float(one) for one in several] if isinstance(given, list) else float(given)
-
-    return BeforeValidator(check)
-
-
-Tau = Annotated[float | list[float], _prices(1)]
-Rho = Annotated[float | list[float], _prices(math.inf)]
-
-
-_THE_SAME = (("transport_weight", "relative_weight"), ("epsilon", "relative_epsilon"), ("tau", "rho"))
-_THE_SAME += (("tau", "relative_rho"), ("rho", "relative_rho"))
-
-
-class Start(Section):
-    """The pooled fit: one mixture for both clouds together, from which the two mixtures start."""
-
-    n_components: Count
-    seed: Seed = 0
-    n_init: Starts = 10
-    max_steps: Steps = 100
-    tol: NonNegative = 1e-5
-
-
-class Fit(Section):
-    """The coupled fit; the names are those of `fit_pair` and `GaussianMixturePair`."""
-
-    transport_weight: NonNegative | None = None
-    relative_weight: NonNegative | None = None
-    epsilon: Positive | None = None
-    relative_epsilon: Positive | None = None
-    tau: Tau | None = None
-    rho: Rho | None = None
-    relative_rho: Rho | None = None
-    em_steps: Steps = 30
-    m_steps: Steps = 20
-    optimizer: Literal["default", "adam"] = "default"
-    learning_rate: Positive | None = None
-    tol: NonNegative = 0.0
     freeze: list[Literal["gmm0", "gmm1"]] = Field(default=[])
-    ridge: NonNegative = 1e-6
-    method: Literal["entropic", "sinkhorn"] = "entropic"
-    chunk_size: Count | None = None
-    precision: Precision = "float32"
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.transport_weight is None and self.relative_weight is None:
-            raise refuse(
-                "missing; or give transport_weight, which has the unit of one over squared data", "relative_weight"
-            )
-        for one, other in _THE_SAME:
-            if getattr(self, one) is not None and getattr(self, other) is not None:
-                raise refuse(f"{one} and {other} say the same thing; keep one of them", other)
-        if self.optimizer == "default" and self.learning_rate is not None:
-            raise refuse("the default optimizer has none; remove it, or set optimizer = 'adam'", "learning_rate")
-        if self.optimizer == "adam" and self.learning_rate is None:
-            raise refuse("missing; optimizer = 'adam' needs it, for example 1e-3", "learning_rate")
-        return self
-
-
-class FitOutput(Output):
-    max_points_drawn: Count = 5000
 
 
 class FitConfig(JobConfig):
@@ -140,10 +61,9 @@ class FitJob(Job[FitConfig, CloudPair, cg.PairFit]):
             say(console, note)
         if names is not None:  # kept in the run's configuration, and shown by its pictures
             config = config.model_copy(update={"data": config.data.model_copy(update={"columns": list(names)})})
-        sizes = " and ".join(f"{len(x):,}" for x in points)
-        say(console, f"clouds: {sizes} points of {points[0].shape[1]} features, {config.precision}")
+        say(console, described(points, config.precision))
         with console.status("fitting the start"), blame(path, "start", Start, _KEYS):
-            pooled = _pooled_start(config, points, weights)
+            pooled = pooled_start(config.start, config.start.n_components, config.fit.ridge, points, weights)
         components = config.start.n_components
         say(console, f"start: one mixture of {components} for both clouds, {int(pooled.n_steps)} EM steps")
         with blame(path, "fit", Fit, _KEYS):
@@ -160,7 +80,12 @@ class FitJob(Job[FitConfig, CloudPair, cg.PairFit]):
         return {"history.csv": history_table(columns), "plan.csv": _plan(result)}
 
     def sheets(self, result: cg.PairFit) -> Sequence[Sheet]:
-        return _masses(result), _transfer(result), *_fidelity(result.fidelity), _costs(result)
+        return (
+            _masses(result),
+            _transfer(result),
+            *fidelity_sheet(result.fidelity, ["mixture 0", "mixture 1"]),
+            _costs(result),
+        )
 
     def drawn(self, result: cg.PairFit) -> Any:
         return result.pair.gmm0, result.pair.gmm1
@@ -184,55 +109,22 @@ class FitJob(Job[FitConfig, CloudPair, cg.PairFit]):
         return figures
 
 
-def _pooled_start(config: FitConfig, points: Points, weights: PointWeights) -> Any:
-    """One mixture fitted to both clouds together, each cloud counting by its number of points.
-
-    Raises:
-      FitError: that fit failed. Where its steps ran out, it is a start all the same.
-    """
-    start, ridge = config.start, config.fit.ridge
-    pooled, point_weights = np.concatenate(points), None
-    if any(w is not None for w in weights):
-        pairs = zip(points, weights, strict=True)
-        point_weights = np.concatenate([np.ones(len(x)) if w is None else w / w.mean() for x, w in pairs])
-    shared = {"point_weights": point_weights, "ridge": ridge}
-    init = cg.init_gmm(jax.random.key(start.seed), pooled, start.n_components, n_init=start.n_init, **shared)
-    fit = cg.fit_gmm(pooled, init, max_steps=start.max_steps, tol=start.tol, **shared)
-    if int(fit.status) not in _USABLE:
-        raise cg.FitError(f"its start, one mixture for both clouds: {fit.message}")
-    return fit
-
-
 def _pair(section: Fit, gmm: cg.GaussianMixture) -> cg.GaussianMixturePair:
-    names = ("epsilon", "tau", "rho", "relative_epsilon", "relative_rho")
-    given = {name: getattr(section, name) for name in names}
-    prices = {name: np.asarray(one) if isinstance(one, list) else one for name, one in given.items() if one is not None}
-    return cg.GaussianMixturePair(gmm, gmm, **prices)
+    return cg.GaussianMixturePair(gmm, gmm, **section.prices())
 
 
 def _fit_pair(
     section: Fit, pair: cg.GaussianMixturePair, points: Points, weights: PointWeights, progress: Any
 ) -> cg.PairFit:
-    same = (
-        "transport_weight",
-        "relative_weight",
-        "em_steps",
-        "m_steps",
-        "learning_rate",
-        "tol",
-        "freeze",
-        "ridge",
-        "method",
-    )
     return cg.fit_pair(
         *points,
         pair,
+        transport_weight=section.transport_weight,
         point_weights0=weights[0],
         point_weights1=weights[1],
-        optimizer=optax.adam if section.optimizer == "adam" else None,
-        chunk_size=section.chunk_size,
+        freeze=section.freeze,
         progress=progress,
-        **{name: getattr(section, name) for name in same},
+        **section.options(),
     )
 
 
@@ -279,21 +171,6 @@ def _largest_transfers(matrix: np.ndarray, count: int = MOST_ROWS) -> Sheet:
 def _mass(mass: float) -> str:
     """A mass to four digits; what rounds to nothing is a dot, so that the transfers stand out."""
     return "." if abs(mass) < 5e-5 else f"{mass:.4f}"
-
-
-def _fidelity(found: Any) -> list[Sheet]:
-    """What coupling has cost each mixture; of a run of before nobody knows."""
-    if found is None:
-        return []
-    numbers = {
-        "log-likelihood": found.log_likelihood,
-        "lost to coupling": found.loss,
-        "mean off, sd": found.mean_shift,
-        "covariance off, sd": found.covariance_shift,
-    }
-    columns = {"": ["mixture 0", "mixture 1"]}
-    columns |= {name: [f"{value:.4f}" for value in np.asarray(number).tolist()] for name, number in numbers.items()}
-    return [Sheet("What coupling has cost, in nats per point, and how far mixtures are from their clouds", columns)]
 
 
 def _costs(fit: cg.PairFit) -> Sheet:

@@ -41,7 +41,7 @@ class Job(abc.ABC, Generic[Config, Inputs, Result]):
     summary: ClassVar[str]  # the line of the command's help
     config: type[Config]
     result: type[Result]
-    files: ClassVar[tuple[str, ...]]  # tables and pictures that a run may leave
+    files: ClassVar[tuple[str, ...]]  # tables, texts and pictures that a run may leave
     measures: ClassVar[tuple[str, ...]]  # numbers of a result, for the summary of many
 
     @property
@@ -73,6 +73,11 @@ class Job(abc.ABC, Generic[Config, Inputs, Result]):
     @abc.abstractmethod
     def sheets(self, result: Result) -> Sequence[Sheet]:
         """Tables to print."""
+
+    def texts(self, config: Config, result: Result) -> dict[str, str]:
+        """Other texts to write, by the names of their files."""
+        del config, result
+        return {}
 
     def kept(self, inputs: Inputs) -> Any:
         """What is saved as given, beside the result; None for nothing."""

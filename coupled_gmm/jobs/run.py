@@ -31,7 +31,7 @@ class RunFolder:
     def write(self, job: Job[Any, Any, Any], config: JobConfig, result: JobResult, inputs: Any) -> None:
         """Everything about a run, in place of an older one; or, where that fails, nothing.
 
-        fit.npz, config.toml, the job's tables, given.npz with what it keeps, pictures if wanted.
+        fit.npz, config.toml, the job's tables and texts, given.npz with what it keeps, pictures if wanted.
 
         Args:
           job: whose run it was.
@@ -75,6 +75,8 @@ def _write(folder: Path, job: Job[Any, Any, Any], config: JobConfig, result: Job
     (folder / "config.toml").write_text(dump(config), encoding="utf-8")
     for name, table in job.tables(result).items():
         (folder / name).write_text(table.write_csv(), encoding="utf-8")
+    for name, text in job.texts(config, result).items():
+        (folder / name).write_text(text, encoding="utf-8")
     if (kept := job.kept(inputs)) is not None:
         saving.save(folder / "given.npz", kept)
     if config.output.pictures and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(job.drawn(result))):

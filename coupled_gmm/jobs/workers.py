@@ -42,7 +42,7 @@ class LostClusterError(Exception):
 def solve(task: Task) -> Record:
     """A job from its configuration to its record; whatever goes wrong in it is in that."""
     start = time.monotonic()
-    job = job_named(task.command)
+    job = job_named(task.command, task.values)
     assert job is not None
     status, error, measures, packed = "", "", {}, None
     try:

@@ -1,5 +1,6 @@
-"""Pictures of time courses: how masses flow from node to node of a fitted chain, and what grows or dies on the way."""
+"""Pictures of time courses: clouds with their mixtures at each time, and how masses flow from node to node of a fitted chain."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -8,11 +9,16 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from coupled_gmm.core import checks
-from coupled_gmm.plot.style import component_colors
+from coupled_gmm.core.errors import ArgumentError
+from coupled_gmm.fits.results import GraphFit
+from coupled_gmm.plot import fits
+from coupled_gmm.plot.mixtures import plot_mixture
+from coupled_gmm.plot.style import component_colors, tidy
 from coupled_gmm.trajectories import chains
 
 _BAR = 0.045  # of a bar, as a part of the shortest stretch between two nodes
 _WRITTEN = 0.03  # masses from which on a component's number is written
+_COLUMNS = 5  # of panels
 _PART = np.linspace(0, 1, 41)
 _SMOOTH = _PART**2 * (3 - 2 * _PART)
 
@@ -72,6 +78,74 @@ def plot_mass_flow(fit: Any, *, least: float = 1e-3, labels: bool = True) -> Fig
         entries += [Patch(facecolor="0.75", label="died on the way")]
         figure.legend(handles=entries, frameon=False, loc="outside lower center", ncols=2)
     return figure
+
+
+def plot_nodes(
+    fit: Any,
+    clouds: Sequence[Any],
+    *,
+    axes: tuple[int, int] = (0, 1),
+    max_points: int = 5000,
+    seed: int = 0,
+    feature_names: Sequence[str] | None = None,
+) -> Figure:
+    """The clouds of a fitted graph with their mixtures, a panel for each node, in the order of their times.
+
+    Along a chain components have the colours of `plot_mass_flow`; of other graphs those of their numbers.
+
+    Args:
+      fit: of a graph.
+      clouds: for each node (n, d), or None.
+      axes, max_points, seed, feature_names: as in `plot_clouds`.
+
+    Raises:
+      TypeError, ValueError: a fit of something else, or a batch; clouds or axes that do not fit it.
+    """
+    order, colors = _colors(fit)
+    d, nodes = fit.gmms[0].n_features, len(order)
+    if len(clouds) != nodes:
+        raise ArgumentError("clouds", f"expected one for each of the {nodes} nodes (or None), got {len(clouds)}")
+    names, columns = fits.feature_names_of(feature_names, d), min(nodes, _COLUMNS)
+    rows = -(-nodes // columns)
+    figure = Figure(figsize=(1 + 3.1 * columns, 0.8 + 3.2 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    draw = np.random.default_rng(seed)
+    for ax, i in zip(panels, order, strict=False):
+        shown = "no cloud"
+        if clouds[i] is None:
+            plot_mixture(ax, fit.gmms[i], axes=axes, colors=colors[i])
+            tidy(ax)
+        else:
+            some = {"axes": axes, "max_points": max_points}
+            shown = fits.draw_cloud(ax, fit.gmms[i], np.asarray(clouds[i]), draw, colors[i], **some)
+        ax.set_title(f"{_called(fit, i)}\n{shown}{fits.overruled(fit, i)}", fontsize=10, parse_math=False)
+        ax.set_xlabel(names[0 if d == 1 else axes[0]])
+    for ax in panels[nodes:]:
+        ax.set_visible(False)
+    for ax in panels[::columns]:
+        ax.set_ylabel("density" if d == 1 else names[axes[1]])
+    return figure
+
+
+def _called(fit: Any, node: int) -> str:
+    name = f"node {node}" if fit.names is None else fit.names[node]
+    return name if fit.times is None else f"{name}, time {float(fit.times[node]):g}"
+
+
+def _colors(fit: Any) -> tuple[list[int], dict[int, list[Any]]]:
+    """The nodes in their order, and the colours of the components of each."""
+    checks.instance("fit", fit, GraphFit)
+    try:
+        order, _ = chains.ordered(fit)
+    except ArgumentError:  # no chain in time
+        order = list(range(len(fit.gmms)))
+        palette = component_colors(max(gmm.n_components for gmm in fit.gmms))
+        return order, {i: palette[: fit.gmms[i].n_components] for i in order}
+    plans = chains.plans(fit, order)
+    masses = [np.asarray(fit.gmms[i].weights, np.float64) for i in order]
+    tracks = _tracks(masses, [np.asarray(plan.conditionals()[1], np.float64) for plan in plans])
+    palette = component_colors(1 + max(map(max, tracks)))
+    return order, {i: [palette[k] for k in track] for i, track in zip(order, tracks, strict=True)}
 
 
 def _stacked(masses: list[np.ndarray], origins: list[np.ndarray]) -> list[np.ndarray]:

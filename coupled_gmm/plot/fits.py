@@ -13,7 +13,7 @@ from coupled_gmm.core import checks
 from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.gaussians.mixture import GaussianMixture
 from coupled_gmm.plot.mixtures import plot_mixture
-from coupled_gmm.plot.style import PALETTE, component_colors, tidy, two_features
+from coupled_gmm.plot.style import component_colors, tidy, two_features
 
 
 def plot_clouds(
@@ -51,39 +51,57 @@ def plot_clouds(
         raise ArgumentError(
             "point_colors", f"'own' needs points of 3 features (red, green, blue), got {d}", "use 'component'"
         )
-    names = _feature_names(feature_names, d)
+    names = feature_names_of(feature_names, d)
     colors = component_colors(max(pair.gmm0.n_components, pair.gmm1.n_components))
     figure = Figure(figsize=(11, 5.2), layout="constrained")
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
     draw = np.random.default_rng(seed)
+    how: dict[str, Any] = {"axes": axes, "max_points": max_points, "point_colors": point_colors}
     for i, (ax, gmm, cloud) in enumerate(zip(panels, (pair.gmm0, pair.gmm1), (x0, x1), strict=True)):
-        cloud = np.asarray(cloud)
-        chosen = cloud[draw.permutation(len(cloud))[:max_points]]
-        if d == 1:
-            ax.hist(cloud[:, 0], bins=60, density=True, color="0.85", label="points")
-        else:
-            shades = np.clip(chosen, 0, 1) if point_colors == "own" else _component_shades(gmm, chosen, colors)
-            horizontal, vertical = two_features(axes, d)
-            alpha = 0.8 if point_colors == "own" else 0.35
-            style = {"c": shades, "s": 6, "alpha": alpha, "linewidths": 0, "rasterized": True}
-            ax.scatter(chosen[:, horizontal], chosen[:, vertical], **style)
-        plot_mixture(ax, gmm, axes=axes, colors=colors)
-        tidy(ax)
-        shown = f", {len(chosen):,} shown" if d > 1 and len(chosen) < len(cloud) else ""
-        ax.set_title(
-            f"Cloud {i} and mixture {i}\n{len(cloud):,} points{shown}{_overruled(fit_or_pair, i)}", fontsize=11
-        )
+        shown = draw_cloud(ax, gmm, np.asarray(cloud), draw, colors, **how)
+        ax.set_title(f"Cloud {i} and mixture {i}\n{shown}{overruled(fit_or_pair, i)}", fontsize=11)
         ax.set_xlabel(names[0 if d == 1 else axes[0]])
     panels[0].set_ylabel("density" if d == 1 else names[axes[1]])
     if d == 1:
         panels[int(pair.gmm1.n_components > pair.gmm0.n_components)].legend(frameon=False)
     else:
-        how = "in their own colours" if point_colors == "own" else "in the colour of their most probable component"
-        figure.suptitle(f"Points {how}, ellipses at 1 and 2 standard deviations", fontsize=12)
+        coloured = "in their own colours" if point_colors == "own" else "in the colour of their most probable component"
+        figure.suptitle(f"Points {coloured}, ellipses at 1 and 2 standard deviations", fontsize=12)
     return figure
 
 
-def _overruled(fit: Any, node: int) -> str:
+def draw_cloud(
+    ax: Axes,
+    gmm: GaussianMixture,
+    cloud: np.ndarray,
+    draw: np.random.Generator,
+    colors: Sequence[Any],
+    *,
+    axes: tuple[int, int] = (0, 1),
+    max_points: int = 5000,
+    point_colors: str = "component",
+) -> str:
+    """A cloud with its mixture upon axes that are given, each point in the colour of its most probable component.
+
+    Returns:
+      How many points there are, and how many of them are shown.
+    """
+    chosen = cloud[draw.permutation(len(cloud))[:max_points]]
+    d = cloud.shape[1]
+    if d == 1:
+        ax.hist(cloud[:, 0], bins=60, density=True, color="0.85", label="points")
+    else:
+        shades = np.clip(chosen, 0, 1) if point_colors == "own" else _component_shades(gmm, chosen, colors)
+        horizontal, vertical = two_features(axes, d)
+        alpha = 0.8 if point_colors == "own" else 0.35
+        style = {"c": shades, "s": 6, "alpha": alpha, "linewidths": 0, "rasterized": True}
+        ax.scatter(chosen[:, horizontal], chosen[:, vertical], **style)
+    plot_mixture(ax, gmm, axes=axes, colors=colors)
+    tidy(ax)
+    return f"{len(cloud):,} points" + (f", {len(chosen):,} shown" if d > 1 and len(chosen) < len(cloud) else "")
+
+
+def overruled(fit: Any, node: int) -> str:
     """A line that says where the penalty has overruled the data."""
     found = getattr(fit, "fidelity", None)
     if found is None or not found.overruled[node]:
@@ -103,9 +121,9 @@ def plot_history(fit: Any) -> Figure:
     gap = np.nanmax(value, initial=-np.inf) - value
     figure = Figure(figsize=(10, 6.6), layout="constrained")
     (ax_q, ax_value), (ax_transport, ax_gap) = figure.subplots(2, 2)
-    _draw_steps(ax_q, "Expected log-likelihoods", "Q, mean per point", {"cloud 0": history.q0, "cloud 1": history.q1})
+    _draw_steps(ax_q, "Expected log-likelihoods", "Q, mean per point", _expected(fit))
     ax_q.legend(frameon=False)
-    _draw_steps(ax_value, "Penalised log-likelihood (maximised)", "sum of both clouds, less penalties", {"": value})
+    _draw_steps(ax_value, "Penalised log-likelihood (maximised)", "sum over clouds, less penalties", {"": value})
     _draw_steps(ax_transport, "Transport between the mixtures", "regularised cost", {"": history.transport})
     _draw_steps(
         ax_gap, "Gap to the best penalised log-likelihood", "best minus present", {"": np.where(gap > 0, gap, np.nan)}
@@ -115,8 +133,16 @@ def plot_history(fit: Any) -> Figure:
     return figure
 
 
+def _expected(fit: Any) -> dict[str, Any]:
+    """Q of each node that has a cloud, by its name."""
+    q = np.asarray(fit.history.q)
+    named = getattr(fit, "names", None) or [f"cloud {i}" for i in range(q.shape[1])]
+    there = np.flatnonzero(np.nan_to_num(q).any(axis=0))  # 0 at every step where there is none
+    return {named[i]: q[:, i] for i in there}
+
+
 def _draw_steps(ax: Axes, title: str, ylabel: str, lines: dict[str, Any]) -> None:
-    for color, (label, values) in zip(PALETTE, lines.items(), strict=False):
+    for color, (label, values) in zip(component_colors(len(lines)), lines.items(), strict=True):
         ax.plot(np.arange(len(values)), np.asarray(values), ".-", color=color, label=label)
     tidy(ax)
     ax.set_title(title, fontsize=11)
@@ -126,7 +152,7 @@ def _draw_steps(ax: Axes, title: str, ylabel: str, lines: dict[str, Any]) -> Non
     ax.ticklabel_format(axis="y", useOffset=False)
 
 
-def _feature_names(names: Sequence[str] | None, d: int) -> list[str]:
+def feature_names_of(names: Sequence[str] | None, d: int) -> list[str]:
     if names is None:
         return [f"feature {i}" for i in range(d)]
     if len(names) != d:

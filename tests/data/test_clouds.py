@@ -148,6 +148,22 @@ def test_tutorial_clouds_follow_their_mixtures():
     np.testing.assert_array_equal(x0, again)
 
 
+def test_the_time_course_follows_its_mixtures():
+    """One component, then two whose masses grow apart by the planted rates; the points have their means and covariances."""
+    course = clouds.time_course_mixtures()
+    x, times = clouds.time_course_clouds(jax.random.key(0), 5000)
+    np.testing.assert_array_equal(times, course.times)
+    assert [gmm.n_components for gmm in course.gmms] == [1, 1, 2, 2, 2]
+    for cloud, gmm in zip(x, course.gmms, strict=True):
+        np.testing.assert_allclose(np.mean(cloud, 0), gmm.mean(), atol=0.25)  # sd of the last one's is 3.5 / sqrt(5000)
+        np.testing.assert_allclose(np.cov(np.asarray(cloud).T), gmm.covariance(), atol=0.5)
+    ratios = [np.asarray(gmm.weights)[1] / np.asarray(gmm.weights)[0] for gmm in course.gmms[2:]]
+    rate = course.growth[1] - course.growth[0]
+    np.testing.assert_allclose(ratios, np.exp(rate * np.array([1, 2, 3])), rtol=1e-5)
+    again, _ = clouds.time_course_clouds(jax.random.key(0), 5000)
+    np.testing.assert_array_equal(x[4], again[4])
+
+
 def test_photographs_are_pixels():
     for cloud in clouds.photograph_clouds():
         assert cloud.shape == (427 * 640, 3)

@@ -100,7 +100,7 @@ def test_ambiguous_headers_name_the_key(tmp_path):
 def test_names_go_into_the_run(tmp_path, monkeypatch):
     """Into its configuration, and with it into the pictures."""
     both = read(tmp_path, XY, YX)
-    monkeypatch.setattr(fit, "_pooled_start", lambda *_: type("Start", (), {"n_steps": 1, "gmm": None}))
+    monkeypatch.setattr(fit, "pooled_start", lambda *_: type("Start", (), {"n_steps": 1, "gmm": None}))
     monkeypatch.setattr(fit, "_pair", lambda *_: type("Pair", (), {"epsilon": 0.1}))
     monkeypatch.setattr(fit, "_fit_pair", lambda *_: None)
     path = tmp_path / "c.toml"

@@ -317,9 +317,10 @@ def test_which_jobs_these_are_is_said_first(tmp_path):
     for text, told in (
         (
             TUTORIAL + "[output]\npictures = true\n",
-            "command: missing; say first which jobs these are, 'fit' or 'barycenter' or 'flow', or run that for one job",
+            "command: missing; say first which jobs these are, 'fit' or 'choose' or 'barycenter' or 'flow', or run that "
+            "for one job",
         ),
-        (f'command = "show"\n{TUTORIAL}', "command: must be 'fit' or 'barycenter' or 'flow', got 'show'"),
+        (f'command = "show"\n{TUTORIAL}', "command: must be 'fit' or 'choose' or 'barycenter' or 'flow', got 'show'"),
     ):
         with pytest.raises(ConfigError) as caught:
             load(write(tmp_path, text))

@@ -273,7 +273,8 @@ def test_times_are_checked(times, message):
 def test_history_has_a_curve_for_each_column(tmp_path):
     steps = np.where(np.arange(6) < 4, np.arange(6.0), np.nan)
     columns = {"q0": steps, "q1": steps + 1, "penalized_log_likelihood": steps + 2, "transport": steps + 3}
-    figure = fits.plot_history(SimpleNamespace(history=SimpleNamespace(**columns)))
+    q = np.stack([steps, 0 * steps, steps + 1], axis=1)  # the second of three nodes has no cloud
+    figure = fits.plot_history(SimpleNamespace(history=SimpleNamespace(q=q, **columns)))
     drawn = [line.get_ydata() for ax in figure.axes for line in ax.lines]
     for line, column in zip(drawn, [*columns.values(), [3, 2, 1, np.nan, np.nan, np.nan]], strict=True):
         np.testing.assert_array_equal(line, column)

@@ -5,7 +5,7 @@ import pytest
 from chains import chain_fit, mixtures
 
 import coupled_gmm as cg
-from coupled_gmm.plot.courses import plot_mass_flow
+from coupled_gmm.plot.courses import plot_mass_flow, plot_nodes
 
 
 def ribbons(ax):
@@ -52,3 +52,20 @@ def test_refused():
     with pytest.raises(ValueError, match=r"^least: must be .*at least 0"):
         plot_mass_flow(chain_fit(mixtures((1, 1)), times=(0, 1)), least=-1)
     assert isinstance(gmm, cg.GaussianMixture)
+
+
+def test_clouds_of_a_course_have_a_panel_each(tmp_path):
+    """In the order of times; of a component its own colour, as in the picture of masses; a node may have no cloud."""
+    fit = chain_fit(mixtures((2, 3, 2)), times=(0, 1, 3), names=["a", "b", "price in $"])
+    d = fit.gmms[0].n_features
+    clouds = [np.random.default_rng(0).normal(size=(20, d)), None, np.zeros((5, d))]
+    figure = plot_nodes(fit, clouds, max_points=7)
+    titles = [ax.get_title() for ax in figure.axes]
+    assert titles == ["a, time 0\n20 points, 7 shown", "b, time 1\nno cloud", "price in $, time 3\n5 points"]
+    assert [sum(len(drawn.get_offsets()) for drawn in ax.collections) for ax in figure.axes] == [7, 0, 5]
+    bars = {tuple(patch.get_facecolor()) for patch in plot_mass_flow(fit).axes[0].patches}
+    ellipses = {tuple(patch.get_edgecolor()) for ax in figure.axes for patch in ax.patches}
+    assert ellipses == bars
+    figure.savefig(tmp_path / "p.png", dpi=40)
+    with pytest.raises(ValueError, match=r"^clouds: expected one for each of the 3 nodes"):
+        plot_nodes(fit, clouds[:2])
