@@ -22,7 +22,7 @@ import numpy as np
 import ot
 
 import coupled_gmm as cg
-from coupled_gmm.trajectories import splines
+from coupled_gmm.courses import splines
 
 TABLES = ("LV", "hESC", "GoMvortex")
 PUBLISHED = {

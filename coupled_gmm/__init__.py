@@ -16,6 +16,8 @@ from coupled_gmm.batch.distances import mw2_matrix
 from coupled_gmm.batch.mixtures import MixtureFits, fit_gmms, init_gmms
 from coupled_gmm.batch.pairs import PairFits, fit_pairs
 from coupled_gmm.core.status import FitError, Status
+from coupled_gmm.courses.densities import mixture_at
+from coupled_gmm.courses.points import trajectories
 from coupled_gmm.data.opening import open_cloud
 from coupled_gmm.data.placement import shard_cloud
 from coupled_gmm.data.saving import load, save
@@ -34,8 +36,6 @@ from coupled_gmm.interop.convert import from_ott, from_sklearn, to_ott, to_pot, 
 from coupled_gmm.selection.bootstrap import Bootstrap, Intervals, bootstrap
 from coupled_gmm.selection.choice import Choice
 from coupled_gmm.selection.choose import choose
-from coupled_gmm.trajectories.densities import mixture_at
-from coupled_gmm.trajectories.points import trajectories
 from coupled_gmm.transport.links import links
 from coupled_gmm.transport.maps import interpolate, map_points, plan_density
 from coupled_gmm.transport.pair import GaussianMixturePair

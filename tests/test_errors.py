@@ -13,10 +13,10 @@ import pytest
 import coupled_gmm as cg
 from coupled_gmm.batch import stacks, tiles
 from coupled_gmm.core.tree import unchecked
+from coupled_gmm.courses import chains, densities
+from coupled_gmm.courses import points as trajectory_points
 from coupled_gmm.fits import coupled, gmm, pairs, penalized, refits
 from coupled_gmm.selection import paths, replicates
-from coupled_gmm.trajectories import chains, densities
-from coupled_gmm.trajectories import points as trajectory_points
 from coupled_gmm.transport import maps, solvers
 
 NAN, INF = np.nan, np.inf

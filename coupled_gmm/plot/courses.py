@@ -10,11 +10,11 @@ from matplotlib.patches import Patch
 
 from coupled_gmm.core import checks
 from coupled_gmm.core.errors import ArgumentError
+from coupled_gmm.courses import chains
 from coupled_gmm.fits.results import GraphFit
 from coupled_gmm.plot import fits
 from coupled_gmm.plot.mixtures import plot_mixture
 from coupled_gmm.plot.style import component_colors, tidy
-from coupled_gmm.trajectories import chains
 
 _BAR = 0.045  # of a bar, as a part of the shortest stretch between two nodes
 _WRITTEN = 0.03  # masses from which on a component's number is written

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.interpolate import CubicSpline
 
-from coupled_gmm.trajectories import splines
+from coupled_gmm.courses import splines
 
 weights = jax.jit(splines.weights, static_argnums=(2, 3))
 ULPS = 200  # of the weights, which are of order 1

@@ -17,10 +17,10 @@ from jaxtyping import Array, Float
 from coupled_gmm.core import checks, matrices
 from coupled_gmm.core.programs import program
 from coupled_gmm.core.tree import unchecked
+from coupled_gmm.courses import chains, splines
+from coupled_gmm.courses.chains import Chain
 from coupled_gmm.gaussians import bures, mixture
 from coupled_gmm.gaussians.mixture import GaussianMixture
-from coupled_gmm.trajectories import chains, splines
-from coupled_gmm.trajectories.chains import Chain
 
 _LEAST = 0.03  # part of the geodesic's standard deviations that is left where spline paths cross, times the other nodes' weights
 

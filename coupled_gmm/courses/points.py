@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from coupled_gmm.core import checks, foreign
 from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.programs import program
-from coupled_gmm.trajectories import chains, splines
+from coupled_gmm.courses import chains, splines
 from coupled_gmm.transport.maps import map_points
 from coupled_gmm.transport.plan import Plan
 

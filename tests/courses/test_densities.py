@@ -12,7 +12,7 @@ from scipy.interpolate import CubicSpline
 
 import coupled_gmm as cg
 from coupled_gmm.core.tree import unchecked
-from coupled_gmm.trajectories import densities
+from coupled_gmm.courses import densities
 
 
 @pytest.fixture
