@@ -153,11 +153,11 @@ def _run(command: str, path: Path, out: Path | None) -> None:
                 with console.status("writing the run folder"):
                     place.write(job, config, result, inputs)
             print_sheets(console, job.sheets(result))
-        say(console, f"run folder: {place.folder}")
-        if reason := terminal.lost():
-            terminal.say_error(f"standard output can't be written ({reason}); the run is in {place.folder}")
-        result.raise_if_failed()
-        say(console, result.message)
+            say(console, f"run folder: {place.folder}")
+            if reason := terminal.lost():
+                terminal.say_error(f"standard output can't be written ({reason}); the run is in {place.folder}")
+            result.raise_if_failed()
+            say(console, result.message)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -87,6 +88,18 @@ def test_a_second_run_leaves_nothing_of_the_first_and_all_of_other_people(solved
     assert call("barycenter", solved.config, "--out", out).exit_code == 0
     assert files(out) == ["config.toml", "fit.npz", "mine.csv", "mixture.csv"]
     assert (out / "mine.csv").read_text() == "old" and isinstance(load(out / "fit.npz"), cg.GaussianMixture)
+
+
+def test_what_is_said_of_a_run_is_found_in_its_precision(solved, monkeypatch):
+    """A message may solve plans between the mixtures; a float64 run whose penalty had overruled the data ended in a traceback."""
+    seen = []
+    monkeypatch.setattr(cg.GaussianMixture, "raise_if_failed", lambda self: seen.append(jax.config.jax_enable_x64))
+    monkeypatch.setattr(
+        cg.GaussianMixture, "message", property(lambda self: str(seen.append(jax.config.jax_enable_x64)))
+    )
+    solved.config.write_text(f'{BARYCENTER}[barycenter]\nprecision = "float64"\n')
+    assert call("barycenter", solved.config, "--out", solved.folder / "out").exit_code == 0
+    assert seen == [True, True]
 
 
 def test_a_run_goes_where_a_link_leads_or_into_the_working_directory(solved, monkeypatch):
