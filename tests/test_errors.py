@@ -705,7 +705,6 @@ GRAPHS = [
         "^graph: expected a MixtureGraph, got GaussianMix",
     ),
     ("clouds", lambda: fit_graph([X]), ValueError, "^clouds: expected one for each of the 2 nodes .*got 1"),
-    ("no-clouds", lambda: fit_graph([None, None]), ValueError, "^clouds: .*needs at least one cloud"),
     ("clouds-none", lambda: fit_graph(None), (TypeError, ValueError), "^clouds: expected"),
     ("cloud", lambda: fit_graph([X, x_with(NAN)]), ValueError, r"^clouds\[1\]: 1 of 40 .*remove those points"),
     (

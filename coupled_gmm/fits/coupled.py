@@ -162,7 +162,7 @@ def fit_graph(
     over nodes i that have a cloud, and edges ij.
 
     Args:
-      clouds: for each node a cloud (n, d), or None where it has none.
+      clouds: for each node a cloud (n, d), or None where it has none; of mixtures alone J is what transport costs.
       graph: where to start, with the edges, their weights lambda, the nodes' weights v, epsilon, rho, and what is frozen.
       relative_weight: at least 0, times which the edges' weights are taken, and without a unit: lambda is that product over the
         mean variance of a feature within the clouds. None takes the edges' weights as they are, per squared data unit.
@@ -212,8 +212,15 @@ def fit_graph(
     for i, (cloud, weight) in enumerate(zip(clouds, weights, strict=True)):
         if cloud is None and weight is not None:
             raise ArgumentError(f"point_weights[{i}]", f"node {i} has no cloud to weigh", "pass None, or its cloud")
-    if all(cloud is None for cloud in clouds):
-        raise ArgumentError("clouds", "every one is None", "a fit needs at least one cloud")
+    alone = all(cloud is None for cloud in clouds)
+    if alone and relative_weight is not None:
+        raise ArgumentError(
+            "relative_weight", "no node has a cloud, whose variance is its unit", "give edge_weights alone"
+        )
+    if alone and n_init > 1:
+        raise ArgumentError(
+            "n_init", "no node has a cloud, from which starts could be drawn", "give graphs of your own"
+        )
     still = np.asarray(graph.frozen) if checks.known(graph.frozen) else np.array([cloud is None for cloud in clouds])
     for i, gmm in enumerate(graph.split(graph.nodes)):
         frozen = bool(still[i])
@@ -244,6 +251,8 @@ def fit_graph(
             fit = request.fit(_fit_graphs, problem, starts, **seen)
     plans = dataclasses.replace(fit.plans, pair=stated(fit.plans.pair, graph.balanced))
     fit = dataclasses.replace(fit, plans=plans, times=graph.times, names=graph.names)
+    if alone:
+        return dataclasses.replace(fit, feature_variance=None)
     if not fidelity:
         return fit
     ended = Coupled(stack(fit.gmms), fit.penalized_log_likelihoods, fit.log_likelihoods)

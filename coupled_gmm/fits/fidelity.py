@@ -102,6 +102,8 @@ def overruled(
     weights, cost = np.asarray(edge_weights, np.float64), np.asarray(node_weights, np.float64)
     least = cost[np.isfinite(np.asarray(found.loss))].min()
     safe = MOST_LOST * least / (weights @ price) * weights.max()
+    if safe >= weights.max():  # no fit at its end loses more than it saves
+        return [*said, "and more than it would at its end: do more steps, or several starts (n_init)"]
     given = f"transport_weight={safe:.2g} (relative_weight={safe * float(variance):.2g})"
     return [*said, f"at {given} none of them need lose more than {MOST_LOST:g}: fit with that, or less"]
 

@@ -315,12 +315,19 @@ def seen(
     far = any(gmm.remainders is not None for gmm in starts)
     given = [(x, w) for x, w in zip(clouds, weights, strict=True) if x is not None]
     some, theirs = [x for x, _ in given], [w for _, w in given]
-    if checks.at_hand(*some, *theirs) or meshes.of(some) is not None or any(isinstance(x, External) for x in some):
+    if (
+        (some and checks.at_hand(*some, *theirs))
+        or meshes.of(some) is not None
+        or any(isinstance(x, External) for x in some)
+    ):
         xp, finer = np, any(np.dtype(x.dtype).itemsize > np.dtype(dtype).itemsize for x in some)
         found = _scales([_moments_of(x, w) for x, w in given], np)
         far = far or (finer and bool((np.abs(found.origin) > _FAR * np.sqrt(found.pooled)).any()))
         origin = found.origin.astype(dtype)
         remainder = (found.origin - origin if finer else np.zeros_like(origin)).astype(dtype)
+    elif not some:  # mixtures alone, of which the prices of transport are all there is
+        xp, found = jnp, _scales_of_mixtures(starts)
+        origin, remainder = found.origin, jnp.zeros_like(found.origin)
     else:
         xp, found = jnp, _scales_of_arrays(some, theirs, dtype)
         origin, remainder = found.origin, jnp.zeros_like(found.origin)
@@ -342,6 +349,11 @@ def _moments_of(x: Any, w: Any) -> tuple[np.ndarray, np.ndarray]:
 @program("dtype")
 def _scales_of_arrays(clouds: list[Array], weights: list[Any], dtype: Any) -> Scales:
     return scales([x.astype(dtype) for x in clouds], [None if w is None else w.astype(dtype) for w in weights], jnp)
+
+
+def _scales_of_mixtures(gmms: Sequence[GaussianMixture]) -> Scales:
+    """Of the nodes of a graph, stacked."""
+    return _scales([(gmm.mean(), jnp.diagonal(gmm.covariance())) for stacked in gmms for gmm in stacked], jnp)
 
 
 def _working_precision(clouds: Sequence[Any]) -> Any:

@@ -388,3 +388,28 @@ def test_parts_that_nothing_joins_are_fits_of_their_own():
     np.testing.assert_allclose(end.penalized_log_likelihood, total, rtol=1e-5)
     for name in ("means", "covariances", "weights"):
         np.testing.assert_allclose(getattr(end.gmms[4], name), getattr(GMMS[1], name), atol=1e-5)
+
+
+def test_mixtures_alone_and_a_star_of_frozen_ones_is_a_barycenter():
+    """No node has a cloud: J is the price of transport, and a free centre goes where `barycenter` does."""
+
+    def mixture(seed):
+        rng = np.random.RandomState(seed)
+        roots = rng.randn(3, 2, 2)
+        covariances = roots @ roots.transpose(0, 2, 1) + 0.3 * np.eye(2)
+        return cg.GaussianMixture.from_moments(3 * rng.randn(3, 2) + 100, covariances, rng.dirichlet([5.0] * 3))
+
+    gmms, shares = [mixture(seed) for seed in range(3)], [0.5, 0.3, 0.2]
+    known = cg.barycenter(gmms, gmms[2], coefficients=shares, learn_weights=True)
+    start = cg.barycenter(gmms, gmms[2], coefficients=shares).gmm  # of weights that are kept
+    star = cg.star(start, gmms, edge_weights=shares, frozen=[1, 2, 3], epsilon=1e-2)
+    fit = cg.fit_graph([None] * 4, star, em_steps=100, tol=1e-6)
+    cost = sum(w * float(cg.mw2_squared(fit.gmms[0], gmm)) for w, gmm in zip(shares, gmms, strict=True))
+    np.testing.assert_allclose(cost, known.objective, rtol=1e-5)
+    assert fit.fidelity is None and fit.relative_weights is None and np.isfinite(fit.penalized_log_likelihood)
+    for wrong, name in (
+        ({"relative_weight": 1.0}, "relative_weight"),
+        ({"n_init": 2, "key": jax.random.key(0)}, "n_init"),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: no node has a cloud"):
+            cg.fit_graph([None] * 4, star, **wrong)
