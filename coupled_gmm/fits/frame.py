@@ -331,8 +331,7 @@ def seen(
     else:
         xp, found = jnp, _scales_of_arrays(some, theirs, dtype)
         origin, remainder = found.origin, jnp.zeros_like(found.origin)
-    frame, square = Frame(origin, remainder, found.unit.astype(dtype)), found.unit**2
-    rows = iter(found.variances)
+    frame, square, rows = Frame(origin, remainder, found.unit.astype(dtype)), found.unit**2, iter(found.variances)
     variances = xp.stack([xp.zeros_like(origin) if x is None else (next(rows) / square).astype(dtype) for x in clouds])
     return View(list(clouds), list(weights), frame, variances, (found.pooled / square).astype(dtype), far)
 
