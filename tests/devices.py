@@ -4,6 +4,7 @@ Run as a program it writes what became of each check, "" or its traceback, as JS
 NumPy's in float64.
 """
 
+import functools
 import json
 import os
 import re
@@ -28,6 +29,10 @@ with install_import_hook("coupled_gmm" if __name__ == "__main__" else "nothing",
     from coupled_gmm.fits.gmm import _cloud
     from coupled_gmm.fits.request import FitOptions, FitRequest, view_of
     from coupled_gmm.transport import solvers
+
+# What coupling has cost is told in test_fidelity, and compiled there.
+fit_pair = functools.partial(cg.fit_pair, fidelity=False)
+fit_graph = functools.partial(cg.fit_graph, fidelity=False)
 
 P = PartitionSpec
 SLOW = set()
@@ -169,14 +174,14 @@ def check_pairs():
     points, weights = cg.shard_cloud(x, mesh(), point_weights=w)
     others, theirs = cg.shard_cloud(y, mesh(2, 4), point_weights=v)
     options = {"transport_weight": 0.05, "em_steps": 6}
-    expected = cg.fit_pair(x, y, pair, point_weights0=w, point_weights1=v, **options)
+    expected = fit_pair(x, y, pair, point_weights0=w, point_weights1=v, **options)
     for given in (
         (points, others, weights, theirs),
         (points, y, weights, v),
         (x, others, w, theirs),
         (np.asarray(points), y, weights, v),
     ):
-        fit = cg.fit_pair(*given[:2], pair, point_weights0=given[2], point_weights1=given[3], **options)
+        fit = fit_pair(*given[:2], pair, point_weights0=given[2], point_weights1=given[3], **options)
         close(fit.penalized_log_likelihood, expected.penalized_log_likelihood, 1e-6)
         close((fit.pair.gmm0, fit.pair.gmm1), (expected.pair.gmm0, expected.pair.gmm1), 1e-4)
 
@@ -197,8 +202,8 @@ def check_graphs():
     pair = cg.GaussianMixturePair(start(x, 3), start(y, 2), 0.05)
     graph = cg.MixtureGraph.from_mixtures([pair.gmm1, pair.gmm0, pair.gmm1], [(0, 1), (1, 2)], edge_weights=0.1)
     for one, two in zip(
-        cg.fit_graph([y, points, None], graph, point_weights=[v, weights, None], em_steps=4).gmms,
-        cg.fit_graph([y, x, None], graph, point_weights=[v, w, None], em_steps=4).gmms,
+        fit_graph([y, points, None], graph, point_weights=[v, weights, None], em_steps=4).gmms,
+        fit_graph([y, x, None], graph, point_weights=[v, w, None], em_steps=4).gmms,
         strict=True,
     ):
         close(one, two, 1e-4)
@@ -209,10 +214,10 @@ def check_several_starts():
     x, _ = cloud(520, 2)
     points = jax.device_put(x, NamedSharding(mesh(), P("a")))
     pair, options = cg.GaussianMixturePair(start(x, 2), start(x, 2), 0.1), {"em_steps": 3, "key": jax.random.key(0)}
-    fits = [cg.fit_pair(cloud, x, pair, transport_weight=0.1, n_init=2, **options) for cloud in (x, points)]
+    fits = [fit_pair(cloud, x, pair, transport_weight=0.1, n_init=2, **options) for cloud in (x, points)]
     close(fits[1].penalized_log_likelihood, fits[0].penalized_log_likelihood, 1e-5)
     rows = []
-    fit = cg.fit_pair(points, x, pair, transport_weight=0.1, em_steps=3, progress=rows.append)
+    fit = fit_pair(points, x, pair, transport_weight=0.1, em_steps=3, progress=rows.append)
     assert len(rows) == 3 and np.isfinite(fit.penalized_log_likelihood)
 
 
@@ -329,7 +334,7 @@ def check_one_collective_an_e_step():
     alone = cg.GaussianMixture.from_moments(x[:k], np.stack([np.eye(3)] * k), np.full(k, 0.25))
     view = view_of([_cloud(points, weights)], [alone], request.controls.ridge)
     one = gmm._fit.lower(gmm.stack([alone]), view.in_chunks(k * d), controls, options)
-    clouds = pairs._two_clouds(points, y, weights, v)
+    clouds = pairs.two_clouds(points, y, weights, v)
     pair = cg.GaussianMixturePair(alone, alone, 0.1)
     sight = view_of(clouds, [alone, alone], request.controls.ridge).in_chunks(k * d)
     asked = jax.tree.map(np.asarray, (pair, np.float32(0.1), np.zeros(2, bool)))
@@ -382,7 +387,7 @@ def check_batches_over_devices():
     pair = cg.GaussianMixturePair(start(clouds[0], 2), start(others[0], 2), 0.1)
 
     def fit(x, y):
-        fit = cg.fit_pair(x, y, pair, transport_weight=0.05, em_steps=3)
+        fit = fit_pair(x, y, pair, transport_weight=0.05, em_steps=3)
         return fit.pair.gmm0, fit.pair.gmm1
 
     there = [jax.device_put(x, NamedSharding(mesh(), P("a"))) for x in (clouds, others)]

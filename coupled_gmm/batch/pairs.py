@@ -18,7 +18,7 @@ from coupled_gmm.core.tree import AnyArray, pytree, saved
 from coupled_gmm.fits.fidelity import many_overruled
 from coupled_gmm.fits.graph import MixtureGraph, unpadded
 from coupled_gmm.fits.linked import started
-from coupled_gmm.fits.pairs import both, check_densities, coupled, frozen_sides, pair_fit
+from coupled_gmm.fits.pairs import check_densities, coupled, frozen_sides, pair_fit
 from coupled_gmm.fits.refits import Coupled
 from coupled_gmm.fits.request import FitRequest, GivenCloud, view_of
 from coupled_gmm.fits.results import PairFit, trimmed
@@ -40,7 +40,11 @@ class PairFits(StackedFits[PairFit]):
         balanced = bool(np.all(np.isinf(np.asarray(fit.pair.rho))))
         plan = trimmed(fit.plan, unpadded(fit.pair.gmm0, k0), unpadded(fit.pair.gmm1, k1))
         plan = dataclasses.replace(plan, pair=stated(plan.pair, balanced))
-        return dataclasses.replace(fit, pair=plan.pair, plan=plan)
+        found = fit.fidelity
+        if found is not None:
+            alone = jax.tree.map(lambda leaf: leaf[:, : max(k0, k1)], found.alone)
+            found = dataclasses.replace(found, alone=alone)
+        return dataclasses.replace(fit, pair=plan.pair, plan=plan, fidelity=found)
 
     def _words(self) -> list[str]:
         return self._went("pair", "J")
@@ -164,7 +168,7 @@ def _lost(nothing: PairFit, start: tuple) -> PairFit:
 
 def _coupled(start: tuple, fit: PairFit) -> tuple[Coupled, Any, Any]:
     pair, _, frozen = start
-    return coupled(fit), both(pair), frozen
+    return coupled(fit), [pair.gmm0, pair.gmm1], frozen
 
 
 _KIND = Kind("pair", MixtureGraph.from_pair, pair_fit, _lost, _coupled)

@@ -101,10 +101,8 @@ class Kind(NamedTuple):
     graph: Callable[..., MixtureGraph]
     fit: Callable[[MixtureGraph, em.Solution], Any]
     lost: Callable[[Any, tuple], Any]  # of a fit without numbers, and what it starts from
-    coupled: Callable[[tuple, Any], tuple] | None = (
-        None  # by what a fit started from, and the fit: arguments of its refit, as it is
-    )
-    #   called in `refits`: where it ended, where it began, what was frozen
+    # By what a fit started from, and the fit: where it ended, where it began and what was frozen, as `refits` takes them.
+    coupled: Callable[[tuple, Any], tuple] | None = None
 
 
 def fitted(
@@ -180,7 +178,7 @@ def _fits(kind: Kind, part: Part, controls: Controls, options: FitOptions, far: 
     def alone(given: tuple[Problem, Any]) -> tuple[MixtureGraph, Sight]:
         problem, fit = given
         coupled, starts, frozen = coupled_of(problem.start, fit)
-        seen = sight(problem._replace(update=refits.update(starts.dtype)), len(frozen))
+        seen = sight(problem._replace(update=refits.update(starts[0].dtype)), len(frozen))
         return coupled.alone(starts, frozen), seen
 
     def fidelity(given: tuple[Problem, Any], end: em.Solution) -> Any:

@@ -255,5 +255,5 @@ def fit_graph(
         return dataclasses.replace(fit, feature_variance=None)
     if not fidelity:
         return fit
-    ended = Coupled(stack(fit.gmms), fit.penalized_log_likelihoods, fit.log_likelihoods)
-    return fidelity_of(fit, ended, graph.nodes, graph.frozen, request, view)
+    ended = Coupled(fit.gmms, fit.penalized_log_likelihoods, fit.log_likelihoods)
+    return fidelity_of(fit, ended, graph.split(graph.nodes), graph.frozen, request, view)

@@ -79,15 +79,9 @@ def pair_fit(problem: MixtureGraph, end: em.Solution) -> PairFit:
     )
 
 
-def both(pair: GaussianMixturePair) -> GaussianMixture:
-    """The mixtures of a pair, stacked."""
-    return stack([pair.gmm0, pair.gmm1])
-
-
 def coupled(fit: PairFit) -> Coupled:
     """Where a fit, or each of some, ended."""
-    nodes = jax.vmap(both)(fit.pair) if fit.batch_shape else both(fit.pair)
-    return Coupled(nodes, fit.penalized_log_likelihoods, fit.log_likelihoods)
+    return Coupled([fit.pair.gmm0, fit.pair.gmm1], fit.penalized_log_likelihoods, fit.log_likelihoods)
 
 
 @program("options", over_matrices=True)
@@ -352,7 +346,7 @@ class _PairRequest(NamedTuple):
         """A fit, or fits stacked, with what coupling has cost its mixtures where that is asked for."""
         if not fidelity:
             return fit
-        return fidelity_of(fit, coupled(fit), both(self.pair), self.frozen, self.request, self.view)
+        return fidelity_of(fit, coupled(fit), [self.pair.gmm0, self.pair.gmm1], self.frozen, self.request, self.view)
 
     def starts(self) -> GaussianMixturePair:
         """The pair, and pairs that are drawn, stacked; what is frozen is in all of them."""

@@ -17,7 +17,7 @@ from coupled_gmm.fits.graph import MixtureGraph
 from coupled_gmm.fits.history import History
 from coupled_gmm.fits.request import Controls, FitOptions, FitRequest, Stretches
 from coupled_gmm.fits.statistics import Sums
-from coupled_gmm.gaussians.mixture import GaussianMixture, alike
+from coupled_gmm.gaussians.mixture import GaussianMixture, alike, stack
 from coupled_gmm.transport import solvers
 
 STEPS, _TOL = 100, 1e-4
@@ -34,17 +34,17 @@ class Refit:
 
 
 def fidelity_of(
-    fit: Any, coupled: "Coupled", starts: GaussianMixture, frozen: Any, request: FitRequest, view: View
+    fit: Any, coupled: "Coupled", starts: "list[GaussianMixture]", frozen: Any, request: FitRequest, view: View
 ) -> Any:
     """The same fit, or fits stacked, with what coupling has cost its nodes, by the view that it has had of the clouds.
 
     Args:
       coupled: where it ended.
-      starts: where it began, stacked.
+      starts: where its nodes began.
     """
-    nodes = coupled.nodes
+    dtype, numbers = coupled.gmms[0].dtype, max(gmm.n_components * gmm.n_features for gmm in coupled.gmms)
     request = request._replace(controls=sparing(request.controls), em_steps=STEPS, optimizer=None, progress=False)
-    seen = {"view": view._replace(update=update(nodes.dtype)), "numbers": nodes.n_components * nodes.n_features}
+    seen = {"view": view._replace(update=update(dtype)), "numbers": numbers}
     program = Stretches(_begin, _go_on) if view.external else _refit
     found = request.fit(program, coupled, starts, frozen, solver=solvers.ENTROPIC, **seen)
     return dataclasses.replace(fit, fidelity=found.fidelity)
@@ -64,24 +64,24 @@ def update(dtype: Any) -> online.Update:
 class Coupled(NamedTuple):
     """Where a coupled fit ended."""
 
-    nodes: GaussianMixture
+    gmms: list[GaussianMixture]
     penalized: Any  # (V,), as the fit has them
     log_likelihoods: Any
 
-    def alone(self, starts: GaussianMixture, still: Array) -> MixtureGraph:
+    def alone(self, starts: list[GaussianMixture], still: Array) -> MixtureGraph:
         """Its nodes without edges; where two components have become one, which EM hardly parts, as the fit began."""
-        nodes, starts = alike([self.nodes, starts])
+        nodes, began = alike([stack(self.gmms), stack(starts)])
         became_one = _have_become_one(nodes)
 
         def kept(end: Array, start: Array) -> Array:
             return jnp.where(jnp.expand_dims(became_one, range(1, end.ndim)), start, end)
 
-        return MixtureGraph.unjoined(jax.tree.map(kept, nodes, starts), still)
+        return MixtureGraph.unjoined(jax.tree.map(kept, nodes, began), still)
 
     def result(self, sight: Sight, controls: Controls, end: em.Solution) -> "Refit":
         assert end.statistics is not None
         floors = sight.floors(controls.ridge) * jnp.square(sight.frame.unit)
-        mean_shift, covariance_shift = shifts(self.nodes, end.statistics, floors)
+        mean_shift, covariance_shift = shifts(stack(self.gmms), end.statistics, floors)
         numbers = {
             "log_likelihood": self.log_likelihoods,
             "penalized_log_likelihood": self.penalized,
@@ -107,7 +107,7 @@ def _have_become_one(nodes: GaussianMixture) -> Bool[Array, " V"]:
 @program("options", over_matrices=True)
 def _refit(
     coupled: Coupled,
-    starts: GaussianMixture,
+    starts: list[GaussianMixture],
     frozen: Array,
     sight: Sight,
     controls: Controls,
@@ -124,7 +124,7 @@ def _refit(
 @program("options", over_matrices=True)
 def _begin(
     coupled: Coupled,
-    starts: GaussianMixture,
+    starts: list[GaussianMixture],
     frozen: Array,
     sight: Sight,
     controls: Controls,
@@ -136,7 +136,7 @@ def _begin(
 @program("options", over_matrices=True)
 def _go_on(
     coupled: Coupled,
-    starts: GaussianMixture,
+    starts: list[GaussianMixture],
     frozen: Array,
     sight: Sight,
     controls: Controls,

@@ -7,6 +7,7 @@ workers read files of points, and write nothing.
 
 import contextlib
 import importlib.util
+import logging
 import os
 import signal
 import sys
@@ -160,6 +161,8 @@ def _records(client: Any, tasks: Sequence[Task], keep_programs: bool, console: C
 
 
 def _solve_on_worker(task: Task, keep_programs: bool) -> Record:
+    # Ctrl-C may reach a worker while its tasks are cancelled, of which it would warn.
+    logging.getLogger("distributed.worker.state_machine").setLevel(logging.ERROR)
     if keep_programs:
         cache.keep_programs()  # once is enough: the second call finds that there is a place
     return solve(task)

@@ -11,7 +11,7 @@ import coupled_gmm as cg
 from coupled_gmm.batch import stacks
 from coupled_gmm.core.status import Status
 
-OPTIONS = {"transport_weight": 0.05, "em_steps": 25, "tol": 1e-5}
+OPTIONS = {"transport_weight": 0.05, "em_steps": 25, "tol": 1e-5, "fidelity": False}
 
 
 def problem(seed, n, k, d=2, offset=0.0, dtype=np.float32):

@@ -113,7 +113,7 @@ def small_problem():
     return x0, x1, gmm0, gmm1
 
 
-STEPS = {"em_steps": 3, "m_steps": 4}
+STEPS = {"em_steps": 3, "m_steps": 4, "fidelity": False}
 ADAM = {"optimizer": optax.adam, "learning_rate": 1e-2}
 
 

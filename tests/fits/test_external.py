@@ -1,5 +1,7 @@
 """Fits of clouds that are not in memory, beside those of the same points in memory, and their moments beside NumPy's."""
 
+import functools
+
 import dask.array as da
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,11 @@ from hypothesis import strategies as st
 
 import coupled_gmm as cg
 from coupled_gmm.fits.external import External
+
+# What coupling has cost is told in test_fidelity, and compiled there.
+fit_pair = functools.partial(cg.fit_pair, fidelity=False)
+fit_graph = functools.partial(cg.fit_graph, fidelity=False)
+fit_path = functools.partial(cg.fit_path, fidelity=False)
 
 N = 3000
 FIT = {"transport_weight": 0.05, "em_steps": 6, "m_steps": 10}
@@ -102,12 +109,12 @@ def test_pairs_and_graphs(tmp_path, precision):
     x, y = points(dtype=dtype), points(1, 2000, dtype=dtype)
     cloud, other = in_file(tmp_path, x, chunk_size=1000), in_file(tmp_path, y, "y.npy", chunk_size=999)
     pair = cg.GaussianMixturePair(start(x), start(y), 0.1)
-    expected = cg.fit_pair(x, y, pair, **FIT)
+    expected = fit_pair(x, y, pair, **FIT)
     for clouds in ((cloud, other), (cloud, y), (x, other)):
-        assert_alike(cg.fit_pair(*clouds, pair, **FIT), expected, 200 * precision)
+        assert_alike(fit_pair(*clouds, pair, **FIT), expected, 200 * precision)
     graph = cg.MixtureGraph.from_mixtures([start(x)] * 3, [(0, 1), (2, 1)], epsilon=0.1)
-    expected = cg.fit_graph([x, None, y], graph, em_steps=3)
-    assert_alike(cg.fit_graph([cloud, None, other], graph, em_steps=3), expected, 200 * precision)
+    expected = fit_graph([x, None, y], graph, em_steps=3)
+    assert_alike(fit_graph([cloud, None, other], graph, em_steps=3), expected, 200 * precision)
 
 
 def test_unbalanced_with_an_optimiser_and_frozen(tmp_path):
@@ -118,7 +125,7 @@ def test_unbalanced_with_an_optimiser_and_frozen(tmp_path):
     pair = cg.GaussianMixturePair(start(x), start(y), 0.1, rho=1.0)
     for more in ({"optimizer": optax.adam, "learning_rate": 1e-2}, {"freeze": ["gmm1"]}):
         options = {**FIT, "em_steps": 3, "m_steps": 5, **more}
-        assert_alike(cg.fit_pair(*clouds, pair, **options), cg.fit_pair(x, y, pair, **options), 1e-5)
+        assert_alike(fit_pair(*clouds, pair, **options), fit_pair(x, y, pair, **options), 1e-5)
 
 
 def test_several_starts(tmp_path):
@@ -129,7 +136,7 @@ def test_several_starts(tmp_path):
     assert int(found.start) == int(expected.start)
     assert_alike(found, expected, 1e-5)
     pair, options = cg.GaussianMixturePair(start(x), start(y), 0.1), {**FIT, "em_steps": 3, "n_init": 2, "key": key}
-    assert_alike(cg.fit_pair(*clouds, pair, **options), cg.fit_pair(x, y, pair, **options), 1e-5)
+    assert_alike(fit_pair(*clouds, pair, **options), fit_pair(x, y, pair, **options), 1e-5)
 
 
 def test_far_from_zero_in_more_digits(tmp_path):
@@ -162,24 +169,24 @@ def test_tables_blocks_and_several_files(tmp_path):
     """Features are paired by name; blocks of Dask's arrays, cut anywhere, are summed where they lie."""
     x, y = points(dtype=np.float64), points(1, 2000, dtype=np.float64)
     pair = cg.GaussianMixturePair(start(x), start(y), 0.1)
-    expected = cg.fit_pair(x, y, pair, **FIT)
+    expected = fit_pair(x, y, pair, **FIT)
     pl.DataFrame({"a": x[:, 0], "b": x[:, 1]}).write_parquet(tmp_path / "x.parquet", row_group_size=700)
     turned = pl.DataFrame({"b": y[:, 1], "a": y[:, 0]})
     turned[:900].write_parquet(tmp_path / "y0.parquet")
     turned[900:].write_csv(tmp_path / "y1.csv")
     tables = cg.open_cloud(tmp_path / "x.parquet"), cg.open_cloud([tmp_path / "y0.parquet", tmp_path / "y1.csv"])
-    assert_alike(cg.fit_pair(*tables, pair, **FIT), expected, 2e-5)
+    assert_alike(fit_pair(*tables, pair, **FIT), expected, 2e-5)
     frame, turned_pair = (
         pl.DataFrame({"b": x[:, 1], "a": x[:, 0]}),
         cg.GaussianMixturePair(turn(start(x)), turn(start(y)), 0.1),
     )
-    first = cg.fit_pair(frame, tables[1], turned_pair, **FIT).history.penalized_log_likelihood[0]
+    first = fit_pair(frame, tables[1], turned_pair, **FIT).history.penalized_log_likelihood[0]
     np.testing.assert_allclose(first, expected.history.penalized_log_likelihood[0], rtol=1e-5)
     blocks = (
         cg.open_cloud(da.from_array(x, chunks=((1, 1300, 1699), 2))),
         cg.open_cloud(da.from_array(y, chunks=(333, 1))),
     )
-    assert_alike(cg.fit_pair(*blocks, pair, **FIT), expected, 2e-5)
+    assert_alike(fit_pair(*blocks, pair, **FIT), expected, 2e-5)
 
 
 def turn(gmm):
@@ -199,8 +206,8 @@ def test_rows_are_shown_and_a_fit_ends_where_it_has_converged(tmp_path):
     x, rows, shown = points(n=900), [], []
     cloud, pair = in_file(tmp_path, x, chunk_size=400), cg.GaussianMixturePair(start(x), start(x), 0.1)
     options = {"transport_weight": 0.05, "em_steps": 40, "tol": 1e-3}
-    fit = cg.fit_pair(cloud, points(1, 800), pair, progress=rows.append, **options)
-    cg.fit_pair(x, points(1, 800), pair, progress=shown.append, **options)
+    fit = fit_pair(cloud, points(1, 800), pair, progress=rows.append, **options)
+    fit_pair(x, points(1, 800), pair, progress=shown.append, **options)
     assert fit.converged and len(rows) == int(fit.n_steps) == len(shown)
     np.testing.assert_allclose([row["objective"] for row in rows], [row["objective"] for row in shown], rtol=1e-5)
 
@@ -226,21 +233,21 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"point_weights: x is not in memory.*open_cloud\(\.\.\., weights=\.\.\.\)"):
         cg.fit_gmm(cloud, gmm, point_weights=np.ones(300))
     with pytest.raises(ValueError, match=r"x1: expected shape \(n, 2\), got \(300, 3\)"):
-        cg.fit_pair(cloud, in_file(tmp_path, points(n=300, d=3), "three.npy"), pair, transport_weight=0.1)
+        fit_pair(cloud, in_file(tmp_path, points(n=300, d=3), "three.npy"), pair, transport_weight=0.1)
     with pytest.raises(ValueError, match=r"x0: expected points in memory, got OpenCloud.*fit_pair for each weight"):
-        cg.fit_path(cloud, x, pair, transport_weights=[0.1])
+        fit_path(cloud, x, pair, transport_weights=[0.1])
     with pytest.raises(ValueError, match=r"x1: expected points in memory.*J where it starts"):
         cg.penalized_log_likelihood(pair, x, cloud, transport_weight=0.1)
     with pytest.raises((TypeError, ValueError), match="under a transformation"):
         jax.jit(lambda gmm: cg.fit_gmm(cloud, gmm).log_likelihood)(gmm)
     for traced in (
-        lambda y: cg.fit_pair(cloud, y, pair, transport_weight=0.1),
-        lambda y: cg.fit_pair(y, cloud, pair, transport_weight=0.1),
+        lambda y: fit_pair(cloud, y, pair, transport_weight=0.1),
+        lambda y: fit_pair(y, cloud, pair, transport_weight=0.1),
     ):
         with pytest.raises((TypeError, ValueError), match=r"x[01]: OpenCloud.*under a transformation"):
             jax.jit(lambda y, fit=traced: fit(y).n_steps)(x)
     with pytest.raises((TypeError, ValueError), match="under a transformation"):
-        jax.vmap(lambda weight: cg.fit_pair(cloud, x, pair, transport_weight=weight).n_steps)(jnp.ones(2))
+        jax.vmap(lambda weight: fit_pair(cloud, x, pair, transport_weight=weight).n_steps)(jnp.ones(2))
     with pytest.raises(ValueError, match=r"clouds0\[0\]: expected points in memory"):
         cg.fit_pairs([cloud], [x], pair, transport_weight=0.1)
     few = in_file(tmp_path, np.repeat(x[:2], 50, axis=0), "few.npy")
@@ -249,7 +256,7 @@ def test_what_is_refused(tmp_path):
     x[200, 1] = np.nan
     unread = in_file(tmp_path, x, "unread.npy")
     with pytest.raises(ValueError, match=r"x1: expected points in memory"):  # before it is read
-        cg.fit_path(x[:100], unread, pair, transport_weights=[0.1])
+        fit_path(x[:100], unread, pair, transport_weights=[0.1])
     with pytest.raises(ValueError, match=r"bad\.npy: column 1 .*row 201"):
         cg.fit_gmm(in_file(tmp_path, x, "bad.npy", chunk_size=64), gmm)
 

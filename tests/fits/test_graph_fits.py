@@ -12,7 +12,7 @@ import coupled_gmm as cg
 from coupled_gmm.fits import coupled as fit_module
 from coupled_gmm.transport import solvers
 
-STEPS = {"em_steps": 6, "m_steps": 8}
+STEPS = {"em_steps": 6, "m_steps": 8, "fidelity": False}
 KINKED = {"edge_weights": 0.3, "epsilon": 0.05}  # where a balanced pair's masses must be solved for with its plan
 
 

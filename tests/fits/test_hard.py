@@ -12,6 +12,10 @@ import pytest
 import coupled_gmm as cg
 from coupled_gmm.transport import limits
 
+# What coupling has cost is told in test_fidelity, and compiled there.
+fit_pair = functools.partial(cg.fit_pair, fidelity=False)
+fit_graph = functools.partial(cg.fit_graph, fidelity=False)
+
 N, D, K, STEPS, EVALUATIONS = 60, 2, 3, 5, 10
 
 
@@ -55,7 +59,7 @@ class Problem:
     def fit_pair(self, way: Way):
         gmms = [cg.GaussianMixture.from_moments(*start) for start in (self.start0, self.start1)]
         rate = {} if way.optimizer is None else {"optimizer": way.optimizer, "learning_rate": 1e-2}
-        return cg.fit_pair(
+        return fit_pair(
             self.x0,
             self.x1,
             cg.GaussianMixturePair(*gmms, self.epsilon, way.tau),
@@ -497,7 +501,7 @@ def fit_frames(clouds: list[np.ndarray], epsilon: float | None, weight: float):
     start = cg.fit_gmm(pooled, cg.init_gmm(jax.random.key(0), pooled, K)).gmm
     edges = [(i, i + 1) for i in range(len(clouds) - 1)]
     graph = cg.MixtureGraph.from_mixtures([start] * len(clouds), edges, epsilon=epsilon, edge_weights=weight)
-    return cg.fit_graph(clouds, graph)
+    return fit_graph(clouds, graph)
 
 
 @pytest.mark.slow

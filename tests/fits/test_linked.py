@@ -1,5 +1,7 @@
 """Fits with links: forbidden ones carry nothing, pinned ones all that they are told to, and J never falls."""
 
+import functools
+
 import jax
 import numpy as np
 import optax
@@ -9,6 +11,10 @@ from problems import points, random_mixture
 import coupled_gmm as cg
 from coupled_gmm.fits.linked import started_graph
 from coupled_gmm.transport.links import shortage
+
+# What coupling has cost is told in test_fidelity, and compiled there.
+fit_pair = functools.partial(cg.fit_pair, fidelity=False)
+fit_graph = functools.partial(cg.fit_graph, fidelity=False)
 
 CENTRES = np.array([[0, 0], [4, 0], [0, 4], [4, 4]], float)
 DIAGONAL = np.eye(4, dtype=bool)
@@ -43,7 +49,7 @@ def check(fit, allowed):
 def test_a_fit_keeps_to_its_links(rho):
     """Balanced too, where the masses that it starts from are none that the links can carry."""
     for allowed in (DIAGONAL, np.triu(np.ones((4, 4), bool)), PINNED):
-        fit = cg.fit_pair(*CLOUDS, pair_of(allowed, rho=rho), transport_weight=0.1)
+        fit = fit_pair(*CLOUDS, pair_of(allowed, rho=rho), transport_weight=0.1)
         check(fit, allowed)
         matrix = np.asarray(fit.plan.matrix)
         if allowed is DIAGONAL and np.isinf(rho):
@@ -54,17 +60,17 @@ def test_a_fit_keeps_to_its_links(rho):
 
 def test_masses_that_links_tie_are_those_that_both_clouds_ask_for():
     """One to one, at next to no weight: the mean of what each cloud asks for, whose potentials are 1e6 times epsilon."""
-    fit = cg.fit_pair(*CLOUDS, pair_of(DIAGONAL), transport_weight=1e-5, tol=1e-6)
+    fit = fit_pair(*CLOUDS, pair_of(DIAGONAL), transport_weight=1e-5, tol=1e-6)
     assert fit.status_name == "converged"
     for gmm in (fit.pair.gmm0, fit.pair.gmm1):
         np.testing.assert_allclose(np.asarray(gmm.weights), [0.25, 0.3, 0.2, 0.25], atol=2e-5)
-    beyond = cg.fit_pair(*CLOUDS, pair_of(DIAGONAL), transport_weight=1e-9, tol=1e-6)
+    beyond = fit_pair(*CLOUDS, pair_of(DIAGONAL), transport_weight=1e-9, tol=1e-6)
     assert beyond.status_name == "plan not converged"  # and does not say that it has
 
 
 def test_components_that_may_not_mix_are_not_merged():
     """At a weight at which all mixtures would be one Gaussian, what has no links stays apart and pays for it."""
-    bound = cg.fit_pair(*CLOUDS, pair_of(DIAGONAL, [0.25] * 4), transport_weight=1e3)
+    bound = fit_pair(*CLOUDS, pair_of(DIAGONAL, [0.25] * 4), transport_weight=1e3)
     assert np.ptp(np.asarray(bound.pair.gmm0.means), axis=0).max() > 2
 
 
@@ -73,25 +79,25 @@ def test_components_that_may_not_mix_are_not_merged():
 def test_what_links_take_and_leave(rho):
     """None of them gain over all of them, and all of them are none."""
     free, every, bound = (
-        cg.fit_pair(*CLOUDS, pair_of(links, rho=rho), transport_weight=0.1)
+        fit_pair(*CLOUDS, pair_of(links, rho=rho), transport_weight=0.1)
         for links in (None, np.ones((4, 4), bool), PINNED)
     )
     ends = [float(fit.penalized_log_likelihood) for fit in (free, every, bound)]
     np.testing.assert_allclose(ends[1], ends[0], atol=1e-5)
     assert ends[2] <= ends[0] + 1e-5
-    merged = cg.fit_pair(*CLOUDS, pair_of(None, [0.25] * 4), transport_weight=1e3)
+    merged = fit_pair(*CLOUDS, pair_of(None, [0.25] * 4), transport_weight=1e3)
     assert np.ptp(np.asarray(merged.pair.gmm0.means), axis=0).max() < 0.1  # where `DIAGONAL` stays apart
 
 
 def test_frozen_masses_that_links_cannot_carry_are_refused():
     with pytest.raises(ValueError, match="links can't carry"):
-        cg.fit_pair(*CLOUDS, pair_of(DIAGONAL), transport_weight=0.1, freeze=("gmm0", "gmm1"))
+        fit_pair(*CLOUDS, pair_of(DIAGONAL), transport_weight=0.1, freeze=("gmm0", "gmm1"))
     pair = pair_of(DIAGONAL)
-    fit = cg.fit_pair(*CLOUDS, pair, transport_weight=0.1, freeze=("gmm1",))
+    fit = fit_pair(*CLOUDS, pair, transport_weight=0.1, freeze=("gmm1",))
     for gmm in (fit.pair.gmm0, fit.pair.gmm1):
         np.testing.assert_allclose(np.asarray(gmm.weights), np.asarray(pair.gmm1.weights), atol=2e-6)
     with pytest.raises(ValueError, match="n_init"):
-        cg.fit_pair(*CLOUDS, pair, transport_weight=0.1, n_init=2, key=jax.random.key(0))
+        fit_pair(*CLOUDS, pair, transport_weight=0.1, n_init=2, key=jax.random.key(0))
 
 
 @pytest.mark.slow
@@ -112,7 +118,7 @@ def test_whatever_the_links_and_masses(seed):
             sides = [
                 cg.GaussianMixture.from_moments(*map(np.asarray, (g.means, g.covariances, g.weights))) for g in gmms
             ]
-            fit = cg.fit_pair(
+            fit = fit_pair(
                 *clouds, cg.GaussianMixturePair(*sides, epsilon, links=allowed), transport_weight=weight, em_steps=25
             )
             assert fit.status_name == "steps done" and fit.plan.status_name == "converged"
@@ -124,7 +130,7 @@ def test_whatever_the_links_and_masses(seed):
 @pytest.mark.slow
 def test_other_optimisers_keep_to_them_too():
     for kwargs in ({"optimizer": optax.adam, "learning_rate": 1e-2}, {"method": "sinkhorn"}):
-        fit = cg.fit_pair(*CLOUDS, pair_of(PINNED, rho=0.5), transport_weight=0.1, **kwargs)
+        fit = fit_pair(*CLOUDS, pair_of(PINNED, rho=0.5), transport_weight=0.1, **kwargs)
         assert (np.asarray(fit.plan.matrix)[~PINNED] == 0).all()
         assert fit.status_name == "steps done" and fit.plan.status_name == "converged"
 
@@ -135,11 +141,11 @@ def test_graphs_and_batches_keep_to_them_too():
     three = cg.GaussianMixture.from_moments(CENTRES[:3], [0.3 * np.eye(2)] * 3, [0.4, 0.3, 0.3])
     pair = pair_of(PINNED, rho=0.5)
     allowed = cg.links((3, 4), forbidden=[(0, 0), (1, 2)])
-    alone = cg.fit_pair(*CLOUDS, pair, transport_weight=0.1)
+    alone = fit_pair(*CLOUDS, pair, transport_weight=0.1)
     one = cg.MixtureGraph.from_mixtures(
         [pair.gmm0, pair.gmm1], [(1, 0)], edge_weights=0.1, epsilon=0.05, rho=0.5, links=[PINNED.T]
     )
-    fit = cg.fit_graph(CLOUDS, one)
+    fit = fit_graph(CLOUDS, one)
     np.testing.assert_allclose(float(fit.penalized_log_likelihood), float(alone.penalized_log_likelihood), atol=1e-5)
     np.testing.assert_allclose(np.asarray(fit.plan((0, 1)).matrix), np.asarray(alone.plan.matrix), atol=1e-4)
     graph = cg.MixtureGraph.from_mixtures(
@@ -150,7 +156,7 @@ def test_graphs_and_batches_keep_to_them_too():
         rho=0.5,
         links=[allowed.T, None],
     )
-    fit = cg.fit_graph([CLOUDS[0], CLOUDS[1], CLOUDS[1]], graph)
+    fit = fit_graph([CLOUDS[0], CLOUDS[1], CLOUDS[1]], graph)
     matrix = np.asarray(fit.plan((1, 2)).matrix)
     assert matrix.shape == (3, 4) and (matrix[~allowed] == 0).all() and matrix.sum() > 0.1
     assert np.asarray(fit.plan((0, 2)).matrix).min() >= 0
@@ -159,7 +165,7 @@ def test_graphs_and_batches_keep_to_them_too():
     assert (np.asarray(fits[0].plan.matrix)[~PINNED] == 0).all() and fits[2].pair.links is None
     assert (np.asarray(fits[1].plan.matrix)[~allowed] == 0).all()
     for fit, start in zip(fits, (pair, other), strict=False):
-        by_itself = cg.fit_pair(*CLOUDS, start, transport_weight=0.1)
+        by_itself = fit_pair(*CLOUDS, start, transport_weight=0.1)
         np.testing.assert_allclose(
             float(fit.penalized_log_likelihood), float(by_itself.penalized_log_likelihood), atol=1e-5
         )
@@ -189,7 +195,7 @@ def test_graphs_start_from_masses_that_links_can_carry():
         links = [*masks, *([None] if more else [])]
         graph = cg.MixtureGraph.from_mixtures(gmms, [*edges, *more], links=links, **kwargs)
         with pytest.raises(ValueError, match=r"graph: the links of edge .* can't carry"):
-            cg.fit_graph([np.zeros((2, 1))] * 5, graph)
+            fit_graph([np.zeros((2, 1))] * 5, graph)
     tie = cg.MixtureGraph.from_mixtures(
         [gmms[0], gmms[3]], [(0, 1)], links=[np.eye(3, dtype=bool)], rho=[[1.0, np.inf]]
     )
@@ -203,7 +209,7 @@ def test_a_chain_with_links_starts_and_climbs():
     graph = cg.MixtureGraph.from_mixtures(
         [pair.gmm0, middle, pair.gmm1], [(0, 1), (2, 1)], edge_weights=0.1, epsilon=0.05, links=[DIAGONAL, PINNED]
     )
-    fit = cg.fit_graph([CLOUDS[0], None, CLOUDS[1]], graph)
+    fit = fit_graph([CLOUDS[0], None, CLOUDS[1]], graph)
     assert fit.status_name == "steps done" and set(np.asarray(fit.plans.status).tolist()) == {0}
     assert (np.asarray(fit.plan(0).matrix)[~DIAGONAL] == 0).all()
     assert (np.asarray(fit.plan((2, 1)).matrix)[~PINNED] == 0).all()
@@ -215,7 +221,7 @@ def test_what_goes_on_from_fits_keeps_to_their_links():
     graph = cg.MixtureGraph.from_mixtures(
         [pair_of(None).gmm0, pair_of(None).gmm1], [(0, 1)], edge_weights=0.1, epsilon=0.05, links=[DIAGONAL]
     )
-    fit = cg.fit_graph(CLOUDS, graph)
+    fit = fit_graph(CLOUDS, graph)
     sure = cg.bootstrap(jax.random.key(0), fit, CLOUDS, graph=graph, n_replicates=4)
     assert (np.asarray(sure.plan.samples)[..., ~DIAGONAL] == 0).all()
     np.testing.assert_allclose(np.asarray(sure.plan.samples).sum((-1, -2)), 1, atol=1e-5)
@@ -223,7 +229,7 @@ def test_what_goes_on_from_fits_keeps_to_their_links():
     assert (np.asarray(chosen.plans.matrix)[:, ~DIAGONAL] == 0).all()
     for name, call in (
         ("n_components", lambda key: cg.choose(CLOUDS, graph, n_components=2, key=key)),
-        ("n_init", lambda key: cg.fit_graph(CLOUDS, graph, n_init=2, key=key)),
+        ("n_init", lambda key: fit_graph(CLOUDS, graph, n_init=2, key=key)),
     ):
         with pytest.raises(ValueError, match=f"{name}: draws components in no order"):
             call(jax.random.key(0))

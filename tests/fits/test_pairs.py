@@ -10,7 +10,7 @@ import coupled_gmm as cg
 from coupled_gmm.fits import pairs, request
 from coupled_gmm.fits.contest import Schedule
 
-OPTIONS = {"em_steps": 60, "tol": 1e-4}
+OPTIONS = {"em_steps": 60, "tol": 1e-4, "fidelity": False}
 
 
 @pytest.fixture(scope="module")

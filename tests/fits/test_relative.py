@@ -49,6 +49,7 @@ def test_units_origins_and_the_order_of_features(rho):
         np.testing.assert_allclose(fit.fidelity.mean_shift, plain.fidelity.mean_shift, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_every_coupled_fit_takes_it():
     """A pair, a graph, a path and a batch with relative weights are those with the product of weight and variance."""
     xs = clouds()

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import coupled_gmm as cg
 from coupled_gmm import cli
-from coupled_gmm.jobs.choose import ChooseConfig, ChooseGraphConfig, ChooseGraphJob, ChooseJob
+from coupled_gmm.jobs.choose import Choose, ChooseConfig, ChooseGraphConfig, ChooseGraphJob, ChooseJob
 from coupled_gmm.jobs.fit import FitConfig
 from coupled_gmm.jobs.graph import GraphConfig
 from coupled_gmm.jobs.registry import job_for, load_config
@@ -92,9 +92,7 @@ def test_what_was_chosen_is_a_configuration_of_fit(run):
 
 def test_prices_are_read_off_the_row():
     """Rows are sizes, then epsilons, then rhos, each in rising order, and weights last."""
-    section = ChooseConfig.model_fields["choose"].annotation(
-        n_components=[1, 2], epsilons=[0.1, 0.01], rhos=[np.inf, 1.0, 0.5]
-    )
+    section = Choose(n_components=[1, 2], epsilons=[0.1, 0.01], rhos=[np.inf, 1.0, 0.5])
     groups = np.repeat(np.arange(12), 3)
     for row, expected in ((0, (0.01, 0.5)), (3, (0.01, 1.0)), (6, (0.01, None)), (9, (0.1, 0.5)), (35, (0.1, None))):
         choice = type("Choice", (), {"groups": groups, "row": row, "chosen": {"relative_weight": 0.1}})()
