@@ -46,6 +46,7 @@ def test_a_point_of_weight_two_is_two_points():
         np.testing.assert_allclose(np.asarray(one), np.asarray(other), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_plan_tells_proportions_and_labels():
     """Unbalanced, the classes of a cloud in which they have other parts; balanced, those of the labelled one."""
     classes = cg.fit_classes(X, LABELS)

@@ -36,6 +36,7 @@ def quick_report(tmp_path_factory):
     return report(sorted(set(devices.CHECKS) - devices.SLOW), tmp_path_factory.mktemp("devices"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(devices.CHECKS) - devices.SLOW))
 def test_eight_devices(name, quick_report):
     assert not quick_report[name], quick_report[name]

@@ -81,6 +81,7 @@ def test_edges_keep_their_proportions_and_points_their_weights():
     np.testing.assert_allclose(fit.relative_weights, [0.1, 0.3], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_under_transformations():
     xs = clouds()
     gmm = start(xs)

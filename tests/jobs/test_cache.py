@@ -96,6 +96,7 @@ def test_a_processor_that_no_file_describes(monkeypatch, tmp_path):
     assert len(cache._kind()) == 16
 
 
+@pytest.mark.slow
 def test_a_second_command_compiles_nothing(tmp_path):
     """In processes of their own: the first writes every program that a fit with rows of progress needs."""
     (tmp_path / "a.csv").write_text("\n".join(["x", *map(str, (0.0, 0.5, 1.0, 7.0, 7.5, 8.0))]))

@@ -55,6 +55,7 @@ def run(tmp_path_factory):
     return folder, call("fit", folder / "c.toml", "--out", folder / "out")
 
 
+@pytest.mark.slow
 def test_a_run_leaves_its_folder_and_is_shown(run):
     folder, result = run
     assert result.exit_code == 0, result.output
@@ -66,6 +67,7 @@ def test_a_run_leaves_its_folder_and_is_shown(run):
     assert "a, t 0 to b, t 1" in shown.stdout
 
 
+@pytest.mark.slow
 def test_it_is_the_fit_of_the_function(run):
     """By its own start: one mixture for all points, each cloud counting by their number."""
     folder, _ = run
@@ -83,6 +85,7 @@ def test_it_is_the_fit_of_the_function(run):
     np.testing.assert_array_equal(found.times, [0, 1, 2.5])
 
 
+@pytest.mark.slow
 def test_tables_add_up(run):
     """Masses of a node to 1; what becomes of a component to the factor, recomputed from the plan by NumPy."""
     folder, _ = run
@@ -100,6 +103,7 @@ def test_tables_add_up(run):
     assert (fidelity["loss"] > -1e-5).all() and len(pl.read_csv(folder / "out" / "history.csv")) == 3
 
 
+@pytest.mark.slow
 def test_the_configuration_as_run_runs_again(run):
     """It says where the data are, and which columns were taken; without pictures they go."""
     folder, _ = run
@@ -113,6 +117,7 @@ def test_the_configuration_as_run_runs_again(run):
     assert float(one.penalized_log_likelihood) == float(other.penalized_log_likelihood)
 
 
+@pytest.mark.slow
 def test_a_batch_of_such_configurations(run, tmp_path):
     """Which of the jobs of one word it is, is told from what they share, and from the first row of a resolved batch."""
     folder, _ = run
@@ -128,6 +133,7 @@ def test_a_batch_of_such_configurations(run, tmp_path):
     assert isinstance(again.job, GraphJob) and batch.changed(found, again) is None
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_a_star_has_a_centre_without_a_cloud(run):
     folder, _ = run
@@ -216,6 +222,7 @@ def test_each_mistake_is_a_line_with_its_key(tmp_path, old, new, line):
     assert any(said.startswith(f"{path}: {line}") for said in str(refusal.value).splitlines()), refusal.value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new", "line"),
     [
