@@ -90,6 +90,7 @@ def test_one_component_is_the_moments_of_the_points(d, exactly):
             np.testing.assert_allclose(fit.gmm.covariances[0], covariance, rtol=rtol, atol=rtol * covariance.max())
 
 
+@pytest.mark.slow
 def test_far_clouds_and_fits_in_float64():
     for exactly in (False, True):
         with jax.enable_x64(exactly):

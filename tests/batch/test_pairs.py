@@ -69,6 +69,7 @@ def test_each_is_what_fit_pair_returns(cohort, tmp_path):
     assert all(np.array_equal(*both, equal_nan=True) for both in zip(jax.tree.leaves(again), jax.tree.leaves(fits)))
 
 
+@pytest.mark.slow
 def test_far_clouds_in_float64_and_fits_in_float64():
     made = [problem(seed, (200, 150), (2, 2), offset=1e5, dtype=np.float64) for seed in range(2)]
     clouds = [clouds[0] for clouds, _ in made], [clouds[1] for clouds, _ in made]

@@ -128,6 +128,7 @@ def test_unbalanced_with_an_optimiser_and_frozen(tmp_path):
         assert_alike(fit_pair(*clouds, pair, **options), fit_pair(x, y, pair, **options), 1e-5)
 
 
+@pytest.mark.slow
 def test_several_starts(tmp_path):
     x, y = points(n=600), points(1, 500)
     clouds = in_file(tmp_path, x, chunk_size=200), in_file(tmp_path, y, "y.npy")

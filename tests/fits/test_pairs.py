@@ -102,6 +102,7 @@ def test_what_is_frozen_is_in_every_start(problem):
     assert jnp.array_equal(fit.pair.gmm0.means, pair.gmm0.means)
 
 
+@pytest.mark.slow
 def test_sides_of_two_sizes(problem):
     x0, x1, pair = problem
     pair = cg.GaussianMixturePair(pair.gmm0, cg.init_gmm(jax.random.PRNGKey(1), x1, 2))
@@ -133,6 +134,7 @@ def test_starts_of_a_single_fit_take_one_weight_and_show_no_rows(problem):
             cg.fit_pair(*problem, **wrong, **drawn)
 
 
+@pytest.mark.slow
 def test_a_batch_may_hold_balanced_and_unbalanced_pairs(problem):
     """An infinite price is one like any other, in a batch as alone, in plans as in fits; and its slope is zero."""
     x0, x1, start = problem
@@ -174,6 +176,7 @@ def test_rows_cost_no_second_program_and_change_nothing(problem, blink, monkeypa
         np.testing.assert_allclose(found, getattr(shown.history, name)[: len(rows)], rtol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_rows_come_from_inside_somebody_elses_program(problem):
     x0, x1, pair = problem
     rows = []
@@ -192,6 +195,7 @@ def test_rows_come_from_inside_somebody_elses_program(problem):
     np.testing.assert_allclose(vmapped.penalized_log_likelihood[0], traced.penalized_log_likelihood, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_every_start_tells_where_it_ended(problem):
     """Of a pair, a path and a graph: the best of them is the fit, the first is that from the mixtures which were given."""
     x0, x1, pair = problem
@@ -210,6 +214,7 @@ def test_every_start_tells_where_it_ended(problem):
     assert "starts: 3 starts" in fit.summary() and alone.starts is None
 
 
+@pytest.mark.slow
 def test_starts_of_a_graph_keep_what_is_frozen(problem):
     x0, x1, pair = problem
     graph = cg.MixtureGraph.from_mixtures(

@@ -113,6 +113,7 @@ def test_any_weight(make, tol):
     check(make, np.float32, tol)
 
 
+@pytest.mark.slow
 def test_any_weight_of_a_chain():
     check(frames, np.float32, 0.0)
 
@@ -126,6 +127,7 @@ def test_any_weight_in_both_precisions(make, precision):
         check(make, np.float64 if precision < 1e-10 else np.float32, tol, weights)
 
 
+@pytest.mark.slow
 def test_masses_that_a_cloud_asks_for_less_and_less_of_vanish(x64):
     """At this weight a component is left with e^-15 of the mass, for which plans and masses were once not found."""
     fit = Problem(cells, np.float64).fit(100.0, em_steps=40)

@@ -325,6 +325,7 @@ def kill_again_and_again(start, folder, n, most):
     return seen
 
 
+@pytest.mark.slow
 def test_kills_at_random_moments_change_nothing(tmp_path):
     config = configured(tmp_path, 40)
     assert ended(process(config, tmp_path / "first")) == 0

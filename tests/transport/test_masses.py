@@ -319,6 +319,7 @@ def test_masses_of_a_graph_maximise_the_joint_objective(x64, shape, held):
             assert graph_objective(other / other.sum(1, keepdims=True), graph) <= value + 1e-9
 
 
+@pytest.mark.slow
 def test_masses_of_an_unbalanced_graph_rise_to_a_stationary_point(x64):
     """Solved for again and again, each time from the plans between the last ones: J rises, and nothing of first order is left."""
     graph, rho, free = make_graph("chain"), 0.5, [True, True, True]

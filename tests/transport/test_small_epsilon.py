@@ -113,6 +113,7 @@ def test_two_words_are_not_rounded(precision):
     assert np.all(np.abs(x[1]) <= precision * np.abs(x[0]))
 
 
+@pytest.mark.slow
 def test_ott_s_tutorial_on_barycenters_converges():
     """The mixtures, start and epsilon of OTT's notebook on barycenters of mixtures, whose costs are some 2,650."""
     from ott.tools.gaussian_mixture import gaussian_mixture
