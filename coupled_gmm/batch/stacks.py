@@ -179,7 +179,7 @@ def _fits(kind: Kind, part: Part, controls: Controls, options: FitOptions, far: 
         problem, fit = given
         coupled, starts, frozen = coupled_of(problem.start, fit)
         seen = sight(problem._replace(update=refits.update(starts[0].dtype)), len(frozen))
-        return coupled.alone(starts, frozen), seen
+        return coupled.alone(starts, frozen, seen), seen
 
     def fidelity(given: tuple[Problem, Any], end: em.Solution) -> Any:
         coupled, *_ = coupled_of(given[0].start, given[1])

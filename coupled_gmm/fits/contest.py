@@ -18,6 +18,7 @@ from coupled_gmm.core.tree import counted, number, pytree, saved, take
 from coupled_gmm.fits import em
 from coupled_gmm.fits.em import Solution
 from coupled_gmm.fits.frame import Sight
+from coupled_gmm.fits.gmm import highest
 from coupled_gmm.fits.graph import MixtureGraph
 from coupled_gmm.fits.request import Controls, FitOptions
 from coupled_gmm.gaussians.mixture import GaussianMixture
@@ -74,7 +75,7 @@ def check_starts(n_init: Any, key: Any) -> int:
 def best_of(fits: list[Any]) -> Any:
     """The fit of highest J, with the ends of all."""
     values = np.array([float(fit.penalized_log_likelihood) for fit in fits])
-    best = fits[int(np.argmax(np.where(np.isfinite(values), values, -np.inf)))]
+    best = fits[highest(values)]
     every = [(fit.penalized_log_likelihood, fit.status) for fit in fits]
     return dataclasses.replace(best, starts=StartEnds(*(jnp.stack(column) for column in zip(*every, strict=True))))
 

@@ -68,15 +68,18 @@ class Coupled(NamedTuple):
     penalized: Any  # (V,), as the fit has them
     log_likelihoods: Any
 
-    def alone(self, starts: list[GaussianMixture], still: Array) -> MixtureGraph:
-        """Its nodes without edges; where two components have become one, which EM hardly parts, as the fit began."""
+    def alone(self, starts: list[GaussianMixture], frozen: Array, sight: Sight) -> MixtureGraph:
+        """Its nodes without edges; where two components have become one, which EM hardly parts, as the fit began.
+
+        What is frozen, or has no cloud, stays as it is.
+        """
         nodes, began = alike([stack(self.gmms), stack(starts)])
         became_one = _have_become_one(nodes)
 
         def kept(end: Array, start: Array) -> Array:
             return jnp.where(jnp.expand_dims(became_one, range(1, end.ndim)), start, end)
 
-        return MixtureGraph.unjoined(jax.tree.map(kept, nodes, began), still)
+        return MixtureGraph.unjoined(jax.tree.map(kept, nodes, began), frozen | ~sight.has_cloud)
 
     def result(self, sight: Sight, controls: Controls, end: em.Solution) -> "Refit":
         assert end.statistics is not None
@@ -114,9 +117,7 @@ def _refit(
     options: FitOptions,
 ) -> Refit:
     def one(coupled: Coupled) -> Refit:
-        return coupled.result(
-            sight, controls, em.run(coupled.alone(starts, frozen | ~sight.has_cloud), sight, controls, options)
-        )
+        return coupled.result(sight, controls, em.run(coupled.alone(starts, frozen, sight), sight, controls, options))
 
     return one(coupled) if coupled.penalized.ndim == 1 else jax.lax.map(one, coupled)
 
@@ -130,7 +131,7 @@ def _begin(
     controls: Controls,
     options: FitOptions,
 ) -> em.Underway:
-    return em.begin(coupled.alone(starts, frozen | ~sight.has_cloud), sight, controls, options)
+    return em.begin(coupled.alone(starts, frozen, sight), sight, controls, options)
 
 
 @program("options", over_matrices=True)
@@ -145,7 +146,5 @@ def _go_on(
     until: Array,
     sums: Sums | None = None,
 ) -> tuple[em.Underway, Refit]:
-    underway, end = em.go_on(
-        coupled.alone(starts, frozen | ~sight.has_cloud), sight, controls, options, underway, until, sums
-    )
+    underway, end = em.go_on(coupled.alone(starts, frozen, sight), sight, controls, options, underway, until, sums)
     return underway, coupled.result(sight, controls, end)

@@ -139,8 +139,6 @@ def choose(
         graph = started_graph(graph)
     if graph is not None and not own and key is None:
         raise ArgumentError("key", "decides the starts of other numbers of components", "pass key=jax.random.key(0)")
-    if graph is not None and not own and graph.links is not None:
-        raise ArgumentError("n_components", "the graph's links are those of its own components", "leave it out")
     smallest = min(len(x) for x in view.clouds if x is not None)
     sizes = None if own else checked_sizes(n_components, smallest)
     grid = Grid(graph or _chain(view), key, sizes, weights, n_init=n_init, **prices)

@@ -17,7 +17,7 @@ from coupled_gmm.fits.frame import View
 from coupled_gmm.fits.gmm import check_distinct, draws
 from coupled_gmm.fits.graph import MixtureGraph
 from coupled_gmm.gaussians.mixture import GaussianMixture, alike
-from coupled_gmm.transport.pair import GaussianMixturePair
+from coupled_gmm.transport.pair import mean_cost
 
 RELATIVE_WEIGHTS = (0.0, *(float(f"{10 ** (power / 2):.0e}") for power in range(-8, 3)))
 _MOST_COMPONENTS = 8  # that are tried where nobody says
@@ -96,8 +96,7 @@ class Grid:
         scale = jnp.ones(0, graph.nodes.dtype)
         if graph.n_edges and (self.epsilons or self.rhos or self.n_components):
             edges = zip(np.asarray(graph.sources).tolist(), np.asarray(graph.targets).tolist(), strict=True)
-            pairs = [GaussianMixturePair(take(first, i), take(first, j)) for i, j in edges]
-            scale = jnp.stack([pair.epsilon for pair in pairs]) / _EPSILON
+            scale = jnp.stack([mean_cost(take(first, i), take(first, j)) for i, j in edges])
         epsilons = self.epsilons or ((_EPSILON,) if self.n_components else (None,))
         for epsilon, rho in itertools.product(epsilons, self.rhos or (None,)):
             yield Prices(
