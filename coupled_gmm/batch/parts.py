@@ -160,7 +160,7 @@ def _part(some: list[Given], size: int, length: int, total: int, room: int) -> P
             begin, last = last, last + -(-len(x) // length)
             chunks.lay(points[begin:last], shares[begin:last], np.asarray(x), w, place.points_on_host)
             ends.append(last)
-        start = over_mixtures(lambda gmm: _padded(gmm, size), one.start)
+        start = over_mixtures(lambda gmm: padded(gmm, size), one.start)
         seen = (np.asarray(one.view.variances), np.asarray(one.view.pooled))
         where = np.array(ends, np.int32), np.int32(first)
         problems.append(Problem(start, *where, place, *seen, one.view.update))
@@ -169,14 +169,16 @@ def _part(some: list[Given], size: int, length: int, total: int, room: int) -> P
     return Part(stacked, np.int32(len(some)), points, shares)
 
 
-def _padded(gmm: GaussianMixture, size: int) -> GaussianMixture:
-    """As `gaussians.mixture.padded`, by NumPy: a program for each size would cost more than the fit."""
-    extra, d = size - gmm.n_components, gmm.n_features
+def padded(gmm: GaussianMixture, size: int) -> GaussianMixture:
+    """As `gaussians.mixture.padded`, of any stack, by NumPy: a program for each size would cost more than the fit."""
+    *lead, k = gmm.weights.shape
+    extra, d, axis = size - k, gmm.n_features, len(lead)
     if not extra:
         return gmm
 
     def more(leaf: Any, fill: Any) -> np.ndarray:
-        return np.concatenate([leaf, np.broadcast_to(np.asarray(fill, leaf.dtype), (extra, *leaf.shape[1:]))])
+        added = np.broadcast_to(np.asarray(fill, leaf.dtype), (*lead, extra, *leaf.shape[axis + 1 :]))
+        return np.concatenate([leaf, added], axis=axis)
 
     return unchecked(
         GaussianMixture,

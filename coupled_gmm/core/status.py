@@ -94,6 +94,8 @@ SEVERITY = (
     Status.NOT_FINITE,
     Status.LOST,
 )
+# Ends with a result that may be read, if not one as good as asked for.
+USABLE = (Status.CONVERGED, Status.STEPS_DONE, Status.NOT_CONVERGED, Status.STALLED, Status.PRECISION)
 # A solver that reads its end asks from the worst to the least, so that what spoils a number comes before what that number says: a
 # plan that missed its marginals is named before the fall of an objective that it may have caused. Only whether the tolerance was
 # met is asked before whether the steps ran out, and of a plan before whether it stopped at its precision.

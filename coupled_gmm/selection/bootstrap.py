@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from coupled_gmm.core import checks, chunks, meshes
 from coupled_gmm.core.errors import ArgumentError, ArgumentTypeError
-from coupled_gmm.core.status import FitError, Outcome, Status
+from coupled_gmm.core.status import USABLE, FitError, Outcome, Status
 from coupled_gmm.core.tree import AnyArray, number, pytree, saved
 from coupled_gmm.fits.graph import MixtureGraph
 from coupled_gmm.fits.pairs import frozen_sides
@@ -24,8 +24,6 @@ from coupled_gmm.transport.pair import stated
 _MOST_REPLICATES = 1_000_000
 _PRECISE = 1e-2  # of what the log-likelihood of a point varies by between samples, that a step gains at the end
 _UNSETTLED = 0.5  # standard errors by which a fit that goes on may move before its end is called another
-# Of a replicate that has a result: the others are left out.
-_USABLE = (Status.CONVERGED, Status.STEPS_DONE, Status.NOT_CONVERGED, Status.STALLED, Status.PRECISION)
 
 
 @saved
@@ -202,7 +200,7 @@ def _problem(fit: Any, transport_weight: Any, freeze: Any, graph: Any) -> Mixtur
     if not isinstance(fit, (PairFit, GraphFit)):
         raise ArgumentTypeError("fit", f"expected a PairFit or a GraphFit, got {type(fit).__name__}")
     checks.instance("fit", fit, type(fit))
-    if checks.known(fit.status) and int(fit.status) not in _USABLE:
+    if checks.known(fit.status) and int(fit.status) not in USABLE:
         raise ArgumentError("fit", f"has no usable result ({fit.status_name})", fit.message)
     if isinstance(fit, PairFit):
         if graph is not None:
@@ -259,7 +257,7 @@ def _given(clouds: Any, weights: Any, problem: MixtureGraph) -> list[GivenCloud]
 def _read(fit: PairFit | GraphFit, problem: MixtureGraph, settled: Refit, found: Refit, level: float) -> Bootstrap:
     """Intervals from replicates that have a result, their components in the fit's order."""
     numbers = [np.asarray(leaf) for leaf in (found.nodes.weights, *found[1:5])]
-    usable = np.isin(np.asarray(found.status), _USABLE)
+    usable = np.isin(np.asarray(found.status), USABLE)
     for leaf in numbers:
         usable &= np.isfinite(leaf).reshape(len(usable), -1).all(axis=1)
     if usable.sum() < 2:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from coupled_gmm.core import checks, chunks, meshes, report
 from coupled_gmm.core.errors import ArgumentError, ArgumentTypeError
-from coupled_gmm.core.status import FitError, Status
+from coupled_gmm.core.status import USABLE, FitError, Status
 from coupled_gmm.core.tree import take
 from coupled_gmm.fits.coupled import fit_graph
 from coupled_gmm.fits.frame import Sight, View
@@ -28,9 +28,6 @@ from coupled_gmm.selection.grid import RELATIVE_WEIGHTS, Grid, Prices, Starts, c
 from coupled_gmm.selection.paths import Path, PathTask, paths, with_split
 from coupled_gmm.transport import solvers
 from coupled_gmm.transport.pair import GaussianMixturePair
-
-# Of a fit that may be scored: others have none.
-_USABLE = (Status.CONVERGED, Status.STEPS_DONE, Status.NOT_CONVERGED, Status.STALLED, Status.PRECISION)
 
 
 class _Group(NamedTuple):
@@ -253,7 +250,7 @@ def _scored(found: list[Path], some: list[splits.Split], node_weights: np.ndarra
         value = np.asarray(path.scores, np.float64)
         by = node_weights if split.without is None else np.arange(len(node_weights)) == split.without
         value = value @ by.astype(np.float64)  # (W, H)
-        failed = ~np.isin(np.asarray(path.status), _USABLE) | ~np.isfinite(value).all(axis=1)
+        failed = ~np.isin(np.asarray(path.status), USABLE) | ~np.isfinite(value).all(axis=1)
         scores.append(np.where(failed[:, None], -np.inf, value))
         failures.append(failed)
     return found[0], np.concatenate(scores, axis=1), np.sum(failures, axis=0)

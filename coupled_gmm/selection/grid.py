@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from coupled_gmm.batch.parts import padded
 from coupled_gmm.core import checks
 from coupled_gmm.core.errors import ArgumentError
-from coupled_gmm.core.tree import take, unchecked
+from coupled_gmm.core.tree import take
 from coupled_gmm.fits.frame import View
 from coupled_gmm.fits.gmm import check_distinct, draws
 from coupled_gmm.fits.graph import MixtureGraph
@@ -72,7 +73,7 @@ class Grid:
         None takes the graph's own.
         """
         graph, largest = self.graph, self.largest
-        own = _padded(jax.device_get(graph.nodes), largest)
+        own = padded(jax.device_get(graph.nodes), largest)
         if size is None or self.key is None:
             found, sizes = take(own, np.newaxis), graph.sizes
         else:
@@ -81,7 +82,7 @@ class Grid:
             check_distinct("the clouds", key, pooled, size)
             most, n_draws = max(self.n_components or ()), max(_DRAWS, self.n_init)
             drawn = draws(key, pooled, ridge, most, n_draws, self.n_init, present=size)
-            drawn = _padded(jax.device_get(drawn), largest)
+            drawn = padded(jax.device_get(drawn), largest)
             frozen = np.asarray(graph.frozen)
             own, drawn = alike([own, drawn])
             found = jax.tree.map(lambda new, old: _at_nodes(np.asarray(new), np.asarray(old), frozen), drawn, own)
@@ -108,24 +109,6 @@ def _at_nodes(new: np.ndarray, old: np.ndarray, frozen: np.ndarray) -> np.ndarra
     """Drawn mixtures (S, ...) at all nodes (S, V, ...), but for those that are frozen."""
     kept = frozen.reshape(-1, *[1] * (new.ndim - 1))
     return np.where(kept, old, new[:, None])
-
-
-def _padded(gmm: GaussianMixture, size: int) -> GaussianMixture:
-    """Stacked mixtures with components of weight zero up to a size, by NumPy: a program for each would cost more."""
-    extra, d = size - gmm.weights.shape[-1], gmm.means.shape[-1]
-
-    def more(leaf: Any, fill: Any, shape: tuple[int, ...]) -> np.ndarray:
-        leaf = np.asarray(leaf)
-        added = np.broadcast_to(np.asarray(fill, leaf.dtype), (len(leaf), extra, *shape))
-        return np.concatenate([leaf, added], axis=1)
-
-    return unchecked(
-        GaussianMixture,
-        means=more(gmm.means, 0, (d,)),
-        covariances=more(gmm.covariances, np.eye(d), (d, d)),
-        weights=more(gmm.weights, 0, ()),
-        remainders=None if gmm.remainders is None else more(gmm.remainders, 0, (d,)),
-    )
 
 
 def checked_sizes(n_components: Any, smallest: int) -> tuple[int, ...]:
