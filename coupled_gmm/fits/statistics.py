@@ -184,6 +184,17 @@ def additive_sums(
     return jax.vmap(unravel)(totals)
 
 
+def log_densities(base: Base, chunks: Chunks, owner: Int[Array, " C"]) -> Float[Array, "C B"]:
+    """Of each point, under the mixture of the node that its chunk belongs to; 0 past the last chunk in use."""
+    components = _components(base, jnp.zeros(base.parameters.means.shape[::2], base.whitening.dtype))
+
+    def set_chunk(index: Array, found: Float[Array, "C B"]) -> Float[Array, "C B"]:
+        log_joint, _ = _log_joint(chunks.at(index)[0], take(components, owner[index]))
+        return found.at[index].set(jax.nn.logsumexp(log_joint, axis=0))
+
+    return jax.lax.fori_loop(0, chunks.ends[-1], set_chunk, jnp.zeros_like(chunks.weights))
+
+
 def _totals(source: Source, nodes: tuple[_Component, Array], zeros: Float[Array, " P"]) -> Float[Array, "V P"]:
     """Sums over the chunks of each of some nodes, components and reference, in a row."""
 
@@ -215,10 +226,8 @@ def _components(base: Base, floors: Array) -> _Component:
 
 
 def _chunk_sums(points: Array, weights: Array, components: _Component, reference: Array) -> Sums:
-    whitening, offsets, constants, penalties = components
-    k, d, length = *offsets.shape, points.shape[1]
-    whitened = (whitening.reshape(k * d, d) @ points).reshape(k, d, length) - offsets[:, :, None]
-    log_joint = constants[:, None] - 0.5 * jnp.sum(whitened**2, axis=1)
+    log_joint, whitened = _log_joint(points, components)
+    penalties, (k, d, length) = components.penalties, whitened.shape
     peak = jnp.max(log_joint, axis=0)
     joint = jnp.exp(log_joint[::-1] - peak)  # components in reverse: see `_log_totals`
     log_totals, total = _log_totals(penalties[::-1], log_joint[::-1] - peak, joint, d)
@@ -232,6 +241,14 @@ def _chunk_sums(points: Array, weights: Array, components: _Component, reference
         jnp.sum(weighted, axis=2)[::-1],
         (weighted.reshape(k * d, length) @ points.T).reshape(k, d, d)[::-1],
     )
+
+
+def _log_joint(points: Array, components: _Component) -> tuple[Float[Array, "K B"], Float[Array, "K d B"]]:
+    """Log-densities of points and components, and the points as each component sees them."""
+    whitening, offsets, constants, _ = components
+    k, d = offsets.shape
+    whitened = (whitening.reshape(k * d, d) @ points).reshape(k, d, points.shape[1]) - offsets[:, :, None]
+    return constants[:, None] - 0.5 * jnp.sum(whitened**2, axis=1), whitened
 
 
 def _log_totals(

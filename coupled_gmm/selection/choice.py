@@ -27,6 +27,8 @@ class Choice(Outcome):
     epsilons: Float[AnyArray, " R"]  # squared data units, mean over edges
     rhos: Float[AnyArray, " R"]
     scores: Float[AnyArray, "R F"]  # of each fold
+    standard_errors: Float[AnyArray, " R"]  # of their means, as points are drawn at random
+    lost: Float[AnyArray, " R"]  # nats per point of the cloud that coupling has cost most, in fits to all points
     log_likelihoods: Float[AnyArray, " R"]
     transport: Float[AnyArray, " R"]
     bic: Float[AnyArray, " R"]  # of the mixtures alone, fitted apart: the sum over clouds
@@ -49,6 +51,8 @@ class Choice(Outcome):
             groups=np.asarray(self.groups),
             weights=np.asarray(self.relative_weights),
             scores=np.asarray(self.scores),
+            errors=np.asarray(self.standard_errors),
+            lost=np.asarray(self.lost),
             log_likelihoods=np.asarray(self.log_likelihoods),
             transport=np.asarray(self.transport),
         )
@@ -63,13 +67,12 @@ class Choice(Outcome):
     def table(self) -> list[dict[str, Any]]:
         """A dict for each row.
 
-        `held_out` is the mean over folds, `standard_error` its own; `loss` how much less likely the row is than the best, and
-        `loss_error` the standard error of that, by folds in pairs.
+        `held_out` is the mean over folds, `standard_error` its own, as points are drawn at random; `loss` how much less likely the
+        row is than the best, and `loss_error` how sure that is, by folds in pairs; `lost` what coupling has cost a cloud at most,
+        by fits to all points.
         """
         candidates = self.candidates
         loss, error = candidates.losses()
-        with np.errstate(invalid="ignore"):
-            spread = np.std(candidates.scores, axis=1, ddof=1) / np.sqrt(candidates.scores.shape[1])
         columns = {
             "n_components": self.n_components,
             "relative_weight": self.relative_weights,
@@ -77,9 +80,10 @@ class Choice(Outcome):
             "epsilon": self.epsilons,
             "rho": self.rhos,
             "held_out": candidates.means(),
-            "standard_error": np.where(np.isfinite(spread), spread, np.inf),
+            "standard_error": self.standard_errors,
             "loss": loss,
             "loss_error": error,
+            "lost": self.lost,
             "log_likelihood": candidates.log_likelihoods,
             "transport": self.transport,
             "bic": self.bic,

@@ -37,6 +37,7 @@ class _Group(NamedTuple):
     prices: Prices
     whole: Path  # of fits to all points
     scores: Float[np.ndarray, "W F"]
+    errors: Float[np.ndarray, " W"]
     n_failed: np.ndarray
 
 
@@ -67,11 +68,16 @@ def choose(
     .. math:: s = \sum_i v_i \, \overline{\log p_i(x)} \quad \text{over the points x of cloud i that were held out,}
 
     for every number of components, epsilon, rho and relative weight. Along the weights fits start from one another, in both
-    directions, and the best J is kept, as in `fit_path`. Rules compare a row with the best by differences d over folds F, in pairs,
-    with the standard error :math:`sd(d) / \sqrt F`:
+    directions, and the best J is kept, as in `fit_path`. A row's mean over F folds has, as points are drawn at random, the standard
+    error
 
-    - "one_standard_error": of all rows within one standard error of the best the fewest components, and of these, with the epsilon
-      and rho that do best, the largest weight: the strongest coupling that costs nothing that could be told from chance.
+    .. math:: se^2 = \frac1{F^2} \sum_{f, i} v_i^2 \, \mathrm{var}_i(\log p_i(x)) / n_{f, i},
+
+    and rules are:
+
+    - "one_standard_error" (Breiman et al. 1984): of all rows that the best is ahead of by no more than its standard error, and in
+      which coupling has cost no cloud more than 0.1 nats per point, the fewest components, and of these, with the epsilon and rho
+      that do best, the largest weight: the strongest coupling that costs less than another draw of points would change.
     - "best": the best mean score.
     - "corner": of the components, epsilon and rho that the first rule takes, the weight where log-likelihood against transport, of
       fits to all points, is farthest above the line between its ends.
@@ -244,16 +250,20 @@ def _without(view: View, node: int) -> View:
 
 
 def _scored(found: list[Path], some: list[splits.Split], node_weights: np.ndarray) -> tuple:
-    """The path of all points; scores of the others, fold by fold; and how many of them have no usable result, by weight."""
-    scores, failures = [], []
+    """The path of all points; scores of the others, fold by fold; their means' standard errors; and how many of them have no
+    usable result, by weight."""
+    scores, variances, failures = [], [], []
     for path, split in zip(found[1:], some[1:], strict=True):
-        value = np.asarray(path.scores, np.float64)
         by = node_weights if split.without is None else np.arange(len(node_weights)) == split.without
-        value = value @ by.astype(np.float64)  # (W, H)
+        by = by.astype(np.float64)
+        value = np.asarray(path.scores, np.float64) @ by  # (W, H)
+        variances.append(np.asarray(path.variances, np.float64) @ by**2)
         failed = ~np.isin(np.asarray(path.status), USABLE) | ~np.isfinite(value).all(axis=1)
         scores.append(np.where(failed[:, None], -np.inf, value))
         failures.append(failed)
-    return found[0], np.concatenate(scores, axis=1), np.sum(failures, axis=0)
+    variance = np.concatenate(variances, axis=1)
+    error = np.sqrt(np.sum(variance, axis=1)) / variance.shape[1]
+    return found[0], np.concatenate(scores, axis=1), np.nan_to_num(error, nan=np.inf), np.sum(failures, axis=0)
 
 
 def _chosen(
@@ -284,6 +294,8 @@ def _chosen(
         "epsilons": rows([np.mean(np.asarray(group.prices.epsilon)) for group in groups]).astype(dtype),
         "rhos": rows([np.mean(np.asarray(group.prices.rho)) for group in groups]).astype(dtype),
         "scores": np.concatenate([group.scores for group in groups]).astype(dtype),
+        "standard_errors": np.concatenate([group.errors for group in groups]).astype(dtype),
+        "lost": np.concatenate([_lost(grid, view, group) for group in groups]).astype(dtype),
         "log_likelihoods": likelihoods.astype(dtype),
         "transport": transport.astype(dtype),
         "bic": rows([bic for bic, _ in criteria]).astype(dtype),
@@ -294,7 +306,7 @@ def _chosen(
     if not np.isfinite(columns["scores"]).all(axis=1).any():
         status = Status(int(np.asarray(groups[0].whole.status)[0]))
         raise FitError(f"choose: no fit has a usable result in every fold: {status.message}")
-    fields = {"sizes": "n_components", "weights": "relative_weights"}
+    fields = {"sizes": "n_components", "weights": "relative_weights", "errors": "standard_errors"}
     fields = {name: columns[fields.get(name, name)] for name in rules.Candidates._fields}
     row = rules.chosen(rules.Candidates(**fields), rule)
     fit = _refitted(grid, groups[row // n], row % n, request, given, is_pair)
@@ -305,6 +317,13 @@ def _shares(edge_weights: np.ndarray) -> np.ndarray:
     """Of edges, in the transport of a table's row: as their weights, whose mean is 1."""
     total = edge_weights.sum()
     return edge_weights * (len(edge_weights) / total) if total > 0 else np.ones_like(edge_weights)
+
+
+def _lost(grid: Grid, view: View, group: _Group) -> Float[np.ndarray, " W"]:
+    """Nats per point of the cloud that has lost most against fits apart."""
+    has_cloud = [x is not None for x in view.clouds]
+    found = np.asarray(group.whole.log_likelihoods, np.float64)[:, has_cloud]
+    return np.max(found[grid.relative_weights.index(0.0)] - found, axis=1)
 
 
 def _criteria(grid: Grid, view: View, group: _Group) -> tuple[float, float]:

@@ -36,9 +36,8 @@ class Path(NamedTuple):
     """Where the fits along some weights ended."""
 
     nodes: GaussianMixture  # stacked on axes W V
-    scores: Float[
-        AnyArray, "W H V"
-    ]  # mean log-density of each part of what was held out; 0 for nodes of which nothing was
+    scores: Float[AnyArray, "W H V"]  # mean log-densities of parts of what was held out; 0 where a node has none
+    variances: Float[AnyArray, "W H V"]  # of these means, as points are drawn at random
     log_likelihoods: Float[AnyArray, "W V"]  # of what was fitted
     transport: Float[AnyArray, "W E"]
     values: Float[AnyArray, " W"]
@@ -64,12 +63,12 @@ def _path(task: PathTask, options: FitOptions) -> Path:
     schedule = schedule_along(len(weights), len(task.starts.weights))
     ends, _ = contest.run_all(problem, task.starts, weights, schedule, task.sight, task.controls, options)
 
-    def scores(nodes: GaussianMixture) -> Float[Array, "H V"]:
-        return jax.lax.map(lambda held: mean_log_densities(nodes, task.sight, held), task.held)
+    def scores(nodes: GaussianMixture) -> tuple[Float[Array, "H V"], Float[Array, "H V"]]:
+        return mean_log_densities(nodes, task.sight, task.held)
 
     back = jnp.argsort(order)
     found = ends.log_likelihoods, ends.terms.transport[:, back], ends.value, ends.status
-    return Path(ends.nodes, jax.lax.map(scores, ends.nodes), *found)
+    return Path(ends.nodes, *jax.lax.map(scores, ends.nodes), *found)
 
 
 def schedule_along(n_weights: int, n_starts: int) -> contest.Schedule:
@@ -79,13 +78,32 @@ def schedule_along(n_weights: int, n_starts: int) -> contest.Schedule:
     return contest.Schedule(whole.weight[kept], whole.start[kept])
 
 
-def mean_log_densities(nodes: GaussianMixture, sight: Sight, weights: Float[Array, "C B"]) -> Float[Array, " V"]:
-    """Of each node's points, weighted, in data units; 0 where none has a weight."""
-    zeros = jnp.zeros((len(nodes.weights), sight.n_features), nodes.dtype)
-    base = statistics.Base.of(sight.frame.parameters(nodes, zeros))
-    sums = statistics.additive_sums(base, dataclasses.replace(sight.chunks, weights=weights), zeros)
-    volume = sight.n_features * jnp.log(sight.frame.unit)
-    return sums.log_likelihood - volume * jnp.sum(sums.masses, axis=-1)
+def mean_log_densities(
+    nodes: GaussianMixture, sight: Sight, weights: Float[Array, "H C B"]
+) -> tuple[Float[Array, "H V"], Float[Array, "H V"]]:
+    r"""Of each node's points, in data units, the mean log-density under each of several weights, and that mean's variance:
+
+    .. math:: \sum_i w_i l_i, \quad \sum_i w_i^2 (l_i - \bar l)^2 / (1 - \sum_i w_i^2),
+
+    the squared standard deviation over n for n equal weights. Both are 0 where no point has a weight.
+    """
+    n_nodes, chunks = len(nodes.weights), sight.chunks
+    base = statistics.Base.of(sight.frame.parameters(nodes, jnp.zeros((n_nodes, sight.n_features), nodes.dtype)))
+    owner = jnp.minimum(jnp.searchsorted(chunks.ends, jnp.arange(len(chunks.weights)), side="right"), n_nodes - 1)
+    density = statistics.log_densities(base, chunks, owner)
+
+    def total(values: Float[Array, "H C B"]) -> Float[Array, "H V"]:
+        each = jnp.sum(values, axis=2)
+        return jnp.zeros((len(values), n_nodes), values.dtype).at[:, owner].add(each)
+
+    def centred(about: Float[Array, "H V"]) -> Float[Array, "H C B"]:
+        return jnp.where(weights > 0, density - about[:, owner, None], 0)
+
+    mean = total(weights * centred(jnp.zeros((len(weights), n_nodes), density.dtype)))
+    mean = mean + total(weights * centred(mean))  # of which float32 would lose what weights differ by
+    squares = total(weights**2)
+    variance = total((weights * centred(mean)) ** 2) / jnp.where(squares < 1, 1 - squares, 1)
+    return mean - (total(weights) > 0) * sight.n_features * jnp.log(sight.frame.unit), variance
 
 
 def with_split(sight: Sight, split: Any) -> Sight:

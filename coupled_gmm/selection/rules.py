@@ -5,6 +5,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from coupled_gmm.fits.fidelity import MOST_LOST
+
 RULES = ("one_standard_error", "best", "corner")
 
 
@@ -15,6 +17,8 @@ class Candidates(NamedTuple):
     groups: Int[np.ndarray, " R"]  # rows that differ in their weight alone have one number
     weights: Float[np.ndarray, " R"]
     scores: Float[np.ndarray, "R F"]  # of each fold; -inf where a fit has failed
+    errors: Float[np.ndarray, " R"]  # standard errors of their means
+    lost: Float[np.ndarray, " R"]  # nats per point of the cloud that coupling has cost most, in fits to all points
     log_likelihoods: Float[np.ndarray, " R"]  # of all points, fitted to all
     transport: Float[np.ndarray, " R"]
 
@@ -22,7 +26,7 @@ class Candidates(NamedTuple):
         return self.scores.mean(axis=1)
 
     def losses(self) -> tuple[Float[np.ndarray, " R"], Float[np.ndarray, " R"]]:
-        r"""How much less likely each is than the best, and the standard error of that, over folds F:
+        r"""How much less likely each is than the best, and how sure that is, the standard error over folds F:
 
         .. math:: \bar d, \quad \mathrm{sd}(d_f) / \sqrt F, \quad d_f = s_{best, f} - s_f
 
@@ -35,18 +39,19 @@ class Candidates(NamedTuple):
         return np.where(failed, np.inf, behind.mean(axis=1)), np.where(failed, np.inf, error)
 
     def within(self) -> Bool[np.ndarray, " R"]:
-        """Rows that lose no more than one standard error."""
-        loss, error = self.losses()
-        return np.isfinite(loss) & (loss <= error)
+        """The best row, and those that lose no more than its standard error, if the penalty has not overruled the data there."""
+        loss, _ = self.losses()
+        best = int(np.argmax(self.means()))
+        near = (loss <= self.errors[best]) & (self.lost <= MOST_LOST)
+        return near | (np.arange(len(loss)) == best)
 
 
 def chosen(candidates: Candidates, rule: str) -> int:
     """The number of the row that a rule takes.
 
-    "best": the likeliest. "one_standard_error": of those within one standard error of it the smallest mixtures, and of these, with
-    the epsilon and rho of the likeliest that is coupled, the largest weight (Breiman et al. 1984). "corner": of the same mixtures,
-    epsilon and rho the weight at which log-likelihood against transport turns: farthest above the line between the ends of the
-    path.
+    "best": the likeliest. "one_standard_error": of those within its standard error (Breiman et al. 1984) the smallest mixtures, and
+    of these, with the epsilon and rho of the likeliest that is coupled, the largest weight. "corner": of the same mixtures, epsilon
+    and rho the weight at which log-likelihood against transport turns: farthest above the line between the ends of the path.
     """
     means, within = candidates.means(), candidates.within()
     if rule == "best":

@@ -18,7 +18,17 @@ def choice(failed=False):
     if failed:
         scores[sizes.ravel() == 1] = -np.inf
     numbers = {
-        name: np.zeros(n) for name in ("transport_weights", "log_likelihoods", "transport", "bic", "aic", "n_failed")
+        name: np.zeros(n)
+        for name in (
+            "transport_weights",
+            "log_likelihoods",
+            "transport",
+            "bic",
+            "aic",
+            "n_failed",
+            "standard_errors",
+            "lost",
+        )
     }
     fields = {"n_components": sizes.ravel(), "epsilons": epsilons.ravel(), "relative_weights": weights.ravel()}
     fields |= {"rhos": np.full(n, np.inf), "groups": np.arange(n) // 3, "scores": scores, "row": np.array(7)}

@@ -6,11 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.special import logsumexp
+from scipy.stats import multivariate_normal
 from sklearn.mixture import GaussianMixture as SklearnMixture
 
 import coupled_gmm as cg
 from coupled_gmm.fits.gmm import draws
 from coupled_gmm.fits.request import GivenCloud, view_of
+from coupled_gmm.gaussians.mixture import stack
 from coupled_gmm.selection import folds, paths, rules
 
 KEY = jax.random.key(0)
@@ -27,23 +30,33 @@ def view(some, weights=(None, None)):
     return view_of(given, [], jnp.asarray(1e-6))
 
 
-def candidates(scores, sizes, weights, groups=None, likelihoods=None, transport=None):
+def candidates(scores, sizes, weights, groups=None, likelihoods=None, transport=None, error=0.11, lost=None):
     n = len(scores)
     scores = np.asarray(scores, float)
-    some = np.zeros(n) if likelihoods is None else likelihoods, np.zeros(n) if transport is None else transport
+    zeros = np.zeros(n)
+    some = (zeros if given is None else given for given in (lost, likelihoods, transport))
     groups = sizes if groups is None else groups
-    return rules.Candidates(*map(np.asarray, (sizes, groups, weights, scores, *some)))
+    return rules.Candidates(*map(np.asarray, (sizes, groups, weights, scores, np.full(n, error), *some)))
 
 
 def test_the_rule_of_one_standard_error():
-    """By hand: against the best row's folds, losses of 0.1 are all of one standard error or more, or none."""
+    """By hand: losses of 0.1 and 0.2 beside standard errors of both sides of them; folds in pairs say how sure they are."""
     best = np.array([0.0, 1.0, 2.0])
-    far, near = best - [0.1, 0.1, 0.1], best - [0.3, -0.1, 0.1]  # sure of 0.1; and 0.1 +- 0.115
-    table = candidates([best, far, near], [2, 2, 2], [0.0, 2.0, 1.0])
-    loss, error = table.losses()
-    np.testing.assert_allclose(loss, [0, 0.1, 0.1])
-    np.testing.assert_allclose(error, [0, 0, np.std([0.3, -0.1, 0.1], ddof=1) / np.sqrt(3)], atol=1e-12)
-    assert rules.chosen(table, "one_standard_error") == 2 and rules.chosen(table, "best") == 0
+    rows = [best, best - [0.3, -0.1, 0.1], best - 0.2], [2, 2, 2], [0.0, 1.0, 2.0]
+    loss, error = candidates(*rows).losses()
+    np.testing.assert_allclose(loss, [0, 0.1, 0.2])
+    np.testing.assert_allclose(error, [0, np.std([0.3, -0.1, 0.1], ddof=1) / np.sqrt(3), 0], atol=1e-12)
+    for spread, row in ((0.09, 0), (0.11, 1), (0.21, 2), (np.inf, 2)):
+        table = candidates(*rows, error=spread)
+        assert rules.chosen(table, "one_standard_error") == row and rules.chosen(table, "best") == 0
+
+
+def test_a_row_whose_penalty_has_overruled_the_data_is_not_chosen():
+    """However little points can tell; unless it is the best one."""
+    best = np.array([0.0, 1.0, 2.0])
+    rows = [best, best - 0.1, best - 0.2], [2, 2, 2], [0.0, 1.0, 2.0]
+    assert rules.chosen(candidates(*rows, error=9.0, lost=[0.0, 0.09, 0.11]), "one_standard_error") == 1
+    assert rules.chosen(candidates(*rows, error=0.0, lost=[1.0, 0.0, 0.0]), "one_standard_error") == 0
 
 
 def test_fewer_components_come_before_more_weight():
@@ -69,7 +82,7 @@ def test_prices_are_told_apart_by_rows_that_are_coupled():
 
 def test_failed_rows_are_not_chosen():
     failed = np.full(2, -np.inf)
-    table = candidates([failed, [1.0, 2.0], [0.0, -np.inf]], [1, 2, 1], [9.0, 0.0, 1.0], likelihoods=np.zeros(3))
+    table = candidates([failed, [1.0, 2.0], [0.0, -np.inf]], [1, 2, 1], [9.0, 0.0, 1.0], error=99.0)
     assert [rules.chosen(table, rule) for rule in rules.RULES] == [1, 1, 1]
     loss, error = table.losses()
     np.testing.assert_array_equal(loss, [np.inf, 0, np.inf])
@@ -160,6 +173,36 @@ def test_one_component_apart_is_scored_in_closed_form(choice):
             expected[fold] += np.mean(-0.5 * np.log(2 * np.pi * variance) - (held - mean) ** 2 / (2 * variance))
     (row,) = np.flatnonzero((np.asarray(choice.n_components) == 1) & (np.asarray(choice.relative_weights) == 0))
     np.testing.assert_allclose(choice.scores[row], expected, atol=5e-4)
+
+
+def test_scores_and_their_standard_errors_are_those_of_points():
+    """By SciPy: weighted points of two mixtures, one far from the origin, in float32 beside float64."""
+    rng = np.random.RandomState(0)
+    x, w = [rng.randn(70, 2) + np.array([0, 1e3]), rng.randn(50, 2)], [rng.rand(70), None]
+    gmms = [
+        cg.GaussianMixture.from_moments(
+            rng.randn(2, 2) + x[i].mean(axis=0), np.stack([np.eye(2), 2 * np.eye(2)]), [0.3, 0.7]
+        )
+        for i in range(2)
+    ]
+    sight = view([np.float32(one) for one in x], w).in_chunks(4)
+    ends, weights = np.asarray(sight.chunks.ends), np.asarray(sight.chunks.weights)
+    only_second = np.where(np.arange(len(weights))[:, None] < ends[0], 0, weights)
+    scores, variances = paths.mean_log_densities(stack(gmms), sight, jnp.stack([weights, only_second]))
+    for i, (points, weight, gmm) in enumerate(zip(x, w, gmms)):
+        parts = [
+            multivariate_normal.logpdf(points, m, s) + np.log(p)
+            for m, s, p in zip(np.asarray(gmm.means, float), np.asarray(gmm.covariances), np.asarray(gmm.weights))
+        ]
+        density, p = logsumexp(parts, axis=0), np.full(len(points), 1 / len(points))
+        p = p if weight is None else weight / weight.sum()
+        mean = p @ density
+        np.testing.assert_allclose(scores[0, i], mean, atol=2e-4 if i == 0 else 2e-6)
+        variance = np.sum(p**2 * (density - mean) ** 2) / (1 - np.sum(p**2))
+        np.testing.assert_allclose(variances[0, i], variance, rtol=1e-3 if i == 0 else 1e-4)
+    np.testing.assert_allclose(variances[0, 1], density.var(ddof=1) / 50, rtol=1e-4)
+    np.testing.assert_array_equal([scores[1, 0], variances[1, 0]], 0)
+    np.testing.assert_allclose(scores[1, 1], scores[0, 1], rtol=1e-6)
 
 
 def test_criteria_are_those_of_scikit_learn(choice):
