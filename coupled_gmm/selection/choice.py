@@ -3,7 +3,7 @@
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from coupled_gmm.core.status import Outcome
 from coupled_gmm.core.tree import AnyArray, number, pytree, saved, static
@@ -29,6 +29,7 @@ class Choice(Outcome):
     scores: Float[AnyArray, "R F"]  # of each fold
     standard_errors: Float[AnyArray, " R"]  # of their means, as points are drawn at random
     lost: Float[AnyArray, " R"]  # nats per point of the cloud that coupling has cost most, in fits to all points
+    dear: Bool[AnyArray, " R"]  # whether that is more than chance would cost a cloud
     log_likelihoods: Float[AnyArray, " R"]
     transport: Float[AnyArray, " R"]
     bic: Float[AnyArray, " R"]  # of the mixtures alone, fitted apart: the sum over clouds
@@ -52,7 +53,7 @@ class Choice(Outcome):
             weights=np.asarray(self.relative_weights),
             scores=np.asarray(self.scores),
             errors=np.asarray(self.standard_errors),
-            lost=np.asarray(self.lost),
+            dear=np.asarray(self.dear),
             log_likelihoods=np.asarray(self.log_likelihoods),
             transport=np.asarray(self.transport),
         )
@@ -69,7 +70,7 @@ class Choice(Outcome):
 
         `held_out` is the mean over folds, `standard_error` its own, as points are drawn at random; `loss` how much less likely the
         row is than the best, and `loss_error` how sure that is, by folds in pairs; `lost` what coupling has cost a cloud at most,
-        by fits to all points.
+        by fits to all points, and `dear` whether that is more than chance would.
         """
         candidates = self.candidates
         loss, error = candidates.losses()
@@ -84,6 +85,7 @@ class Choice(Outcome):
             "loss": loss,
             "loss_error": error,
             "lost": self.lost,
+            "dear": self.dear,
             "log_likelihood": candidates.log_likelihoods,
             "transport": self.transport,
             "bic": self.bic,

@@ -21,8 +21,8 @@ from coupled_gmm.fits.request import FitOptions, FitRequest, GivenCloud, view_of
 from coupled_gmm.fits.results import GraphFit, PairFit
 from coupled_gmm.fits.weights import Weight
 from coupled_gmm.gaussians.mixture import GaussianMixture, stack
+from coupled_gmm.selection import criteria, rules
 from coupled_gmm.selection import folds as splits
-from coupled_gmm.selection import rules
 from coupled_gmm.selection.choice import Choice
 from coupled_gmm.selection.grid import RELATIVE_WEIGHTS, Grid, Prices, Starts, checked_numbers, checked_sizes
 from coupled_gmm.selection.paths import Path, PathTask, paths, with_split
@@ -75,9 +75,10 @@ def choose(
 
     and rules are:
 
-    - "one_standard_error" (Breiman et al. 1984): of all rows that the best is ahead of by no more than its standard error, and in
-      which coupling has cost no cloud more than 0.1 nats per point, the fewest components, and of these, with the epsilon and rho
-      that do best, the largest weight: the strongest coupling that costs less than another draw of points would change.
+    - "one_standard_error": of all rows that the best is ahead of by no more than its standard error (Breiman et al. 1984) the
+      fewest components, and of these, with the epsilon and rho that do best, the largest weight. Rows are left out in which
+      coupling has cost a cloud more than chance would: log-likelihood, the mean over n points, by more than p / 2n or 0.1 nats
+      below that of the fit apart, where p numbers are fitted; the true ones are p / 2n below it on average.
     - "best": the best mean score.
     - "corner": of the components, epsilon and rho that the first rule takes, the weight where log-likelihood against transport, of
       fits to all points, is farthest above the line between its ends.
@@ -278,7 +279,7 @@ def _chosen(
     """The table, the row that the rule takes, and its fit to all points."""
     n, dtype = len(grid.relative_weights), grid.graph.nodes.dtype
     edge_weights = np.asarray(grid.graph.edge_weights)
-    criteria = [_criteria(grid, view, group) for group in groups]
+    fitted = [criteria.Fitted.of(view, group.starts.sizes, grid, group.whole) for group in groups]
 
     def rows(values: list[Any]) -> np.ndarray:
         return np.repeat(np.asarray(values), n)
@@ -295,11 +296,12 @@ def _chosen(
         "rhos": rows([np.mean(np.asarray(group.prices.rho)) for group in groups]).astype(dtype),
         "scores": np.concatenate([group.scores for group in groups]).astype(dtype),
         "standard_errors": np.concatenate([group.errors for group in groups]).astype(dtype),
-        "lost": np.concatenate([_lost(grid, view, group) for group in groups]).astype(dtype),
+        "lost": np.concatenate([one.lost.max(axis=1) for one in fitted]).astype(dtype),
+        "dear": np.concatenate([one.dear() for one in fitted]),
         "log_likelihoods": likelihoods.astype(dtype),
         "transport": transport.astype(dtype),
-        "bic": rows([bic for bic, _ in criteria]).astype(dtype),
-        "aic": rows([aic for _, aic in criteria]).astype(dtype),
+        "bic": rows([one.bic() for one in fitted]).astype(dtype),
+        "aic": rows([one.aic() for one in fitted]).astype(dtype),
         "n_failed": np.concatenate([group.n_failed for group in groups]).astype(np.int32),
         "groups": rows(list(range(len(groups)))).astype(np.int32),
     }
@@ -317,27 +319,6 @@ def _shares(edge_weights: np.ndarray) -> np.ndarray:
     """Of edges, in the transport of a table's row: as their weights, whose mean is 1."""
     total = edge_weights.sum()
     return edge_weights * (len(edge_weights) / total) if total > 0 else np.ones_like(edge_weights)
-
-
-def _lost(grid: Grid, view: View, group: _Group) -> Float[np.ndarray, " W"]:
-    """Nats per point of the cloud that has lost most against fits apart."""
-    has_cloud = [x is not None for x in view.clouds]
-    found = np.asarray(group.whole.log_likelihoods, np.float64)[:, has_cloud]
-    return np.max(found[grid.relative_weights.index(0.0)] - found, axis=1)
-
-
-def _criteria(grid: Grid, view: View, group: _Group) -> tuple[float, float]:
-    """BIC and AIC of the mixtures fitted apart, summed over clouds: of two the one with the lower is preferred."""
-    alone = np.asarray(group.whole.log_likelihoods, np.float64)[grid.relative_weights.index(0.0)]
-    d, bic, aic = len(view.pooled), 0.0, 0.0
-    frozen = np.asarray(grid.graph.frozen)
-    for x, w, size, still, value in zip(view.clouds, view.weights, group.starts.sizes, frozen, alone, strict=True):
-        if x is not None:
-            n = len(x) if w is None else int(np.sum(np.asarray(w) > 0))
-            free = 0 if still else size * (1 + d + d * (d + 1) // 2) - 1
-            bic += free * np.log(n) - 2 * n * value
-            aic += 2 * free - 2 * n * value
-    return bic, aic
 
 
 def _refitted(

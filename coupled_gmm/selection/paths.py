@@ -67,8 +67,9 @@ def _path(task: PathTask, options: FitOptions) -> Path:
         return mean_log_densities(nodes, task.sight, task.held)
 
     back = jnp.argsort(order)
-    found = ends.log_likelihoods, ends.terms.transport[:, back], ends.value, ends.status
-    return Path(ends.nodes, *jax.lax.map(scores, ends.nodes), *found)
+    means, variances = jax.lax.map(scores, ends.nodes)
+    transport = ends.terms.transport[:, back]
+    return Path(ends.nodes, means, variances, ends.log_likelihoods, transport, ends.value, ends.status)
 
 
 def schedule_along(n_weights: int, n_starts: int) -> contest.Schedule:

@@ -5,8 +5,6 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from coupled_gmm.fits.fidelity import MOST_LOST
-
 RULES = ("one_standard_error", "best", "corner")
 
 
@@ -18,7 +16,7 @@ class Candidates(NamedTuple):
     weights: Float[np.ndarray, " R"]
     scores: Float[np.ndarray, "R F"]  # of each fold; -inf where a fit has failed
     errors: Float[np.ndarray, " R"]  # standard errors of their means
-    lost: Float[np.ndarray, " R"]  # nats per point of the cloud that coupling has cost most, in fits to all points
+    dear: Bool[np.ndarray, " R"]  # coupling has cost a cloud more than chance would, in fits to all points
     log_likelihoods: Float[np.ndarray, " R"]  # of all points, fitted to all
     transport: Float[np.ndarray, " R"]
 
@@ -39,11 +37,10 @@ class Candidates(NamedTuple):
         return np.where(failed, np.inf, behind.mean(axis=1)), np.where(failed, np.inf, error)
 
     def within(self) -> Bool[np.ndarray, " R"]:
-        """The best row, and those that lose no more than its standard error, if the penalty has not overruled the data there."""
+        """The best row, and those that lose no more than its standard error and in which coupling is not dear."""
         loss, _ = self.losses()
         best = int(np.argmax(self.means()))
-        near = (loss <= self.errors[best]) & (self.lost <= MOST_LOST)
-        return near | (np.arange(len(loss)) == best)
+        return (loss <= self.errors[best]) & ~self.dear | (np.arange(len(loss)) == best)
 
 
 def chosen(candidates: Candidates, rule: str) -> int:

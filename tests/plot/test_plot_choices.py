@@ -28,6 +28,7 @@ def choice(failed=False):
             "n_failed",
             "standard_errors",
             "lost",
+            "dear",
         )
     }
     fields = {"n_components": sizes.ravel(), "epsilons": epsilons.ravel(), "relative_weights": weights.ravel()}
