@@ -28,8 +28,8 @@ class Choice(Outcome):
     rhos: Float[AnyArray, " R"]
     scores: Float[AnyArray, "R F"]  # of each fold
     standard_errors: Float[AnyArray, " R"]  # of their means, as points are drawn at random
-    lost: Float[AnyArray, " R"]  # nats per point of the cloud that coupling has cost most, in fits to all points
-    dear: Bool[AnyArray, " R"]  # whether that is more than chance would cost a cloud
+    lost: Float[AnyArray, " R"]  # nats per held-out point of the cloud that coupling has cost most
+    dear: Bool[AnyArray, " R"]  # whether coupling has cost a cloud more than chance costs fits apart
     log_likelihoods: Float[AnyArray, " R"]
     transport: Float[AnyArray, " R"]
     bic: Float[AnyArray, " R"]  # of the mixtures alone, fitted apart: the sum over clouds
@@ -70,7 +70,7 @@ class Choice(Outcome):
 
         `held_out` is the mean over folds, `standard_error` its own, as points are drawn at random; `loss` how much less likely the
         row is than the best, and `loss_error` how sure that is, by folds in pairs; `lost` what coupling has cost a cloud at most,
-        by fits to all points, and `dear` whether that is more than chance would.
+        and `dear` whether that is more than chance costs fits apart.
         """
         candidates = self.candidates
         loss, error = candidates.losses()

@@ -38,6 +38,7 @@ class _Group(NamedTuple):
     whole: Path  # of fits to all points
     scores: Float[np.ndarray, "W F"]
     errors: Float[np.ndarray, " W"]
+    by_cloud: Float[np.ndarray, "W V"]  # means of scores
     n_failed: np.ndarray
 
 
@@ -77,8 +78,8 @@ def choose(
 
     - "one_standard_error": of all rows that the best is ahead of by no more than its standard error (Breiman et al. 1984) the
       fewest components, and of these, with the epsilon and rho that do best, the largest weight. Rows are left out in which
-      coupling has cost a cloud more than chance would: log-likelihood, the mean over n points, by more than p / 2n or 0.1 nats
-      below that of the fit apart, where p numbers are fitted; the true ones are p / 2n below it on average.
+      coupling has cost a cloud more than chance costs fits apart: p / 2n nats per held-out point, of p numbers that are fitted
+      to n points, by which these are on average worse than the true ones; or more than 0.1.
     - "best": the best mean score.
     - "corner": of the components, epsilon and rho that the first rule takes, the weight where log-likelihood against transport, of
       fits to all points, is farthest above the line between its ends.
@@ -251,20 +252,23 @@ def _without(view: View, node: int) -> View:
 
 
 def _scored(found: list[Path], some: list[splits.Split], node_weights: np.ndarray) -> tuple:
-    """The path of all points; scores of the others, fold by fold; their means' standard errors; and how many of them have no
-    usable result, by weight."""
-    scores, variances, failures = [], [], []
+    """The path of all points; scores of the others, fold by fold, and their means' standard errors; means cloud by cloud; and how
+    many of them have no usable result, by weight."""
+    scores, variances, failures, sums, counts = [], [], [], 0.0, 0.0
     for path, split in zip(found[1:], some[1:], strict=True):
-        by = node_weights if split.without is None else np.arange(len(node_weights)) == split.without
-        by = by.astype(np.float64)
-        value = np.asarray(path.scores, np.float64) @ by  # (W, H)
-        variances.append(np.asarray(path.variances, np.float64) @ by**2)
+        held = np.ones(len(node_weights)) if split.without is None else np.arange(len(node_weights)) == split.without
+        by = held * (node_weights.astype(np.float64) if split.without is None else 1)
+        each = np.asarray(path.scores, np.float64)
+        value = each @ by  # (W, H)
         failed = ~np.isin(np.asarray(path.status), USABLE) | ~np.isfinite(value).all(axis=1)
         scores.append(np.where(failed[:, None], -np.inf, value))
+        variances.append(np.asarray(path.variances, np.float64) @ by**2)
         failures.append(failed)
+        sums, counts = sums + each.sum(axis=1), counts + held * value.shape[1]
     variance = np.concatenate(variances, axis=1)
-    error = np.sqrt(np.sum(variance, axis=1)) / variance.shape[1]
-    return found[0], np.concatenate(scores, axis=1), np.nan_to_num(error, nan=np.inf), np.sum(failures, axis=0)
+    error = np.nan_to_num(np.sqrt(np.sum(variance, axis=1)) / variance.shape[1], nan=np.inf)
+    by_cloud = np.nan_to_num(sums / np.maximum(counts, 1))
+    return found[0], np.concatenate(scores, axis=1), error, by_cloud, np.sum(failures, axis=0)
 
 
 def _chosen(
@@ -279,7 +283,7 @@ def _chosen(
     """The table, the row that the rule takes, and its fit to all points."""
     n, dtype = len(grid.relative_weights), grid.graph.nodes.dtype
     edge_weights = np.asarray(grid.graph.edge_weights)
-    fitted = [criteria.Fitted.of(view, group.starts.sizes, grid, group.whole) for group in groups]
+    fitted = [criteria.Fitted.of(view, group.starts.sizes, grid, group.whole, group.by_cloud) for group in groups]
 
     def rows(values: list[Any]) -> np.ndarray:
         return np.repeat(np.asarray(values), n)

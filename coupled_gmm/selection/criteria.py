@@ -1,4 +1,4 @@
-"""What fits to all points say of their number of components, and of what coupling has cost them."""
+"""What each cloud says: how many components fits apart should have, and what coupling has cost them."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -20,21 +20,23 @@ class Fitted(NamedTuple):
     n_points: Int[np.ndarray, " V"]  # of positive weight; 0 where there is no cloud
     n_parameters: Int[np.ndarray, " V"]
     apart: Float[np.ndarray, " V"]  # mean log-likelihoods at weight 0
-    lost: Float[np.ndarray, "W V"]  # by how much they are lower, at each weight
+    lost: Float[np.ndarray, "W V"]  # nats per held-out point that coupling has cost, at each weight
 
     @classmethod
-    def of(cls, view: View, sizes: Sequence[int], grid: Grid, path: Path) -> "Fitted":
-        d, frozen = len(view.pooled), np.asarray(grid.graph.frozen)
+    def of(
+        cls, view: View, sizes: Sequence[int], grid: Grid, path: Path, held_out: Float[np.ndarray, "W V"]
+    ) -> "Fitted":
+        """From the path of fits to all points, and the mean log-densities of what was held out from others."""
+        d, frozen, apart = len(view.pooled), np.asarray(grid.graph.frozen), grid.relative_weights.index(0.0)
         counts = np.array([_count(x, w) for x, w in zip(view.clouds, view.weights, strict=True)])
         free = np.where(frozen, 0, np.asarray(sizes) * (1 + d + d * (d + 1) // 2) - 1)
-        found = np.asarray(path.log_likelihoods, np.float64)
-        apart = np.where(counts > 0, found[grid.relative_weights.index(0.0)], 0)
-        return cls(counts, free, apart, np.where(counts > 0, apart - found, 0))
+        likelihood = np.where(counts > 0, np.asarray(path.log_likelihoods, np.float64)[apart], 0)
+        return cls(counts, free, likelihood, held_out[apart] - held_out)
 
     def dear(self) -> Bool[np.ndarray, " W"]:
-        """Whether coupling has cost a cloud more than chance would, or than a mixture of its cloud can lose.
+        """Whether coupling has cost a cloud more than chance costs fits apart, or than a mixture of its cloud can lose.
 
-        2 n times what the true parameters lose against fitted ones is about chi-squared of p degrees (Wilks 1938): p on average.
+        2 n times what fitted parameters lose against the true ones is about chi-squared of p degrees (Wilks 1938): p on average.
         """
         by_chance = self.n_parameters / (2 * np.maximum(self.n_points, 1))
         return np.any(self.lost > np.minimum(by_chance, MOST_LOST) + _ROUNDING, axis=1)

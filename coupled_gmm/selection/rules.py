@@ -16,7 +16,7 @@ class Candidates(NamedTuple):
     weights: Float[np.ndarray, " R"]
     scores: Float[np.ndarray, "R F"]  # of each fold; -inf where a fit has failed
     errors: Float[np.ndarray, " R"]  # standard errors of their means
-    dear: Bool[np.ndarray, " R"]  # coupling has cost a cloud more than chance would, in fits to all points
+    dear: Bool[np.ndarray, " R"]  # coupling has cost a cloud more than chance costs fits apart
     log_likelihoods: Float[np.ndarray, " R"]  # of all points, fitted to all
     transport: Float[np.ndarray, " R"]
 
