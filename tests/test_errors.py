@@ -15,7 +15,7 @@ from coupled_gmm.batch import stacks, tiles
 from coupled_gmm.core.tree import unchecked
 from coupled_gmm.courses import chains, densities
 from coupled_gmm.courses import points as trajectory_points
-from coupled_gmm.fits import coupled, gmm, pairs, penalized, refits
+from coupled_gmm.fits import coupled, gmm, pairs, penalized
 from coupled_gmm.selection import paths, replicates
 from coupled_gmm.transport import maps, solvers
 
@@ -32,7 +32,6 @@ PROGRAMS = [
     (coupled, "_begin_graph"),
     (coupled, "_go_on_with_graph"),
     (coupled, "_fit_graphs"),
-    (refits, "_refit"),
     (gmm, "_fit"),
     (gmm, "_init"),
     (stacks, "_fits"),
@@ -848,7 +847,7 @@ class Entered(Exception):
 
 def test_every_program_is_watched():
     """The refusals above would prove nothing if the legal arguments did not enter the programs under those names."""
-    calls = {"_value_of_pair": objective, "_refit": fit_pair}
+    calls = {"_value_of_pair": objective}
     calls |= {"_begin_pair": fit_pair, "_begin_graph": fit_graph}
     calls |= {"_go_on_with_pair": fit_pair, "_go_on_with_graph": fit_graph}
     calls |= {"_fit": fit_gmm, "_init": init, "_solve_plan": solve, "_mw2_squared": distance}

@@ -15,11 +15,11 @@ from coupled_gmm.batch.stacks import Kind, StackedFits
 from coupled_gmm.core import checks
 from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.tree import AnyArray, pytree, saved
-from coupled_gmm.fits.fidelity import many_overruled
+from coupled_gmm.fits import refits
+from coupled_gmm.fits.fidelity import Fidelity, many_overruled
 from coupled_gmm.fits.graph import MixtureGraph, unpadded
 from coupled_gmm.fits.linked import started
-from coupled_gmm.fits.pairs import check_densities, coupled, frozen_sides, pair_fit
-from coupled_gmm.fits.refits import Coupled
+from coupled_gmm.fits.pairs import check_densities, ended, frozen_sides, pair_fit
 from coupled_gmm.fits.request import FitRequest, GivenCloud, view_of
 from coupled_gmm.fits.results import PairFit, trimmed
 from coupled_gmm.fits.weights import Weight
@@ -42,8 +42,9 @@ class PairFits(StackedFits[PairFit]):
         plan = dataclasses.replace(plan, pair=stated(plan.pair, balanced))
         found = fit.fidelity
         if found is not None:
-            alone = jax.tree.map(lambda leaf: leaf[:, : max(k0, k1)], found.alone)
-            found = dataclasses.replace(found, alone=alone)
+            found = dataclasses.replace(
+                found, alone=[unpadded(*one) for one in zip(found.alone, (k0, k1), strict=True)]
+            )
         return dataclasses.replace(fit, pair=plan.pair, plan=plan, fidelity=found)
 
     def _words(self) -> list[str]:
@@ -121,7 +122,7 @@ def fit_pairs(
     lists = _aligned(clouds0, clouds1, pairs, point_weights0, point_weights1)
     weight = Weight.given(transport_weight, relative_weight)
     given = _checked(lists, weight, frozen_sides(freeze), request, method)
-    kind = _KIND if fidelity else _KIND._replace(coupled=None)
+    kind = _KIND if fidelity else _KIND._replace(alone=None, fidelity=None)
     return PairFits(*stacks.fitted(kind, given, request, progress, executor))
 
 
@@ -166,9 +167,13 @@ def _lost(nothing: PairFit, start: tuple) -> PairFit:
     return dataclasses.replace(nothing, pair=start[0], plan=plan)
 
 
-def _coupled(start: tuple, fit: PairFit) -> tuple[Coupled, Any, Any]:
-    pair, _, frozen = start
-    return coupled(fit), [pair.gmm0, pair.gmm1], frozen
+def _alone(start: tuple, fits: PairFit) -> tuple:
+    pair, weight, frozen = start
+    return refits.pair(pair, fits.pair.gmm0, fits.pair.gmm1), np.zeros_like(weight), np.zeros_like(frozen)
 
 
-_KIND = Kind("pair", MixtureGraph.from_pair, pair_fit, _lost, _coupled)
+def _fidelity(start: tuple, fits: PairFit, alone: PairFit) -> Fidelity:
+    return Fidelity.of(ended(fits), ended(alone), start[2], np.ones(2, bool))
+
+
+_KIND = Kind("pair", MixtureGraph.from_pair, pair_fit, _lost, _alone, _fidelity)

@@ -28,7 +28,6 @@ from coupled_gmm.fits.frame import Sight
 from coupled_gmm.fits.graph import MixtureGraph
 from coupled_gmm.fits.request import Controls, FitOptions, FitRequest
 from coupled_gmm.gaussians.mixture import GaussianMixture
-from coupled_gmm.transport import solvers
 
 F = TypeVar("F")
 
@@ -101,8 +100,10 @@ class Kind(NamedTuple):
     graph: Callable[..., MixtureGraph]
     fit: Callable[[MixtureGraph, em.Solution], Any]
     lost: Callable[[Any, tuple], Any]  # of a fit without numbers, and what it starts from
-    # By what a fit started from, and the fit: where it ended, where it began and what was frozen, as `refits` takes them.
-    coupled: Callable[[tuple, Any], tuple] | None = None
+    alone: Callable[[tuple, Any], tuple] | None = (
+        None  # by what fits started from, and they: what their refits start from
+    )
+    fidelity: Callable[[tuple, Any, Any], Any] | None = None  # by what fits started from, they, and their refits
 
 
 def fitted(
@@ -152,8 +153,15 @@ def _done(tasks: list[tuple], executor: Any) -> Iterator[tuple[int, Any]]:
 
 
 def fit_part(kind: Kind, part: Part, controls: Controls, options: FitOptions, far: bool) -> Any:
-    """The fits of a part, stacked, by its program."""
-    return jax.block_until_ready(_fits(kind, part, controls, options, far))
+    """The fits of a part, stacked, by its program; and by the same what coupling has cost them."""
+    plain = kind._replace(alone=None, fidelity=None)
+    fits = jax.block_until_ready(_fits(plain, part, controls, options, far))
+    if kind.alone is None or kind.fidelity is None:
+        return fits
+    free = part._replace(problems=part.problems._replace(start=kind.alone(part.problems.start, fits)))
+    controls = refits.sparing(controls)._replace(learning_rate=None)
+    refit = jax.block_until_ready(_fits(plain, free, controls, options._replace(optimizer=None), far))
+    return dataclasses.replace(fits, fidelity=kind.fidelity(part.problems.start, fits, refit))
 
 
 @program("kind", "options", "far", over_matrices=True)
@@ -167,26 +175,10 @@ def _fits(kind: Kind, part: Part, controls: Controls, options: FitOptions, far: 
         graph = kind.graph(*problem.start)
         return graph, sight(problem, graph.n_nodes)
 
-    fits = _ends(
-        task, lambda problem, end: kind.fit(task(problem)[0], end), part.problems, part.count, controls, options
-    )
-    if kind.coupled is None:
-        return fits
-    coupled_of, controls = kind.coupled, refits.sparing(controls)
-    options = FitOptions(chunks.rows(refits.STEPS), solvers.ENTROPIC, optimizer=None, progress=False)
+    def read(problem: Problem, end: em.Solution) -> Any:
+        return kind.fit(task(problem)[0], end)
 
-    def alone(given: tuple[Problem, Any]) -> tuple[MixtureGraph, Sight]:
-        problem, fit = given
-        coupled, starts, frozen = coupled_of(problem.start, fit)
-        seen = sight(problem._replace(update=refits.update(starts[0].dtype)), len(frozen))
-        return coupled.alone(starts, frozen, seen), seen
-
-    def fidelity(given: tuple[Problem, Any], end: em.Solution) -> Any:
-        coupled, *_ = coupled_of(given[0].start, given[1])
-        return coupled.result(alone(given)[1], controls, end).fidelity
-
-    found = _ends(alone, fidelity, (part.problems, fits), part.count, controls, options)
-    return dataclasses.replace(fits, fidelity=found)
+    return _ends(task, read, part.problems, part.count, controls, options)
 
 
 def _ends(

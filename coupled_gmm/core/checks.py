@@ -50,6 +50,11 @@ def known(*values: Any) -> bool:
     return not any(isinstance(v, Tracer) for v in jax.tree.leaves(values))
 
 
+def array_module(*values: Any) -> Any:
+    """NumPy where the values can be read now, and else `jax.numpy`: few small numbers are quicker there, and compile nothing."""
+    return np if known(*values) else jnp
+
+
 def array(name: str, value: Any, *shape: int | str) -> jax.Array:
     """`value` as a floating JAX array of a shape such as ``("n", 2)``, where words stand for any size above zero."""
     result = _shaped(name, value, *shape)

@@ -38,6 +38,12 @@ def unchecked(cls: type[T], **fields: Any) -> T:
     return self
 
 
+def rebuilt(tree: T, **fields: Any) -> T:
+    """The same tree with other fields, unchecked: they may be NumPy's, on their way to a program."""
+    given = {field.name: getattr(tree, field.name) for field in dataclasses.fields(tree)}  # pyright: ignore[reportArgumentType]
+    return unchecked(type(tree), **given | fields)
+
+
 def take(tree: T, index: Any) -> T:
     """Rows of a tree whose leaves are stacked on a leading axis."""
     return jax.tree.map(lambda leaf: leaf[index], tree)

@@ -14,9 +14,10 @@ from jaxtyping import Array, Bool, Float, Int
 from coupled_gmm.core import checks
 from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.status import Outcome
-from coupled_gmm.core.tree import counted, number, pytree, saved, take
-from coupled_gmm.fits import em
+from coupled_gmm.core.tree import chosen, counted, number, pytree, saved, take
+from coupled_gmm.fits import em, refits
 from coupled_gmm.fits.em import Solution
+from coupled_gmm.fits.fidelity import Ended, Fidelity
 from coupled_gmm.fits.frame import Sight
 from coupled_gmm.fits.gmm import highest
 from coupled_gmm.fits.graph import MixtureGraph
@@ -41,6 +42,11 @@ class Schedule(NamedTuple):
         back = [(weight, -2 - weight) for weight in range(n_weights - 2, -1, -1)]
         weight, start = np.array(forth + back, np.int32).T
         return cls(weight, start)
+
+    def refitted(self, n_weights: int) -> "Schedule":
+        """The same, and then for each weight a run of another row of weights, from where it ended."""
+        last = np.arange(n_weights, dtype=np.int32)
+        return Schedule(np.concatenate([self.weight, n_weights + last]), np.concatenate([self.start, -1 - last]))
 
 
 @saved
@@ -80,6 +86,14 @@ def best_of(fits: list[Any]) -> Any:
     return dataclasses.replace(best, starts=StartEnds(*(jnp.stack(column) for column in zip(*every, strict=True))))
 
 
+class Contest(NamedTuple):
+    """What came of some runs: the end of highest J for each of W weights, all starts' ends, and what coupling has cost the best."""
+
+    best: Solution
+    starts: StartEnds
+    fidelity: Fidelity | None
+
+
 def best_ends(
     problem: MixtureGraph,
     starts: GaussianMixture,
@@ -88,14 +102,26 @@ def best_ends(
     sight: Sight,
     controls: Controls,
     options: FitOptions,
-) -> tuple[Solution, StartEnds]:
-    """The end of highest J for each row of edge weights, stacked, and of all starts; `starts` are nodes of the graph, stacked.
+) -> Contest:
+    """Of some rows of edge weights; `starts` are nodes of the graph, stacked.
 
-    The schedule has every start at every weight.
+    The schedule has every start at every weight. Refits, where the options ask for them, are its last runs.
     """
-    best, every = run_all(problem, starts, weights, schedule, sight, controls, options)
-    from_starts = np.flatnonzero(schedule.start >= 0).reshape(len(weights), -1)
-    return best, StartEnds(*take(every, from_starts))
+    n_weights = len(weights)
+    from_starts = np.flatnonzero(schedule.start >= 0).reshape(n_weights, -1)
+    if options.refits:
+        schedule = schedule.refitted(n_weights)
+        weights = jnp.concatenate([weights, jnp.zeros_like(weights)])
+    ends, every = run_all(problem, starts, weights, schedule, sight, controls, options)
+    every = StartEnds(*take(every, from_starts))
+    if not options.refits:
+        return Contest(ends, every, None)
+
+    def ended(ends: Solution) -> Ended:
+        return Ended(jax.vmap(problem.split)(ends.nodes), ends.log_likelihoods, ends.penalized)
+
+    best, refits = (take(ends, rows) for rows in (slice(n_weights), slice(n_weights, None)))
+    return Contest(best, every, Fidelity.of(ended(best), ended(refits), problem.frozen, sight.has_cloud))
 
 
 def run_all(
@@ -107,10 +133,15 @@ def run_all(
     controls: Controls,
     options: FitOptions,
 ) -> tuple[Solution, tuple[Float[Array, " runs"], Int[Array, " runs"]]]:
-    """As `best_ends`, of any schedule; and J and status of every run."""
+    """The best end for each row of weights, stacked, by any schedule; and J and status of every run."""
+    first = dataclasses.replace(problem, nodes=take(starts, 0))
 
     def run(weight: Array, nodes: GaussianMixture) -> Solution:
-        return em.run(dataclasses.replace(problem, edge_weights=weights[weight], nodes=nodes), sight, controls, options)
+        asked = dataclasses.replace(problem, edge_weights=weights[weight], nodes=nodes), controls
+        if options.refits:
+            alone = refits.graph(first, nodes, sight.has_cloud), refits.sparing(controls)
+            asked = chosen(weight >= len(weights) // 2, alone, asked)
+        return em.run(asked[0], sight, asked[1], options)
 
     def one(best: _Best, turn: tuple[Array, Array]) -> tuple[_Best, tuple[Array, Array]]:
         weight, start = turn

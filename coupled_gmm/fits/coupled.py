@@ -13,12 +13,12 @@ from coupled_gmm.core import checks
 from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.programs import program
 from coupled_gmm.core.tree import take, unchecked
-from coupled_gmm.fits import contest, em, frame
+from coupled_gmm.fits import contest, em, frame, refits
+from coupled_gmm.fits.fidelity import Ended, Fidelity
 from coupled_gmm.fits.frame import Sight, View
 from coupled_gmm.fits.gmm import pooled_draws
 from coupled_gmm.fits.graph import MixtureGraph
 from coupled_gmm.fits.linked import started_graph
-from coupled_gmm.fits.refits import Coupled, fidelity_of
 from coupled_gmm.fits.request import Controls, FitOptions, FitRequest, GivenCloud, Stretches, view_of
 from coupled_gmm.fits.results import GraphFit
 from coupled_gmm.fits.statistics import Sums
@@ -79,8 +79,13 @@ def _fit_graphs(
     ordered, order = problem.in_node_order()
     schedule = contest.Schedule.along(1, len(starts.weights))
     asked = ordered.edge_weights[None], schedule, sight, controls, options
-    ends, every = contest.best_ends(ordered, starts, *asked)
-    return dataclasses.replace(graph_fit(problem, take(ends, 0), order), starts=take(every, 0))
+    found = contest.best_ends(ordered, starts, *asked)
+    best, starts_ends, fidelity = jax.tree.map(lambda leaf: leaf[0], tuple(found))
+    return dataclasses.replace(graph_fit(problem, best, order), starts=starts_ends, fidelity=fidelity)
+
+
+def _stretches() -> Stretches:
+    return Stretches(_begin_graph, _go_on_with_graph)
 
 
 def _starts(graph: MixtureGraph, view: View, ridge: Array, n_init: int, key: Any) -> GaussianMixture:
@@ -232,28 +237,37 @@ def fit_graph(
     ]
     view = view_of(given, [graph.nodes], ridge)
     numbers = max(graph.sizes) * graph.nodes.n_features
-    program = Stretches(_begin_graph, _go_on_with_graph)
     if relative_weight is not None:
         weight = Weight.given(None, relative_weight).of(view)
         graph = dataclasses.replace(graph, edge_weights=(weight * graph.edge_weights).astype(graph.nodes.dtype))
     # One program, whatever the prices are and nodes are called.
     problem = dataclasses.replace(graph, balanced=False, times=None, names=None)
     seen = {"view": view, "numbers": numbers, "solver": _edge_solver(method, graph)}
-    if n_init == 1:
-        fit = request.fit(program, problem, **seen)
+    in_program = fidelity and not alone and request.optimizer is None  # which the refits, by EM, have not
+    if n_init == 1 and (not in_program or progress or checks.known(view, problem, request.controls)):
+        fit = request.fit(_stretches(), problem, **seen)
+    elif n_init == 1:  # in somebody's program: fit and refit are runs of one loop
+        starts = jax.tree.map(lambda leaf: leaf[None], problem.nodes)
+        fit = request.fit(_fit_graphs, problem, starts, **seen, refits=True)
+        fit = dataclasses.replace(fit, starts=None)
     else:
         starts = _starts(graph, view, request.controls.ridge, n_init, key)
         if view.external:
-            fit = contest.best_of(
-                [request.fit(program, dataclasses.replace(problem, nodes=one), **seen) for one in starts]
-            )
+            each = (dataclasses.replace(problem, nodes=one) for one in starts)
+            fit = contest.best_of([request.fit(_stretches(), one, **seen) for one in each])
         else:
-            fit = request.fit(_fit_graphs, problem, starts, **seen)
+            fit = request.fit(_fit_graphs, problem, starts, **seen, refits=in_program)
     plans = dataclasses.replace(fit.plans, pair=stated(fit.plans.pair, graph.balanced))
     fit = dataclasses.replace(fit, plans=plans, times=graph.times, names=graph.names)
     if alone:
         return dataclasses.replace(fit, feature_variance=None)
-    if not fidelity:
+    if not fidelity or fit.fidelity is not None:
         return fit
-    ended = Coupled(fit.gmms, fit.penalized_log_likelihoods, fit.log_likelihoods)
-    return fidelity_of(fit, ended, graph.split(graph.nodes), graph.frozen, request, view)
+    has_cloud = np.array([cloud is not None for cloud in clouds])
+    free = refits.graph(problem, stack(fit.gmms), has_cloud)
+    refit = refits.request(request).fit(_stretches(), free, **seen)
+    return dataclasses.replace(fit, fidelity=Fidelity.of(_ended(fit), _ended(refit), graph.frozen, has_cloud))
+
+
+def _ended(fit: GraphFit) -> Ended:
+    return Ended(fit.gmms, fit.log_likelihoods, fit.penalized_log_likelihoods)

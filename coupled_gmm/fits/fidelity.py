@@ -12,14 +12,15 @@ of the fit and T' that between the refitted mixtures,
 so that at :math:`\lambda \le \delta / T'` no more than :math:`\delta` can be lost.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from coupled_gmm.core import checks
 from coupled_gmm.core.tree import Stackable, listed, number, pytree, saved, take
-from coupled_gmm.fits.online import MixtureStatistics
 from coupled_gmm.gaussians.mixture import GaussianMixture
 from coupled_gmm.transport.pair import GaussianMixturePair
 from coupled_gmm.transport.plan import Plan
@@ -27,6 +28,14 @@ from coupled_gmm.transport.solvers import solve_plan
 
 MOST_LOST = 0.1  # nats per point; a mixture that has lost more is none of its cloud
 _ONE = 0.01  # of the squared distance between two mixtures: with no more left they are one
+
+
+class Ended(NamedTuple):
+    """Where a fit, or each of several, ended."""
+
+    gmms: list[GaussianMixture]
+    log_likelihoods: Float[Any, "*b V"]
+    penalized: Float[Any, "*b V"]
 
 
 @saved
@@ -37,8 +46,8 @@ class Fidelity(Stackable):
     Likelihoods are means per point of the cloud, `log_likelihood` the density's own. `loss` is what the mixture gains by being
     refitted without coupling, from where the fit ended, in nats per point; at least that, where a hundred steps were not enough.
     Shifts are in the cloud's standard deviations, and 0 of a mixture that was fitted by EM alone: of the mean, the largest of any
-    feature; of the covariance, of any two, the cloud's having the ridge's floor. `alone` are the refitted mixtures, stacked, of
-    which frozen ones are as they were.
+    feature; of the covariance, of any two, the cloud's having the ridge's floor. `alone` are the refitted mixtures, of which frozen
+    ones, which lose nothing, are as they were.
     """
 
     log_likelihood: Float[Array, "*b V"]
@@ -46,7 +55,29 @@ class Fidelity(Stackable):
     loss: Float[Array, "*b V"]
     mean_shift: Float[Array, "*b V"]
     covariance_shift: Float[Array, "*b V"]
-    alone: GaussianMixture
+    alone: list[GaussianMixture]
+
+    @classmethod
+    def of(cls, fit: Ended, refit: Ended, frozen: Any, has_cloud: Any) -> "Fidelity":
+        """Of a fit, and of where it ended without the penalty; in a program, or on the host."""
+        xp = checks.array_module(fit, refit, frozen, has_cloud)
+        frozen, has_cloud = xp.asarray(frozen), xp.asarray(has_cloud)
+        loss = xp.maximum(xp.asarray(refit.penalized) - xp.asarray(fit.penalized), 0)
+        shifts = [xp.stack(each, axis=-1) for each in zip(*map(_shifts, fit.gmms, refit.gmms), strict=True)]
+        loss = xp.where(frozen, 0, loss).astype(loss.dtype)
+        columns = [fit.log_likelihoods, fit.penalized, loss, *shifts]
+        likelihood, penalized, *rest = (xp.where(has_cloud, one, np.nan).astype(loss.dtype) for one in columns)
+        still = xp.broadcast_to(frozen | ~has_cloud, loss.shape)
+
+        def kept(v: int) -> GaussianMixture:
+            def one(old: Any, new: Any) -> Any:
+                return xp.where(xp.expand_dims(still[..., v], tuple(range(still.ndim - 1, new.ndim))), old, new)
+
+            return jax.tree.map(one, fit.gmms[v], refit.gmms[v])
+
+        alone = [kept(v) for v in range(len(fit.gmms))]
+        fields = (likelihood, penalized, *rest, alone)
+        return cls(*(fields if xp is jnp else jax.device_put(fields)))  # pyright: ignore[reportArgumentType]
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
@@ -117,28 +148,28 @@ def _distance(gmm0: GaussianMixture, gmm1: GaussianMixture) -> float:
     return float(solve_plan(GaussianMixturePair(gmm0, gmm1, epsilon=1.0), method="exact").transport_cost)
 
 
-def shifts(
-    gmm: GaussianMixture, cloud: MixtureStatistics, floors: Float[Array, "V d"]
-) -> tuple[Float[Array, " V"], Float[Array, " V"]]:
-    """How far means and covariances of V mixtures are from those of their clouds, in standard deviations."""
-    centre = cloud.means[:, :1]
-    own = _moments(
-        gmm.weights, (gmm.means - centre) + (0 if gmm.remainders is None else gmm.remainders), gmm.covariances
-    )
-    mean, covariance = _moments(cloud.masses, (cloud.means - centre) + cloud.remainders, cloud.scatters)
-    covariance = covariance + floors[:, :, None] * jnp.eye(floors.shape[-1], dtype=floors.dtype)
-    deviations = jnp.sqrt(jnp.diagonal(covariance, axis1=1, axis2=2))
-    deviations = jnp.where(deviations > 0, deviations, 1)
-    of_means = jnp.abs(own[0] - mean) / deviations
-    of_covariances = jnp.abs(own[1] - covariance) / deviations[:, :, None] / deviations[:, None, :]
-    return jnp.max(of_means, axis=1), jnp.max(of_covariances, axis=(1, 2))
+def _shifts(gmm: GaussianMixture, refit: GaussianMixture) -> tuple[Float[Any, "*b"], Float[Any, "*b"]]:
+    """How far mean and covariance of a mixture are from those of its cloud, in standard deviations.
+
+    EM's M-step gives a mixture the moments of its cloud, the covariance with the ridge's floor: they are read off the refit.
+    """
+    xp = checks.array_module(gmm, refit)
+    centre = xp.asarray(refit.means)[..., :1, :]
+    own, cloud = (_moments(xp, mixture, centre) for mixture in (gmm, refit))
+    deviations = xp.sqrt(xp.diagonal(cloud[1], axis1=-2, axis2=-1))
+    deviations = xp.where(deviations > 0, deviations, 1)
+    of_means = xp.abs(own[0] - cloud[0]) / deviations
+    of_covariances = xp.abs(own[1] - cloud[1]) / deviations[..., :, None] / deviations[..., None, :]
+    return xp.max(of_means, axis=-1), xp.max(of_covariances, axis=(-2, -1))
 
 
-def _moments(masses: Array, means: Array, covariances: Array) -> tuple[Array, Array]:
-    """Means and covariances of V mixtures, about a point near them."""
-    present = masses > 0
-    means = jnp.where(present[..., None], means, 0)
-    mean = jnp.einsum("vk,vkd->vd", masses, means)
-    apart = means - mean[:, None]
-    each = jnp.where(present[..., None, None], covariances, 0) + apart[..., :, None] * apart[..., None, :]
-    return mean, jnp.einsum("vk,vkij->vij", masses, each)
+def _moments(xp: Any, gmm: GaussianMixture, centre: Any) -> tuple[Any, Any]:
+    """Mean and covariance of a mixture, about a point near it."""
+    weights, means, covariances = (xp.asarray(leaf) for leaf in (gmm.weights, gmm.means, gmm.covariances))
+    rest = 0 if gmm.remainders is None else xp.asarray(gmm.remainders)
+    present = weights > 0
+    means = xp.where(present[..., None], (means - centre) + rest, 0)
+    mean = xp.einsum("...k,...kd->...d", weights, means)
+    apart = means - mean[..., None, :]
+    each = xp.where(present[..., None, None], covariances, 0) + apart[..., :, None] * apart[..., None, :]
+    return mean, xp.einsum("...k,...kij->...ij", weights, each)

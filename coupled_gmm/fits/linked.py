@@ -18,10 +18,11 @@ from jaxtyping import Bool
 
 from coupled_gmm.core import checks
 from coupled_gmm.core.errors import ArgumentError
+from coupled_gmm.core.tree import rebuilt
 from coupled_gmm.fits.graph import MixtureGraph
 from coupled_gmm.gaussians.mixture import GaussianMixture
 from coupled_gmm.transport.links import check_carry, shortage
-from coupled_gmm.transport.pair import GaussianMixturePair, rebuilt
+from coupled_gmm.transport.pair import GaussianMixturePair
 
 _CARRIED = 1e-6  # of all mass, what links may be short of
 _REMEDY = "give it weights that they can, more links, or masses that may change (tau below 1)"

@@ -17,13 +17,13 @@ from coupled_gmm.core import checks
 from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.programs import program
 from coupled_gmm.core.tree import take
-from coupled_gmm.fits import contest, em, frame
+from coupled_gmm.fits import contest, em, frame, refits
 from coupled_gmm.fits.coupled import graph_fit
+from coupled_gmm.fits.fidelity import Ended, Fidelity
 from coupled_gmm.fits.frame import Sight, View
 from coupled_gmm.fits.gmm import pooled_draws
 from coupled_gmm.fits.graph import MixtureGraph
 from coupled_gmm.fits.linked import started
-from coupled_gmm.fits.refits import Coupled, fidelity_of
 from coupled_gmm.fits.request import Controls, FitOptions, FitRequest, GivenCloud, Stretches, view_of
 from coupled_gmm.fits.results import PairFit, trimmed
 from coupled_gmm.fits.statistics import Sums
@@ -79,9 +79,9 @@ def pair_fit(problem: MixtureGraph, end: em.Solution) -> PairFit:
     )
 
 
-def coupled(fit: PairFit) -> Coupled:
+def ended(fit: PairFit) -> Ended:
     """Where a fit, or each of some, ended."""
-    return Coupled([fit.pair.gmm0, fit.pair.gmm1], fit.penalized_log_likelihoods, fit.log_likelihoods)
+    return Ended([fit.pair.gmm0, fit.pair.gmm1], fit.log_likelihoods, fit.penalized_log_likelihoods)
 
 
 @program("options", over_matrices=True)
@@ -102,8 +102,13 @@ def _fit_pairs(
     problem = graph(take(pairs, 0), transport_weights[0])
     schedule = contest.Schedule.along(len(transport_weights), len(pairs.epsilon))
     weights = transport_weights[:, None].astype(problem.edge_weights.dtype)
-    ends, starts = contest.best_ends(problem, nodes, weights, schedule, sight, controls, options)
-    return dataclasses.replace(jax.vmap(lambda end: pair_fit(problem, end))(ends), starts=starts)
+    ends, starts, fidelity = contest.best_ends(problem, nodes, weights, schedule, sight, controls, options)
+    fits = jax.vmap(lambda end: pair_fit(problem, end))(ends)
+    return dataclasses.replace(fits, starts=starts, fidelity=fidelity)
+
+
+def _stretches() -> Stretches:
+    return Stretches(_begin_pair, _go_on_with_pair)
 
 
 def two_clouds(x0: Any, x1: Any, weights0: Any, weights1: Any) -> list[GivenCloud]:
@@ -199,23 +204,18 @@ def fit_pair(
     )
     weight = Weight.given(transport_weight, relative_weight)
     clouds = two_clouds(x0, x1, point_weights0, point_weights1)
-    asked, program = (
-        _PairRequest.checked(request, clouds, pair, freeze, method, n_init, key),
-        Stretches(_begin_pair, _go_on_with_pair),
-    )
+    asked = _PairRequest.checked(request, clouds, pair, freeze, method, n_init, key)
     transport_weight = weight.of(asked.view)
     if n_init == 1:
-        return asked.measured(asked.fit(program, asked.pair, transport_weight), fidelity)
+        return asked.single(transport_weight, fidelity)
     if jnp.ndim(transport_weight) or progress:
         raise ArgumentError(
             "n_init", f"fits of several starts take one {weight.name}, and have no progress", "see fit_path"
         )
     if asked.view.external:
-        ends = [asked.fit(program, start, transport_weight) for start in asked.starts()]
-        best = contest.best_of(ends)
-    else:
-        best = asked.fit(_fit_pairs, asked.starts(), transport_weight[None])[0]
-    return asked.measured(best, fidelity)
+        best = contest.best_of([asked.fit(_stretches(), start, transport_weight) for start in asked.starts()])
+        return asked.measured(best) if fidelity else best
+    return asked.several(transport_weight[None], fidelity)[0]
 
 
 def fit_path(
@@ -281,8 +281,7 @@ def fit_path(
     otherwise = "call fit_pair for each weight, and start it where the one before ended"
     asked = _PairRequest.checked(request, clouds, pair, freeze, method, n_init, key, in_memory=otherwise)
     transport_weights = weights.of(asked.view)
-    fits = asked.fit(_fit_pairs, asked.starts(), transport_weights)
-    return asked.measured(dataclasses.replace(fits, transport_weights=transport_weights), fidelity)
+    return dataclasses.replace(asked.several(transport_weights, fidelity), transport_weights=transport_weights)
 
 
 def frozen_sides(freeze: Any) -> Bool[np.ndarray, "2"]:
@@ -335,18 +334,41 @@ class _PairRequest(NamedTuple):
         view = view_of(clouds, [pair.gmm0, pair.gmm1], ridge, in_memory)
         return cls(request, pair, view, frozen, solver, n_init, None if key is None else checks.key("key", key))
 
-    def fit(self, program: Any, pairs: GaussianMixturePair, weights: Array) -> PairFit:
+    def fit(self, program: Any, pairs: GaussianMixturePair, weights: Any, refits: bool = False) -> PairFit:
         problem = stated(pairs, balanced=False), weights, self.frozen  # one program, whatever the prices are
-        fit = self.request.fit(program, *problem, view=self.view, numbers=numbers(self.pair), solver=self.solver)
+        seen = {"view": self.view, "numbers": numbers(self.pair), "solver": self.solver}
+        fit = self.request.fit(program, *problem, **seen, refits=refits)
         balanced = self.pair.balanced
         plan = dataclasses.replace(fit.plan, pair=stated(fit.plan.pair, balanced))
         return dataclasses.replace(fit, pair=stated(fit.pair, balanced), plan=plan)
 
-    def measured(self, fit: PairFit, fidelity: bool) -> PairFit:
-        """A fit, or fits stacked, with what coupling has cost its mixtures where that is asked for."""
+    def single(self, weight: Array, fidelity: bool) -> PairFit:
+        """The fit from the pair, with what coupling has cost its mixtures where that is asked for.
+
+        In somebody's program fit and refit are runs of one loop; elsewhere two calls of one program, which may be shown.
+        """
         if not fidelity:
-            return fit
-        return fidelity_of(fit, coupled(fit), [self.pair.gmm0, self.pair.gmm1], self.frozen, self.request, self.view)
+            return self.fit(_stretches(), self.pair, weight)
+        known = checks.known(self.view, self.pair, weight, self.request.controls)
+        if known or self.request.progress or self.request.optimizer is not None:
+            return self.measured(self.fit(_stretches(), self.pair, weight))
+        return dataclasses.replace(self.several(weight[None], fidelity)[0], starts=None)
+
+    def several(self, weights: Array, fidelity: bool) -> PairFit:
+        """The best fits from some starts at each weight, stacked."""
+        in_program = self.request.optimizer is None  # which the refits, by EM, have not
+        fits = self.fit(_fit_pairs, self.starts(), weights, refits=fidelity and in_program)
+        if not fidelity or in_program:
+            return fits
+        each = [self.measured(fits[i]).fidelity for i in range(len(weights))]
+        return dataclasses.replace(fits, fidelity=jax.tree.map(lambda *leaves: jnp.stack(leaves), *each))
+
+    def measured(self, fit: PairFit) -> PairFit:
+        """A fit with what coupling has cost its mixtures, by its own program."""
+        free = refits.pair(self.pair, fit.pair.gmm0, fit.pair.gmm1)
+        asked = self._replace(request=refits.request(self.request), pair=free, frozen=np.zeros(2, bool))
+        alone = asked.fit(_stretches(), free, np.zeros((), self.pair.epsilon.dtype))
+        return dataclasses.replace(fit, fidelity=Fidelity.of(ended(fit), ended(alone), self.frozen, np.ones(2, bool)))
 
     def starts(self) -> GaussianMixturePair:
         """The pair, and pairs that are drawn, stacked; what is frozen is in all of them."""

@@ -1,150 +1,89 @@
-"""The mixtures of a coupled fit, refitted by EM alone from where it ended: what they would be without the penalty."""
+"""The mixtures of a coupled fit, refitted without the penalty from where it ended: its own program once more, at weight zero.
 
-import dataclasses
-from typing import Any, NamedTuple
+Nothing is compiled for it. EM is not asked for more than a fair guess: at most a hundred steps, to a rough tolerance.
+"""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool
 
-from coupled_gmm.core.programs import program
-from coupled_gmm.core.tree import pytree
-from coupled_gmm.fits import em, online
-from coupled_gmm.fits.fidelity import Fidelity, shifts
-from coupled_gmm.fits.frame import Sight, View
+from coupled_gmm.core import checks
+from coupled_gmm.core.tree import rebuilt
 from coupled_gmm.fits.graph import MixtureGraph
-from coupled_gmm.fits.history import History
-from coupled_gmm.fits.request import Controls, FitOptions, FitRequest, Stretches
-from coupled_gmm.fits.statistics import Sums
-from coupled_gmm.gaussians.mixture import GaussianMixture, alike, stack
-from coupled_gmm.transport import solvers
+from coupled_gmm.fits.request import Controls, FitRequest
+from coupled_gmm.gaussians.mixture import GaussianMixture
+from coupled_gmm.transport.pair import GaussianMixturePair
 
-STEPS, _TOL = 100, 1e-4
+_STEPS, _M_STEPS, _TOL = 100, 20, 1e-4
 _NEAR = 1e-2
+_BLURRED = 1e3  # times as much as was asked for: plans that cost nothing are then found at once
 
 
-@pytree
-class Refit:
-    """What a program returns of it."""
-
-    fidelity: Fidelity
-    status: Int[Array, "*b"]
-    history: History
-
-
-def fidelity_of(
-    fit: Any, coupled: "Coupled", starts: "list[GaussianMixture]", frozen: Any, request: FitRequest, view: View
-) -> Any:
-    """The same fit, or fits stacked, with what coupling has cost its nodes, by the view that it has had of the clouds.
-
-    Args:
-      coupled: where it ended.
-      starts: where its nodes began.
-    """
-    dtype, numbers = coupled.gmms[0].dtype, max(gmm.n_components * gmm.n_features for gmm in coupled.gmms)
-    request = request._replace(controls=sparing(request.controls), em_steps=STEPS, optimizer=None, progress=False)
-    seen = {"view": view._replace(update=update(dtype)), "numbers": numbers}
-    program = Stretches(_begin, _go_on) if view.external else _refit
-    found = request.fit(program, coupled, starts, frozen, solver=solvers.ENTROPIC, **seen)
-    return dataclasses.replace(fit, fidelity=found.fidelity)
+def request(given: FitRequest) -> FitRequest:
+    """What is asked of a refit, by the optimiser that has EM's M-step."""
+    controls = sparing(given.controls)._replace(learning_rate=None)
+    return given._replace(controls=controls, em_steps=_STEPS, optimizer=None, progress=False)
 
 
 def sparing(controls: Controls) -> Controls:
-    """The controls of a refit, of which no more is asked than a fair guess."""
-    tol, steps = jax.device_put((np.float32(_TOL), np.int32(STEPS)))
-    return controls._replace(tol=tol, em_steps=steps, learning_rate=None)
+    """The controls with the tolerance and the steps of a refit."""
+
+    def like(leaf: Any, value: float) -> Any:
+        if checks.known(leaf):
+            return jax.device_put(np.full(np.shape(leaf), value, leaf.dtype))
+        return jnp.full_like(leaf, value)
+
+    asked = {"tol": _TOL, "em_steps": _STEPS, "m_steps": _M_STEPS}
+    return controls._replace(**{name: like(getattr(controls, name), value) for name, value in asked.items()})
 
 
-def update(dtype: Any) -> online.Update:
-    """What makes an E-step keep the statistics of a cloud, of which its moments are read."""
-    return online.Update.of(np.float64(1), dtype, None, None)
+def graph(given: MixtureGraph, ended: GaussianMixture, has_cloud: Any) -> MixtureGraph:
+    """What a refit of a graph starts from: its nodes, stacked, as they ended, without a price between them.
+
+    What has a cloud is fitted, frozen or not: of its refit the moments of the cloud are read.
+    """
+    nodes = beginning(ended, given.nodes)
+    xp = checks.array_module(given, nodes)
+    free = {"edge_weights": xp.zeros_like(given.edge_weights), "frozen": ~xp.asarray(has_cloud), **_free(given)}
+    return rebuilt(given, nodes=nodes, **free)
 
 
-class Coupled(NamedTuple):
-    """Where a coupled fit ended."""
-
-    gmms: list[GaussianMixture]
-    penalized: Any  # (V,), as the fit has them
-    log_likelihoods: Any
-
-    def alone(self, starts: list[GaussianMixture], frozen: Array, sight: Sight) -> MixtureGraph:
-        """Its nodes without edges; where two components have become one, which EM hardly parts, as the fit began.
-
-        What is frozen, or has no cloud, stays as it is.
-        """
-        nodes, began = alike([stack(self.gmms), stack(starts)])
-        became_one = _have_become_one(nodes)
-
-        def kept(end: Array, start: Array) -> Array:
-            return jnp.where(jnp.expand_dims(became_one, range(1, end.ndim)), start, end)
-
-        return MixtureGraph.unjoined(jax.tree.map(kept, nodes, began), frozen | ~sight.has_cloud)
-
-    def result(self, sight: Sight, controls: Controls, end: em.Solution) -> "Refit":
-        assert end.statistics is not None
-        floors = sight.floors(controls.ridge) * jnp.square(sight.frame.unit)
-        mean_shift, covariance_shift = shifts(stack(self.gmms), end.statistics, floors)
-        numbers = {
-            "log_likelihood": self.log_likelihoods,
-            "penalized_log_likelihood": self.penalized,
-            "loss": jnp.maximum(end.penalized - self.penalized, 0),
-            "mean_shift": mean_shift,
-            "covariance_shift": covariance_shift,
-        }
-        numbers = {name: jnp.where(sight.has_cloud, number, jnp.nan) for name, number in numbers.items()}
-        return Refit(Fidelity(**numbers, alone=end.nodes), end.status, end.history)
+def pair(given: GaussianMixturePair, gmm0: GaussianMixture, gmm1: GaussianMixture) -> GaussianMixturePair:
+    """The same of a pair, or of several, stacked."""
+    return rebuilt(given, gmm0=beginning(gmm0, given.gmm0), gmm1=beginning(gmm1, given.gmm1), **_free(given))
 
 
-def _have_become_one(nodes: GaussianMixture) -> Bool[Array, " V"]:
+def _free(edges: Any) -> dict[str, Any]:
+    """Prices and links of edges that hold nothing back."""
+    xp = checks.array_module(edges)
+    links = None if edges.links is None else xp.ones_like(edges.links)
+    return {"epsilon": _BLURRED * xp.asarray(edges.epsilon), "rho": xp.full_like(edges.rho, np.inf), "links": links}
+
+
+def beginning(ended: GaussianMixture, started: GaussianMixture) -> GaussianMixture:
+    """Where a refit begins: where the fit ended, or began, if two components have become one, which EM hardly parts."""
+    xp = checks.array_module(ended, started)
+    one = _have_become_one(ended)
+    rest = None if started.remainders is None else ended.remainders
+    if started.remainders is not None and rest is None:
+        rest = xp.zeros_like(started.remainders)
+
+    def kept(end: Array, start: Array) -> Array:
+        return xp.where(xp.expand_dims(one, tuple(range(one.ndim, end.ndim))), start, end)
+
+    return jax.tree.map(kept, rebuilt(ended, remainders=rest), started)
+
+
+def _have_become_one(gmm: GaussianMixture) -> Bool[Any, "*b"]:
     """Whether two components of a mixture differ by no more than a hundredth of their size."""
-    k = nodes.weights.shape[1]
-    size = jnp.trace(nodes.covariances, axis1=2, axis2=3)
-    apart = jnp.sum((nodes.means[:, :, None] - nodes.means[:, None]) ** 2, axis=-1)
-    unlike = jnp.sum((nodes.covariances[:, :, None] - nodes.covariances[:, None]) ** 2, axis=(-2, -1))
-    near = (apart <= _NEAR**2 * size[:, None]) & (unlike <= (_NEAR * size[:, None]) ** 2)
-    present = nodes.weights > 0
-    return jnp.any(near & present[:, None] & present[:, :, None] & ~np.eye(k, dtype=bool), axis=(1, 2))
-
-
-@program("options", over_matrices=True)
-def _refit(
-    coupled: Coupled,
-    starts: list[GaussianMixture],
-    frozen: Array,
-    sight: Sight,
-    controls: Controls,
-    options: FitOptions,
-) -> Refit:
-    def one(coupled: Coupled) -> Refit:
-        return coupled.result(sight, controls, em.run(coupled.alone(starts, frozen, sight), sight, controls, options))
-
-    return one(coupled) if coupled.penalized.ndim == 1 else jax.lax.map(one, coupled)
-
-
-@program("options", over_matrices=True)
-def _begin(
-    coupled: Coupled,
-    starts: list[GaussianMixture],
-    frozen: Array,
-    sight: Sight,
-    controls: Controls,
-    options: FitOptions,
-) -> em.Underway:
-    return em.begin(coupled.alone(starts, frozen, sight), sight, controls, options)
-
-
-@program("options", over_matrices=True)
-def _go_on(
-    coupled: Coupled,
-    starts: list[GaussianMixture],
-    frozen: Array,
-    sight: Sight,
-    controls: Controls,
-    options: FitOptions,
-    underway: em.Underway,
-    until: Array,
-    sums: Sums | None = None,
-) -> tuple[em.Underway, Refit]:
-    underway, end = em.go_on(coupled.alone(starts, frozen, sight), sight, controls, options, underway, until, sums)
-    return underway, coupled.result(sight, controls, end)
+    xp = checks.array_module(gmm)
+    means, covariances, present = xp.asarray(gmm.means), xp.asarray(gmm.covariances), xp.asarray(gmm.weights) > 0
+    size = xp.trace(covariances, axis1=-2, axis2=-1)
+    apart = xp.sum((means[..., :, None, :] - means[..., None, :, :]) ** 2, axis=-1)
+    unlike = xp.sum((covariances[..., :, None, :, :] - covariances[..., None, :, :, :]) ** 2, axis=(-2, -1))
+    near = (apart <= _NEAR**2 * size[..., None, :]) & (unlike <= (_NEAR * size[..., None, :]) ** 2)
+    near &= present[..., :, None] & present[..., None, :] & ~np.eye(present.shape[-1], dtype=bool)
+    return xp.any(near, axis=(-2, -1))

@@ -82,6 +82,7 @@ class FitOptions(NamedTuple):
     solver: PlanSolver
     optimizer: Any
     progress: bool
+    refits: bool = False  # whether the program of several runs is to say what coupling has cost
 
 
 class Stretches(NamedTuple):
@@ -103,6 +104,7 @@ class FitRequest(NamedTuple):
     optimizer: Any
     chunk_size: int | None
     progress: Any
+    rows: int  # of the history that its program has room for
 
     @classmethod
     def checked(
@@ -135,19 +137,26 @@ class FitRequest(NamedTuple):
         checks.choice("method", method, ENTROPIC_METHODS)
         if chunk_size is not None:
             checks.integer("chunk_size", chunk_size, 1)
-        return cls(controls, int(em_steps), optimizer, chunk_size, progress)
+        return cls(controls, int(em_steps), optimizer, chunk_size, progress, chunks.rows(em_steps))
 
     def fit(
-        self, program: Callable[..., Any] | Stretches, *problem: Any, view: View, numbers: int, solver: PlanSolver
+        self,
+        program: Callable[..., Any] | Stretches,
+        *problem: Any,
+        view: View,
+        numbers: int,
+        solver: PlanSolver,
+        refits: bool = False,
     ) -> Any:
         """What a program makes of a problem and what it sees, with a row of history for each step that was asked for.
 
         Args:
           program: (*problem, sight, controls, options) -> a fit; or stretches of one, each of these.
           numbers: that it holds of each point.
+          refits: as in `FitOptions`.
         """
         sight = view.in_chunks(numbers, self.chunk_size)
-        options = FitOptions(chunks.rows(self.em_steps), solver, self.optimizer, progress=False)
+        options = FitOptions(self.rows, solver, self.optimizer, progress=False, refits=refits)
         sharded = sight.chunks.mesh is not None
         controls = self.controls
         if sharded:

@@ -1,6 +1,5 @@
 """Two mixtures and the transport problem between them."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 from coupled_gmm.core import checks
 from coupled_gmm.core.errors import ArgumentError, ArgumentTypeError
 from coupled_gmm.core.programs import program
-from coupled_gmm.core.tree import Stackable, mapped, number, pytree, saved, single, static, unchecked
+from coupled_gmm.core.tree import Stackable, mapped, number, pytree, rebuilt, saved, single, static
 from coupled_gmm.gaussians import bures
 from coupled_gmm.gaussians.mixture import GaussianMixture, about_one_point, check_features
 from coupled_gmm.transport.links import checked, transposed
@@ -158,13 +157,6 @@ class GaussianMixturePair(Stackable):
 def stated(pair: GaussianMixturePair, balanced: bool) -> GaussianMixturePair:
     """The same pair, whose structure says that it is balanced, or leaves that to its prices."""
     return rebuilt(pair, balanced=balanced)
-
-
-def rebuilt(pair: GaussianMixturePair, **fields: Any) -> GaussianMixturePair:
-    """The same pair with other fields, unchecked."""
-    return unchecked(
-        GaussianMixturePair, **{field.name: getattr(pair, field.name) for field in dataclasses.fields(pair)} | fields
-    )
 
 
 def transport_problem(pair: GaussianMixturePair, cost: Float[Array, "*b K0 K1"]) -> TransportProblem:
