@@ -79,7 +79,7 @@ def choose(
     - "one_standard_error": of all rows that the best is ahead of by no more than its standard error (Breiman et al. 1984) the
       fewest components, and of these, with the epsilon and rho that do best, the largest weight. Rows are left out in which
       coupling has cost a cloud more than chance costs fits apart: p / 2n nats per held-out point, of p numbers that are fitted
-      to n points, by which these are on average worse than the true ones; or more than 0.1.
+      to n points, by which these are on average worse than the true ones; or more than 0.1, there or in the fit to all points.
     - "best": the best mean score.
     - "corner": of the components, epsilon and rho that the first rule takes, the weight where log-likelihood against transport, of
       fits to all points, is farthest above the line between its ends.
@@ -280,7 +280,33 @@ def _chosen(
     given: list[GivenCloud],
     is_pair: bool,
 ) -> Choice:
-    """The table, the row that the rule takes, and its fit to all points."""
+    """The table, the row that the rule takes, and its fit to all points.
+
+    Where the penalty has overruled the data in a fit, coupling was dear: the rule of one standard error then takes another row.
+    """
+    n, columns = len(grid.relative_weights), _columns(grid, view, groups)
+    if not np.isfinite(columns["scores"]).all(axis=1).any():
+        status = Status(int(np.asarray(groups[0].whole.status)[0]))
+        raise FitError(f"choose: no fit has a usable result in every fold: {status.message}")
+    fields = {"sizes": "n_components", "weights": "relative_weights", "errors": "standard_errors"}
+    candidates = rules.Candidates(*(columns[fields.get(name, name)] for name in rules.Candidates._fields))
+
+    def fitted(row: int) -> PairFit | GraphFit:
+        return _refitted(grid, groups[row // n], row % n, request, given, is_pair)
+
+    row = rules.chosen(candidates, rule)
+    fit = fitted(row)
+    while rule == "one_standard_error" and fit.fidelity is not None and fit.fidelity.overruled.any():
+        candidates.dear[row] = True
+        before, row = row, rules.chosen(candidates, rule)
+        if row == before:
+            break
+        fit = fitted(row)
+    return Choice(fit, **jax.device_put(columns), row=jax.device_put(np.int32(row)), rule=rule)
+
+
+def _columns(grid: Grid, view: View, groups: list[_Group]) -> dict[str, np.ndarray]:
+    """Of the table, as `Choice` has them."""
     n, dtype = len(grid.relative_weights), grid.graph.nodes.dtype
     edge_weights = np.asarray(grid.graph.edge_weights)
     fitted = [criteria.Fitted.of(view, group.starts.sizes, grid, group.whole, group.by_cloud) for group in groups]
@@ -292,7 +318,7 @@ def _chosen(
     transport = np.concatenate([np.asarray(group.whole.transport) @ _shares(edge_weights) for group in groups])
     likelihoods = np.concatenate([np.asarray(group.whole.log_likelihoods) for group in groups])
     likelihoods = likelihoods @ np.asarray(grid.graph.node_weights)
-    columns = {
+    return {
         "n_components": rows([max(group.starts.sizes) for group in groups]).astype(np.int32),
         "relative_weights": np.tile(np.asarray(grid.relative_weights, dtype), len(groups)),
         "transport_weights": np.tile(scale, len(groups)),
@@ -309,14 +335,6 @@ def _chosen(
         "n_failed": np.concatenate([group.n_failed for group in groups]).astype(np.int32),
         "groups": rows(list(range(len(groups)))).astype(np.int32),
     }
-    if not np.isfinite(columns["scores"]).all(axis=1).any():
-        status = Status(int(np.asarray(groups[0].whole.status)[0]))
-        raise FitError(f"choose: no fit has a usable result in every fold: {status.message}")
-    fields = {"sizes": "n_components", "weights": "relative_weights", "errors": "standard_errors"}
-    fields = {name: columns[fields.get(name, name)] for name in rules.Candidates._fields}
-    row = rules.chosen(rules.Candidates(**fields), rule)
-    fit = _refitted(grid, groups[row // n], row % n, request, given, is_pair)
-    return Choice(fit, **jax.device_put(columns), row=jax.device_put(np.int32(row)), rule=rule)
 
 
 def _shares(edge_weights: np.ndarray) -> np.ndarray:

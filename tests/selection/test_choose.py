@@ -11,6 +11,7 @@ from scipy.stats import multivariate_normal
 from sklearn.mixture import GaussianMixture as SklearnMixture
 
 import coupled_gmm as cg
+from coupled_gmm.fits import fidelity
 from coupled_gmm.fits.gmm import draws
 from coupled_gmm.fits.request import GivenCloud, view_of
 from coupled_gmm.gaussians.mixture import stack
@@ -231,6 +232,16 @@ def test_the_choice_is_fitted_to_all_points(choice, tmp_path):
     loaded = cg.load(tmp_path / "choice.npz")
     jax.tree.map(np.testing.assert_array_equal, loaded, choice)
     assert loaded.table == choice.table
+
+
+def test_no_fit_is_chosen_in_which_the_penalty_has_overruled_the_data(monkeypatch):
+    """However little that is: of rows that the score can't tell apart the next smaller weight is taken."""
+    options = {"n_components": 2, "relative_weights": [0.001, 0.01], "folds": 3, "n_init": 1, "tol": 1e-6}
+    assert cg.choose(clouds(), KEY, **options).chosen["relative_weight"] == 0.01
+    monkeypatch.setattr(fidelity, "MOST_LOST", 2e-4)
+    choice = cg.choose(clouds(), KEY, **options)
+    assert choice.chosen["relative_weight"] == 0.001 and not choice.fit.fidelity.overruled.any()
+    assert [row["dear"] for row in choice.table] == [False, False, True]
 
 
 def test_failed_fits_are_counted(choice):
