@@ -120,8 +120,8 @@ def best_ends(
     def ended(ends: Solution) -> Ended:
         return Ended(jax.vmap(problem.split)(ends.nodes), ends.log_likelihoods, ends.penalized)
 
-    best, refits = (take(ends, rows) for rows in (slice(n_weights), slice(n_weights, None)))
-    return Contest(best, every, Fidelity.of(ended(best), ended(refits), problem.frozen, sight.has_cloud))
+    best, alone = take(ends, slice(n_weights)), take(ends, slice(n_weights, None))
+    return Contest(best, every, Fidelity.of(ended(best), ended(alone), problem.frozen, sight.has_cloud))
 
 
 def run_all(

@@ -194,9 +194,6 @@ def fit_graph(
         raise ArgumentError(
             "graph", f"is a batch of {len(graph.sources)} graphs", "fit them with jax.vmap, or take one of them"
         )
-    if n_init > 1 and graph.links is not None:
-        problem = "draws components in no order, and the graph's links say of each what it may be linked to"
-        raise ArgumentError("n_init", problem, "fit from graphs of your own, one by one")
     graph = started_graph(graph)
     request = FitRequest.checked(
         ridge=ridge,
