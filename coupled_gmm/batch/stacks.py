@@ -100,10 +100,9 @@ class Kind(NamedTuple):
     graph: Callable[..., MixtureGraph]
     fit: Callable[[MixtureGraph, em.Solution], Any]
     lost: Callable[[Any, tuple], Any]  # of a fit without numbers, and what it starts from
-    alone: Callable[[tuple, Any], tuple] | None = (
-        None  # by what fits started from, and they: what their refits start from
-    )
-    fidelity: Callable[[tuple, Any, Any], Any] | None = None  # by what fits started from, they, and their refits
+    # What refits start from, by what fits started from, and they; and by these and the refits what coupling has cost.
+    alone: Callable[[tuple, Any], tuple] | None = None
+    fidelity: Callable[[tuple, Any, Any], Any] | None = None
 
 
 def fitted(

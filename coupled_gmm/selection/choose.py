@@ -267,7 +267,7 @@ def _scored(found: list[Path], some: list[splits.Split], node_weights: np.ndarra
         sums, counts = sums + each.sum(axis=1), counts + held * value.shape[1]
     variance = np.concatenate(variances, axis=1)
     error = np.nan_to_num(np.sqrt(np.sum(variance, axis=1)) / variance.shape[1], nan=np.inf)
-    by_cloud = np.nan_to_num(sums / np.maximum(counts, 1))
+    by_cloud = sums / np.maximum(counts, 1)
     return found[0], np.concatenate(scores, axis=1), error, by_cloud, np.sum(failures, axis=0)
 
 

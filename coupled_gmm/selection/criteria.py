@@ -31,7 +31,9 @@ class Fitted(NamedTuple):
         counts = np.array([_count(x, w) for x, w in zip(view.clouds, view.weights, strict=True)])
         free = np.where(frozen, 0, np.asarray(sizes) * (1 + d + d * (d + 1) // 2) - 1)
         likelihood = np.where(counts > 0, np.asarray(path.log_likelihoods, np.float64)[apart], 0)
-        return cls(counts, free, likelihood, held_out[apart] - held_out)
+        good = np.isfinite(held_out) & np.isfinite(held_out[apart])
+        lost = np.where(good, held_out[apart], np.inf) - np.where(good, held_out, 0)
+        return cls(counts, free, likelihood, lost)
 
     def dear(self) -> Bool[np.ndarray, " W"]:
         """Whether coupling has cost a cloud more than chance costs fits apart, or than a mixture of its cloud can lose.
