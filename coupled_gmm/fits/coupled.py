@@ -256,6 +256,11 @@ def fit_graph(
             fit = request.fit(_fit_graphs, problem, starts, **seen, refits=in_program)
     plans = dataclasses.replace(fit.plans, pair=stated(fit.plans.pair, graph.balanced))
     fit = dataclasses.replace(fit, plans=plans, times=graph.times, names=graph.names)
+    if checks.known(
+        graph.sources, graph.targets
+    ):  # inside somebody's program too: there the fit is a chain that can be read
+        with jax.ensure_compile_time_eval():
+            fit = dataclasses.replace(fit, edges=jnp.stack([graph.sources, graph.targets], axis=1))
     if alone:
         return dataclasses.replace(fit, feature_variance=None)
     if not fidelity or fit.fidelity is not None:

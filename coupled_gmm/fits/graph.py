@@ -106,18 +106,22 @@ class MixtureGraph:
         edge_weights = checks.scalar("edge_weights", edge_weights, at_least=0, batched=True)
         v = jnp.ones(n_nodes) if node_weights is None else checks.weights("node_weights", node_weights, n_nodes)
         if times is not None:
-            times = checks.array("times", times, n_nodes)
-            checks.finite("times", times)
+            with jax.ensure_compile_time_eval():
+                times = checks.array("times", times, n_nodes)
+                checks.finite("times", times)
         nodes = stack(gmms)
+        with jax.ensure_compile_time_eval():  # what it joins can be read, inside somebody's program too
+            sources, targets = (jax.device_put(np.array([edge[end] for edge in edges], np.int32)) for end in (0, 1))
+            still = jax.device_put(np.array([node in frozen for node in range(n_nodes)]))
         return cls(
             nodes=nodes,
-            sources=jax.device_put(np.array([i for i, _ in edges], np.int32)),
-            targets=jax.device_put(np.array([j for _, j in edges], np.int32)),
+            sources=sources,
+            targets=targets,
             edge_weights=_per_edge("edge_weights", edge_weights, len(edges)).astype(nodes.dtype),
             epsilon=epsilon.astype(nodes.dtype),
             rho=prices.rho(epsilon).astype(nodes.dtype),
             node_weights=v.astype(nodes.dtype),
-            frozen=jax.device_put(np.array([node in frozen for node in range(n_nodes)])),
+            frozen=still,
             sizes=tuple(gmm.n_components for gmm in gmms),
             balanced=prices.balanced,
             links=per_edge(links, [(gmms[i].weights, gmms[j].weights) for i, j in edges], nodes.weights.shape[-1]),

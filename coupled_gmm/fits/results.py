@@ -156,7 +156,9 @@ class GraphFit(Stackable, Outcome):
             raise ArgumentError("edge", "the fit was saved before fits kept their edges", "read plans[i], or fit again")
         if not checks.known(self.edges):
             raise ArgumentError(
-                "edge", "under a transformation sizes of plans are not known", "read plans[i], or ask outside of it"
+                "edge",
+                "which nodes the fit's edges join is traced",
+                "read plans[i], or ask outside of the transformation",
             )
         return [(i, j) for i, j in np.asarray(self.edges).tolist()]
 

@@ -12,12 +12,14 @@ general not the optimal one: MW2 geodesics do not pass through the mixtures in b
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from coupled_gmm.core import checks
 from coupled_gmm.core.programs import program
-from coupled_gmm.core.status import FAILURES, Status, worst
+from coupled_gmm.core.status import FAILURES, SEVERITY, Status, first_status, worst
 from coupled_gmm.core.tree import unchecked
 from coupled_gmm.gaussians.bures import bures_cost_matrix
 from coupled_gmm.transport.pair import GaussianMixturePair
@@ -45,17 +47,24 @@ def composed(plans: Sequence[Plan]) -> Plan:
         rho=jnp.stack([first.pair.rho0, last.pair.rho1]),
         balanced=all(plan.pair.balanced for plan in plans),
     )
-    end = worst(np.stack([plan.status for plan in plans]))
-    end = end if end in FAILURES else Status.COMPOSED
     return Plan(
         pair=pair,
         cost=bures_cost_matrix(*ends),
         potentials=None,
-        status=jnp.asarray(int(end), jnp.int32),
+        status=_status([plan.status for plan in plans]),
         n_iterations=jnp.zeros((), jnp.int32),
         vertex=matrix,
         gap=jnp.asarray(jnp.inf, matrix.dtype),
     )
+
+
+def _status(ends: Sequence[Array]) -> Int[Array, ""]:
+    """The worst, where that is a failure."""
+    if checks.known(ends):
+        end = worst(np.stack(ends))
+        return jax.device_put(np.int32(end if end in FAILURES else Status.COMPOSED))
+    failures = [(jnp.any(jnp.stack(ends) == end), end) for end in reversed(SEVERITY) if end in FAILURES]
+    return jnp.asarray(first_status(failures, Status.COMPOSED), jnp.int32)
 
 
 @program()

@@ -169,3 +169,18 @@ def test_a_pair_of_unequal_sizes():
     at = jax.jit(lambda fit, t: cg.mixture_at(fit, t))
     for t in (0.0, 0.4, 1.0):
         same(at(fit, t), cg.interpolate(fit.plan, t), 1e-7)
+
+
+def test_a_fit_and_its_course_inside_one_program():
+    """Clouds are traced, the graph is not: the fit can be read there by its edges and times, as it can outside."""
+    rng = np.random.RandomState(0)
+    clouds = np.float32([np.concatenate([rng.randn(30, 1) + i, rng.randn(20, 1) + 9]) for i in range(3)])
+    start = cg.init_gmm(jax.random.key(0), np.concatenate(clouds), 2)
+
+    def course(clouds):
+        graph = cg.chain([start] * 3, times=[0, 1, 3])
+        fit = cg.fit_graph(list(clouds), graph, relative_weight=0.1, em_steps=3, fidelity=False)
+        return cg.mixture_at(fit, 0.5), cg.trajectories(fit, clouds[0], [0.5, 2.0]), fit.compose(0, 2).matrix
+
+    for inside, outside in zip(jax.tree.leaves(jax.jit(course)(clouds)), jax.tree.leaves(course(clouds)), strict=True):
+        np.testing.assert_allclose(inside, outside, rtol=1e-4, atol=1e-5)
