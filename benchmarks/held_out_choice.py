@@ -61,7 +61,6 @@ def hipc(folder: Path, seeds: int, n: int) -> None:
                 rhos=[0.01, 0.03, 0.1, 0.3, 1.0],
                 epsilons=[1e-2],
                 folds=3,
-                rule="best",
                 tol=1e-4,
             )
             took = time.perf_counter() - began
