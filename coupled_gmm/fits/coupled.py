@@ -266,10 +266,27 @@ def fit_graph(
     if not fidelity or fit.fidelity is not None:
         return fit
     has_cloud = np.array([cloud is not None for cloud in clouds])
-    free = refits.graph(problem, stack(fit.gmms), has_cloud)
-    refit = refits.request(request).fit(_stretches(), free, **seen)
-    return dataclasses.replace(fit, fidelity=Fidelity.of(_ended(fit), _ended(refit), graph.frozen, has_cloud))
+    if request.optimizer is None:
+        free = refits.graph(problem, stack(fit.gmms), has_cloud)
+        alone = _ended(refits.request(request).fit(_stretches(), free, **seen))
+    else:
+        alone = refitted_apart(fit.gmms, graph.split(graph.nodes), has_cloud, request, view)
+    return dataclasses.replace(fit, fidelity=Fidelity.of(_ended(fit), alone, graph.frozen, has_cloud))
 
 
 def _ended(fit: GraphFit) -> Ended:
     return Ended(fit.gmms, fit.log_likelihoods, fit.penalized_log_likelihoods)
+
+
+def refitted_apart(
+    gmms: Sequence[GaussianMixture],
+    starts: Sequence[GaussianMixture],
+    has_cloud: np.ndarray,
+    request: FitRequest,
+    view: View,
+) -> Ended:
+    """Where mixtures end by EM alone, that an optimiser of the user's has fitted, whose program has not EM's M-step."""
+    nodes = stack([refits.beginning(*each) for each in zip(gmms, starts, strict=True)])
+    graph = dataclasses.replace(MixtureGraph.unjoined(nodes, ~has_cloud), sizes=tuple(gmm.n_components for gmm in gmms))
+    seen = {"view": view, "numbers": nodes.n_components * nodes.n_features, "solver": solvers.ENTROPIC}
+    return _ended(refits.request(request).fit(_stretches(), graph, **seen))

@@ -18,7 +18,7 @@ from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.programs import program
 from coupled_gmm.core.tree import take
 from coupled_gmm.fits import contest, em, frame, refits
-from coupled_gmm.fits.coupled import graph_fit
+from coupled_gmm.fits.coupled import graph_fit, refitted_apart
 from coupled_gmm.fits.fidelity import Ended, Fidelity
 from coupled_gmm.fits.frame import Sight, View
 from coupled_gmm.fits.gmm import pooled_draws
@@ -365,10 +365,15 @@ class _PairRequest(NamedTuple):
 
     def measured(self, fit: PairFit) -> PairFit:
         """A fit with what coupling has cost its mixtures, by its own program."""
-        free = refits.pair(self.pair, fit.pair.gmm0, fit.pair.gmm1)
-        asked = self._replace(request=refits.request(self.request), pair=free, frozen=np.zeros(2, bool))
-        alone = asked.fit(_stretches(), free, np.zeros((), self.pair.epsilon.dtype))
-        return dataclasses.replace(fit, fidelity=Fidelity.of(ended(fit), ended(alone), self.frozen, np.ones(2, bool)))
+        end, has_cloud = ended(fit), np.ones(2, bool)
+        if self.request.optimizer is None:
+            free = refits.pair(self.pair, *end.gmms)
+            asked = self._replace(request=refits.request(self.request), pair=free, frozen=np.zeros(2, bool))
+            alone = ended(asked.fit(_stretches(), free, np.zeros((), self.pair.epsilon.dtype)))
+        else:
+            starts = [self.pair.gmm0, self.pair.gmm1]
+            alone = refitted_apart(end.gmms, starts, has_cloud, self.request, self.view)
+        return dataclasses.replace(fit, fidelity=Fidelity.of(end, alone, self.frozen, has_cloud))
 
     def starts(self) -> GaussianMixturePair:
         """The pair, and pairs that are drawn, stacked; what is frozen is in all of them."""

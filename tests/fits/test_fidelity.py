@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import optax
 import pytest
 from sklearn.mixture import GaussianMixture
 
@@ -163,17 +164,17 @@ def test_kept_in_files(tmp_path):
     assert again.message == fit.message and again.relative_weight == fit.relative_weight
 
 
-def test_a_refit_compiles_nothing():
-    """It is the fit's own program, begun where that ended: of a pair, of a graph, and of a batch."""
+@pytest.mark.parametrize("kind", ["pair", *(pytest.param(one, marks=pytest.mark.slow) for one in ("graph", "batch"))])
+def test_a_refit_compiles_nothing(kind):
+    """It is the fit's own program, begun where that ended."""
     xs = clusters(n=60)
     gmm = cg.init_gmm(jax.random.key(0), np.concatenate(xs), 2)
     pair, options = cg.GaussianMixturePair(gmm, gmm), {"relative_weight": 1.0, "em_steps": 7, "m_steps": 9}
-    graph = cg.chain([gmm, gmm])
-    calls = [
-        lambda **some: cg.fit_pair(*xs, pair, **options, **some),
-        lambda **some: cg.fit_graph(xs, graph, **options, **some),
-        lambda **some: cg.fit_pairs(xs[:1], xs[1:], pair, **options, **some)[0],
-    ]
+    call = {
+        "pair": lambda **some: cg.fit_pair(*xs, pair, **options, **some),
+        "graph": lambda **some: cg.fit_graph(xs, cg.chain([gmm, gmm]), **options, **some),
+        "batch": lambda **some: cg.fit_pairs(xs[:1], xs[1:], pair, **options, **some)[0],
+    }[kind]
     compiled, counting = [], False
 
     def listen(name, _, **__):
@@ -181,9 +182,26 @@ def test_a_refit_compiles_nothing():
             compiled.append(name)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
-    for call in calls:
-        call(fidelity=False)
-        counting = True
-        fit = call()
-        counting = False
-        assert not compiled and np.all(np.asarray(fit.fidelity.loss) > 0)
+    call(fidelity=False)
+    counting = True
+    fit = call()
+    counting = False
+    assert not compiled and np.all(np.asarray(fit.fidelity.loss) > 0)
+
+
+@pytest.mark.slow
+def test_fits_by_an_optimiser_of_the_users_are_refitted_by_em():
+    xs = clusters(n=200)
+    options = {"optimizer": optax.adam, "learning_rate": 1e-2, "em_steps": 20}
+    gmm = cg.fit_gmm(np.concatenate(xs), 2, key=jax.random.key(0)).gmm
+    pair = cg.fit_pair(*xs, cg.GaussianMixturePair(gmm, gmm), relative_weight=1.0, **options)
+    graph = cg.fit_graph(xs, cg.chain([gmm, gmm]), relative_weight=1.0, **options)
+    path = cg.fit_path(*xs, cg.GaussianMixturePair(gmm, gmm), relative_weights=[1.0], **options)
+    for fit, gmms in (
+        (pair, [pair.pair.gmm0, pair.pair.gmm1]),
+        (graph, graph.gmms),
+        (path[0], [path[0].pair.gmm0, path[0].pair.gmm1]),
+    ):
+        for i, (one, x) in enumerate(zip(gmms, xs, strict=True)):
+            np.testing.assert_allclose(fit.fidelity.loss[i], refitted(one, x), atol=1e-3)
+            np.testing.assert_allclose(fit.fidelity.mean_shift[i], shifts(one, x)[0], atol=1e-4)
