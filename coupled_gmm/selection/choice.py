@@ -53,6 +53,7 @@ class Choice(Outcome):
             weights=np.asarray(self.relative_weights),
             scores=np.asarray(self.scores),
             errors=np.asarray(self.standard_errors),
+            lost=np.asarray(self.lost),
             dear=np.asarray(self.dear),
             log_likelihoods=np.asarray(self.log_likelihoods),
             transport=np.asarray(self.transport),

@@ -77,9 +77,10 @@ def choose(
     and rules are:
 
     - "one_standard_error": of all rows that the best is ahead of by no more than its standard error (Breiman et al. 1984) the
-      fewest components, and of these, with the epsilon and rho that do best, the largest weight. Rows are left out in which
-      coupling has cost a cloud more than chance costs fits apart: p / 2n nats per held-out point, of p numbers that are fitted
-      to n points, by which these are on average worse than the true ones; or more than 0.1, there or in the fit to all points.
+      fewest components, and of these the strongest coupling: the largest weight, at the epsilon and rho at which that costs most.
+      Rows are left out in which coupling has cost a cloud more than chance costs fits apart: p / 2n nats per held-out point, of p
+      numbers that are fitted to n points, by which these are on average worse than the true ones; or more than 0.1, there or in
+      the fit to all points.
     - "best": the best mean score.
     - "corner": of the components, epsilon and rho that the first rule takes, the weight where log-likelihood against transport, of
       fits to all points, is farthest above the line between its ends.

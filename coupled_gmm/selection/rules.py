@@ -16,7 +16,8 @@ class Candidates(NamedTuple):
     weights: Float[np.ndarray, " R"]
     scores: Float[np.ndarray, "R F"]  # of each fold; -inf where a fit has failed
     errors: Float[np.ndarray, " R"]  # standard errors of their means
-    dear: Bool[np.ndarray, " R"]  # coupling has cost a cloud more than chance costs fits apart
+    lost: Float[np.ndarray, " R"]  # what coupling has cost, of the cloud that has lost most
+    dear: Bool[np.ndarray, " R"]  # it has cost a cloud more than chance costs fits apart
     log_likelihoods: Float[np.ndarray, " R"]  # of all points, fitted to all
     transport: Float[np.ndarray, " R"]
 
@@ -47,19 +48,24 @@ def chosen(candidates: Candidates, rule: str) -> int:
     """The number of the row that a rule takes.
 
     "best": the likeliest. "one_standard_error": of those within its standard error (Breiman et al. 1984) the smallest mixtures, and
-    of these, with the epsilon and rho of the likeliest that is coupled, the largest weight. "corner": of the same mixtures, epsilon
-    and rho the weight at which log-likelihood against transport turns: farthest above the line between the ends of the path.
+    of these the strongest coupling: for each epsilon and rho the largest weight, and of those the one that costs most. A large
+    weight is weak where mass may change for little, and so is a large rho at a small weight. "corner": of the same mixtures,
+    epsilon and rho the weight at which log-likelihood against transport turns: farthest above the line between the path's ends.
     """
     means, within = candidates.means(), candidates.within()
     if rule == "best":
         return int(np.argmax(means))
     smallest = within & (candidates.sizes == np.min(candidates.sizes, where=within, initial=candidates.sizes.max()))
     coupled = smallest & (candidates.weights > 0)  # at weight 0 prices are all the same
-    best = int(np.argmax(np.where(coupled if coupled.any() else smallest, means, -np.inf)))
-    group = candidates.groups == candidates.groups[best]
+    if coupled.any():
+        groups = [np.flatnonzero(coupled & (candidates.groups == group)) for group in set(candidates.groups[coupled])]
+        strongest = np.array([rows[np.argmax(candidates.weights[rows])] for rows in groups])
+        row = int(strongest[np.argmax(candidates.lost[strongest])])
+    else:
+        row = int(np.argmax(np.where(smallest, means, -np.inf)))
     if rule == "one_standard_error":
-        return int(np.argmax(np.where(group & within, candidates.weights, -np.inf)))
-    rows = np.flatnonzero(group & np.isfinite(means))
+        return row
+    rows = np.flatnonzero((candidates.groups == candidates.groups[row]) & np.isfinite(means))
     return int(rows[corner(candidates.transport[rows], candidates.log_likelihoods[rows])])
 
 
