@@ -105,9 +105,9 @@ def cite(folder: Path, seeds: int, n: int | None) -> None:
                 jax.random.key(seed),
                 n_components=[5, 10, 15],
                 relative_weights=[3e-3, 1e-2, 3e-2, 0.1],
+                folds=3,
                 n_init=1,
-                tol=1e-3,
-                em_steps=100,
+                tol=1e-4,
             )
             row, both = choice.chosen, (days[before], days[after])
             fit = cg.fit_pair(*both, choice.fit.pair, relative_weight=row["relative_weight"], tol=1e-4, em_steps=200)
