@@ -1,6 +1,6 @@
 """Choices without the truth on public tables, which are read from folders that are named; nothing of them is kept here.
 
-    python benchmarks/held_out_choice.py hipc FOLDER [--seeds 3] [--points 20000]
+    python benchmarks/held_out_choice.py hipc FOLDER [--seeds 5] [--points 20000]
     python benchmarks/held_out_choice.py cite FOLDER [--seeds 5]
 
 hipc: cell-type proportions of an unlabelled flow cytometry sample from a labelled one. FOLDER holds HIPC_Stanford.RData of the
@@ -32,7 +32,7 @@ def divergence(estimate: np.ndarray, truth: np.ndarray) -> float:
     return float(np.sum(estimate * np.log(estimate / truth)))
 
 
-def hipc(folder: Path, seeds: int, n: int) -> None:
+def hipc(folder: Path, seeds: int, n: int | None) -> None:
     import rdata
 
     tables = rdata.read_rda(str(folder / "HIPC_Stanford.RData"))
@@ -148,10 +148,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("table", choices=("hipc", "cite"))
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--points", type=int, help="of each cloud, that are chosen by: 20,000 (hipc), all (cite)")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--points", type=int, help="of each cloud, that are chosen by; all where it is left out")
     given = parser.parse_args()
     if given.table == "hipc":
-        hipc(given.folder, given.seeds, given.points or 20_000)
+        hipc(given.folder, given.seeds, given.points)
     else:
         cite(given.folder, given.seeds, given.points)
