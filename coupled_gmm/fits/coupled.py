@@ -239,7 +239,12 @@ def fit_graph(
         graph = dataclasses.replace(graph, edge_weights=(weight * graph.edge_weights).astype(graph.nodes.dtype))
     # One program, whatever the prices are and nodes are called.
     problem = dataclasses.replace(graph, balanced=False, times=None, names=None)
-    seen = {"view": view, "numbers": numbers, "solver": _edge_solver(method, graph)}
+    seen = {
+        "view": view,
+        "numbers": numbers,
+        "solver": _edge_solver(method, graph),
+        "sight": request.seen(view, numbers),
+    }
     in_program = fidelity and not alone and request.optimizer is None  # which the refits, by EM, have not
     if n_init == 1 and (not in_program or progress or checks.known(view, problem, request.controls)):
         fit = request.fit(_stretches(), problem, **seen)

@@ -334,10 +334,10 @@ class _PairRequest(NamedTuple):
         view = view_of(clouds, [pair.gmm0, pair.gmm1], ridge, in_memory)
         return cls(request, pair, view, frozen, solver, n_init, None if key is None else checks.key("key", key))
 
-    def fit(self, program: Any, pairs: GaussianMixturePair, weights: Any, refits: bool = False) -> PairFit:
+    def fit(self, program: Any, pairs: GaussianMixturePair, weights: Any, **how: Any) -> PairFit:
         problem = stated(pairs, balanced=False), weights, self.frozen  # one program, whatever the prices are
         seen = {"view": self.view, "numbers": numbers(self.pair), "solver": self.solver}
-        fit = self.request.fit(program, *problem, **seen, refits=refits)
+        fit = self.request.fit(program, *problem, **seen, **how)
         balanced = self.pair.balanced
         plan = dataclasses.replace(fit.plan, pair=stated(fit.plan.pair, balanced))
         return dataclasses.replace(fit, pair=stated(fit.pair, balanced), plan=plan)
@@ -351,7 +351,8 @@ class _PairRequest(NamedTuple):
             return self.fit(_stretches(), self.pair, weight)
         known = checks.known(self.view, self.pair, weight, self.request.controls)
         if known or self.request.progress or self.request.optimizer is not None:
-            return self.measured(self.fit(_stretches(), self.pair, weight))
+            sight = self.request.seen(self.view, numbers(self.pair))
+            return self.measured(self.fit(_stretches(), self.pair, weight, sight=sight), sight)
         return dataclasses.replace(self.several(weight[None], fidelity)[0], starts=None)
 
     def several(self, weights: Array, fidelity: bool) -> PairFit:
@@ -363,13 +364,13 @@ class _PairRequest(NamedTuple):
         each = [self.measured(fits[i]).fidelity for i in range(len(weights))]
         return dataclasses.replace(fits, fidelity=jax.tree.map(lambda *leaves: jnp.stack(leaves), *each))
 
-    def measured(self, fit: PairFit) -> PairFit:
+    def measured(self, fit: PairFit, sight: Sight | None = None) -> PairFit:
         """A fit with what coupling has cost its mixtures, by its own program."""
         end, has_cloud = ended(fit), np.ones(2, bool)
         if self.request.optimizer is None:
             free = refits.pair(self.pair, *end.gmms)
             asked = self._replace(request=refits.request(self.request), pair=free, frozen=np.zeros(2, bool))
-            alone = ended(asked.fit(_stretches(), free, np.zeros((), self.pair.epsilon.dtype)))
+            alone = ended(asked.fit(_stretches(), free, np.zeros((), self.pair.epsilon.dtype), sight=sight))
         else:
             starts = [self.pair.gmm0, self.pair.gmm1]
             alone = refitted_apart(end.gmms, starts, has_cloud, self.request, self.view)

@@ -13,7 +13,7 @@ from coupled_gmm.core import checks, chunks, foreign, meshes, passes, report
 from coupled_gmm.core.errors import ArgumentError
 from coupled_gmm.core.tree import take
 from coupled_gmm.fits import frame, rows
-from coupled_gmm.fits.frame import View
+from coupled_gmm.fits.frame import Sight, View
 from coupled_gmm.gaussians.mixture import GaussianMixture
 from coupled_gmm.transport.solvers import ENTROPIC_METHODS, PlanSolver
 
@@ -139,6 +139,10 @@ class FitRequest(NamedTuple):
             checks.integer("chunk_size", chunk_size, 1)
         return cls(controls, int(em_steps), optimizer, chunk_size, progress, chunks.rows(em_steps))
 
+    def seen(self, view: View, numbers: int) -> Sight:
+        """The clouds as a program takes them, which is worth making once for several."""
+        return view.in_chunks(numbers, self.chunk_size)
+
     def fit(
         self,
         program: Callable[..., Any] | Stretches,
@@ -146,6 +150,7 @@ class FitRequest(NamedTuple):
         view: View,
         numbers: int,
         solver: PlanSolver,
+        sight: Sight | None = None,
         refits: bool = False,
     ) -> Any:
         """What a program makes of a problem and what it sees, with a row of history for each step that was asked for.
@@ -153,9 +158,10 @@ class FitRequest(NamedTuple):
         Args:
           program: (*problem, sight, controls, options) -> a fit; or stretches of one, each of these.
           numbers: that it holds of each point.
+          sight: `seen` of the view, where it has been made before.
           refits: as in `FitOptions`.
         """
-        sight = view.in_chunks(numbers, self.chunk_size)
+        sight = self.seen(view, numbers) if sight is None else sight
         options = FitOptions(self.rows, solver, self.optimizer, progress=False, refits=refits)
         sharded = sight.chunks.mesh is not None
         controls = self.controls
