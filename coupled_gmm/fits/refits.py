@@ -81,9 +81,11 @@ def _have_become_one(gmm: GaussianMixture) -> Bool[Any, "*b"]:
     """Whether two components of a mixture differ by no more than a hundredth of their size."""
     xp = checks.array_module(gmm)
     means, covariances, present = xp.asarray(gmm.means), xp.asarray(gmm.covariances), xp.asarray(gmm.weights) > 0
-    size = xp.trace(covariances, axis1=-2, axis2=-1)
-    apart = xp.sum((means[..., :, None, :] - means[..., None, :, :]) ** 2, axis=-1)
-    unlike = xp.sum((covariances[..., :, None, :, :] - covariances[..., None, :, :, :]) ** 2, axis=(-2, -1))
-    near = (apart <= _NEAR**2 * size[..., None, :]) & (unlike <= (_NEAR * size[..., None, :]) ** 2)
+    size = xp.trace(covariances, axis1=-2, axis2=-1)[..., :, None, None]
+    size = xp.where(size > 0, size, 1)
+    # In each one's own unit: squares of covariances may leave a float's range.
+    apart = (means[..., :, None, :] - means[..., None, :, :]) / xp.sqrt(size)
+    unlike = (covariances[..., :, None, :, :] - covariances[..., None, :, :, :]) / size[..., None]
+    near = (xp.sum(apart**2, axis=-1) <= _NEAR**2) & (xp.sum(unlike**2, axis=(-2, -1)) <= _NEAR**2)
     near &= present[..., :, None] & present[..., None, :] & ~np.eye(present.shape[-1], dtype=bool)
     return xp.any(near, axis=(-2, -1))
