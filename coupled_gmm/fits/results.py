@@ -157,8 +157,8 @@ class GraphFit(Stackable, Outcome):
         if not checks.known(self.edges):
             raise ArgumentError(
                 "edge",
-                "which nodes the fit's edges join is traced",
-                "read plans[i], or ask outside of the transformation",
+                "under a transformation a fit's edges are not known",
+                "read plans[i], or ask outside of it",
             )
         return [(i, j) for i, j in np.asarray(self.edges).tolist()]
 

@@ -182,5 +182,5 @@ def test_batches_and_traced_fits_are_refused():
     for ask in (lambda: batch.compose(0, 1), batch.growth, lambda: batch.ancestors(0, 0)):
         with pytest.raises(ValueError, match="holds several"):
             ask()
-    with pytest.raises(ValueError, match="edges join is traced"):
+    with pytest.raises(ValueError, match="under a transformation"):
         jax.eval_shape(lambda fit: fit.compose(0, 1).matrix, star)

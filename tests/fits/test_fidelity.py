@@ -7,6 +7,7 @@ import pytest
 from sklearn.mixture import GaussianMixture
 
 import coupled_gmm as cg
+from coupled_gmm.fits import refits
 
 
 def clusters(n=400, d=2, shift=1.0, seed=0):
@@ -162,6 +163,18 @@ def test_kept_in_files(tmp_path):
     again = cg.load(tmp_path / "fit.npz")
     np.testing.assert_array_equal(again.fidelity.loss, fit.fidelity.loss)
     assert again.message == fit.message and again.relative_weight == fit.relative_weight
+
+
+@pytest.mark.parametrize("unit", [1e-12, 1.0, 1e12])
+def test_a_refit_begins_where_the_fit_ended_unless_two_components_are_one(unit):
+    apart = cg.GaussianMixture.from_moments(unit * np.array([[0.0], [5.0]]), unit**2 * np.ones((2, 1, 1)), [0.5, 0.5])
+    wide = cg.GaussianMixture.from_moments(np.zeros((2, 1)), unit**2 * np.array([[[1.0]], [[2.0]]]), [0.5, 0.5])
+    near = cg.GaussianMixture.from_moments(
+        unit * np.array([[0.0], [0.005]]), unit**2 * np.array([[[1.0]], [[1.005]]]), [0.5, 0.5]
+    )
+    for begin in (refits.beginning, jax.jit(refits.beginning)):
+        for ended, started, expected in ((apart, near, apart), (wide, near, wide), (near, apart, apart)):
+            jax.tree.map(np.testing.assert_array_equal, begin(ended, started), expected)
 
 
 @pytest.mark.parametrize("kind", ["pair", *(pytest.param(one, marks=pytest.mark.slow) for one in ("graph", "batch"))])
