@@ -152,9 +152,9 @@ if __name__ == "__main__":
         for relative in asked.relative_weights:
             runs[f"pairs, {relative:g}"] = by_pairs(planted, starts, relative, asked.rho)
             runs[f"chain, {relative:g}"] = by_chain(planted, starts, relative, asked.rho)
-        still.append(
-            np.mean([np.nansum(now * abs(planted.log_change(t))) for t, now in enumerate(planted.masses[:-1])])
-        )
+        with np.errstate(invalid="ignore"):  # what is not there yet has no mass to change
+            changes = [np.nansum(now * abs(planted.log_change(t))) for t, now in enumerate(planted.masses[:-1])]
+        still.append(np.mean(changes))
         for name, score in runs.items():
             found.setdefault(name, []).append(score)
     seconds = time.perf_counter() - begin
