@@ -1,6 +1,7 @@
 """Several runs of a fit, of which the best are kept: from several starts, and along a list of transport weights.
 
-One run after the other in one program, which holds a single fit: a schedule says from where each starts.
+One run after the other in one program, which holds a single fit: a schedule says from where each starts. The last may be refits
+of the best ends at weight zero.
 """
 
 import dataclasses
