@@ -261,9 +261,7 @@ def fit_graph(
             fit = request.fit(_fit_graphs, problem, starts, **seen, refits=in_program)
     plans = dataclasses.replace(fit.plans, pair=stated(fit.plans.pair, graph.balanced))
     fit = dataclasses.replace(fit, plans=plans, times=graph.times, names=graph.names)
-    if checks.known(
-        graph.sources, graph.targets
-    ):  # inside somebody's program too: there the fit is a chain that can be read
+    if checks.known(graph.sources, graph.targets):  # so that inside somebody's program its course can be read
         with jax.ensure_compile_time_eval():
             fit = dataclasses.replace(fit, edges=jnp.stack([graph.sources, graph.targets], axis=1))
     if alone:
@@ -273,10 +271,10 @@ def fit_graph(
     has_cloud = np.array([cloud is not None for cloud in clouds])
     if request.optimizer is None:
         free = refits.graph(problem, stack(fit.gmms), has_cloud)
-        alone = _ended(refits.request(request).fit(_stretches(), free, **seen))
+        refit = _ended(refits.request(request).fit(_stretches(), free, **seen))
     else:
-        alone = refitted_apart(fit.gmms, graph.split(graph.nodes), has_cloud, request, view)
-    return dataclasses.replace(fit, fidelity=Fidelity.of(_ended(fit), alone, graph.frozen, has_cloud))
+        refit = refitted_apart(fit.gmms, graph.split(graph.nodes), has_cloud, request, view)
+    return dataclasses.replace(fit, fidelity=Fidelity.of(_ended(fit), refit, graph.frozen, has_cloud))
 
 
 def _ended(fit: GraphFit) -> Ended:

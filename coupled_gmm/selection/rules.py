@@ -41,7 +41,8 @@ class Candidates(NamedTuple):
         """The best row, and those that lose no more than its standard error and in which coupling is not dear."""
         loss, _ = self.losses()
         best = int(np.argmax(self.means()))
-        return (loss <= self.errors[best]) & ~self.dear | (np.arange(len(loss)) == best)
+        near = np.isfinite(loss) & (loss <= self.errors[best]) & ~self.dear
+        return near | (np.arange(len(loss)) == best)
 
 
 def chosen(candidates: Candidates, rule: str) -> int:
@@ -58,7 +59,8 @@ def chosen(candidates: Candidates, rule: str) -> int:
     smallest = within & (candidates.sizes == np.min(candidates.sizes, where=within, initial=candidates.sizes.max()))
     coupled = smallest & (candidates.weights > 0)  # at weight 0 prices are all the same
     if coupled.any():
-        groups = [np.flatnonzero(coupled & (candidates.groups == group)) for group in set(candidates.groups[coupled])]
+        every = np.unique(candidates.groups[coupled])
+        groups = [np.flatnonzero(coupled & (candidates.groups == group)) for group in every]
         strongest = np.array([rows[np.argmax(candidates.weights[rows])] for rows in groups])
         row = int(strongest[np.argmax(candidates.lost[strongest])])
     else:

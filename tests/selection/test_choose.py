@@ -79,7 +79,7 @@ def test_of_two_prices_the_one_at_which_coupling_costs_most():
 
 def test_failed_rows_are_not_chosen():
     failed = np.full(2, -np.inf)
-    table = candidates([failed, [1.0, 2.0], [0.0, -np.inf]], [1, 2, 1], [9.0, 0.0, 1.0], error=99.0)
+    table = candidates([failed, [1.0, 2.0], [0.0, -np.inf]], [1, 2, 1], [9.0, 0.0, 1.0], error=np.inf)
     assert [rules.chosen(table, rule) for rule in rules.RULES] == [1, 1, 1]
     loss, error = table.losses()
     np.testing.assert_array_equal(loss, [np.inf, 0, np.inf])
