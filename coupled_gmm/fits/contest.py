@@ -79,6 +79,13 @@ def check_starts(n_init: Any, key: Any) -> int:
     return n_init
 
 
+def check_drawn(n_init: int, noun: str, links: Any) -> None:
+    """Refuse several starts of a pair or a graph whose links say which component is which."""
+    if n_init > 1 and links is not None:
+        problem = f"draws components in no order, and the {noun}'s links say of each what it may be linked to"
+        raise ArgumentError("n_init", problem, f"fit from {noun}s of your own, one by one")
+
+
 def best_of(fits: list[Any]) -> Any:
     """The fit of highest J, with the ends of all."""
     values = np.array([float(fit.penalized_log_likelihood) for fit in fits])

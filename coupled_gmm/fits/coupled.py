@@ -187,9 +187,7 @@ def fit_graph(
     n_init = contest.check_starts(n_init, key)
     if n_init > 1 and progress:
         raise ArgumentError("progress", "fits of several starts have none", "leave it out, or n_init")
-    if n_init > 1 and graph.links is not None:
-        problem = "draws components in no order, and the graph's links say of each what it may be linked to"
-        raise ArgumentError("n_init", problem, "fit from graphs of your own, one by one")
+    contest.check_drawn(n_init, "graph", graph.links)
     if graph.sources.ndim != 1:
         raise ArgumentError(
             "graph", f"is a batch of {len(graph.sources)} graphs", "fit them with jax.vmap, or take one of them"

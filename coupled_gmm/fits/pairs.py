@@ -327,9 +327,7 @@ class _PairRequest(NamedTuple):
         check_densities("pair", pair, frozen, ridge)
         pair = started(pair, frozen)
         n_init = contest.check_starts(n_init, key)
-        if n_init > 1 and pair.links is not None:
-            problem = "draws components in no order, and the pair's links say of each what it may be linked to"
-            raise ArgumentError("n_init", problem, "fit from pairs of your own, one by one")
+        contest.check_drawn(n_init, "pair", pair.links)
         solver = solvers.solver_for(method, pair)
         view = view_of(clouds, [pair.gmm0, pair.gmm1], ridge, in_memory)
         return cls(request, pair, view, frozen, solver, n_init, None if key is None else checks.key("key", key))

@@ -150,8 +150,8 @@ class GaussianMixture(Stackable):
     @property
     def n_parameters(self) -> Any:
         """Numbers that a fit is free to choose: means, covariances and weights of the components of positive weight."""
-        weights, xp = (np.asarray(self.weights), np) if checks.known(self.weights) else (self.weights, jnp)
-        count, d = xp.sum(weights > 0, axis=-1), self.n_features
+        xp = checks.array_module(self.weights)
+        count, d = xp.sum(xp.asarray(self.weights) > 0, axis=-1), self.n_features
         number = count * (1 + d + d * (d + 1) // 2) - 1
         return int(number) if xp is np and not self.batch_shape else number
 
