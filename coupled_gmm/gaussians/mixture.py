@@ -152,7 +152,7 @@ class GaussianMixture(Stackable):
         """Numbers that a fit is free to choose: means, covariances and weights of the components of positive weight."""
         xp = checks.array_module(self.weights)
         count, d = xp.sum(xp.asarray(self.weights) > 0, axis=-1), self.n_features
-        number = count * (1 + d + d * (d + 1) // 2) - 1
+        number = n_free(count, d)
         return int(number) if xp is np and not self.batch_shape else number
 
     @single
@@ -261,6 +261,11 @@ def _sample(gmm: GaussianMixture, key: PRNGKeyArray, n: int) -> Float[Array, "n 
     component = jax.random.categorical(key_component, gmm.log_weights, shape=(n,))
     noise = jax.random.normal(key_noise, (n, gmm.n_features), gmm.dtype)
     return gmm.means[component] + jnp.einsum("nij,nj->ni", gmm.cholesky[component], noise)
+
+
+def n_free(n_components: Any, n_features: int) -> Any:
+    """Numbers that mixtures of so many components are made of: means, covariances, and weights that sum to 1."""
+    return n_components * (1 + n_features + n_features * (n_features + 1) // 2) - 1
 
 
 def padded(gmm: GaussianMixture, n_components: int) -> GaussianMixture:

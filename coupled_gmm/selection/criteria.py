@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 
 from coupled_gmm.fits.fidelity import MOST_LOST
 from coupled_gmm.fits.frame import View
+from coupled_gmm.gaussians.mixture import n_free
 from coupled_gmm.selection.grid import Grid
 from coupled_gmm.selection.paths import Path
 
@@ -29,7 +30,7 @@ class Fitted(NamedTuple):
         """From the path of fits to all points, and the mean log-densities of what was held out from others."""
         d, frozen, apart = len(view.pooled), np.asarray(grid.graph.frozen), grid.relative_weights.index(0.0)
         counts = np.array([_count(x, w) for x, w in zip(view.clouds, view.weights, strict=True)])
-        free = np.where(frozen, 0, np.asarray(sizes) * (1 + d + d * (d + 1) // 2) - 1)
+        free = np.where(frozen, 0, n_free(np.asarray(sizes), d))
         likelihood = np.where(counts > 0, np.asarray(path.log_likelihoods, np.float64)[apart], 0)
         good = np.isfinite(held_out) & np.isfinite(held_out[apart])
         lost = np.where(good, held_out[apart], np.inf) - np.where(good, held_out, 0)

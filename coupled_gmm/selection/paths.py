@@ -40,7 +40,6 @@ class Path(NamedTuple):
     variances: Float[AnyArray, "W H V"]  # of these means, as points are drawn at random
     log_likelihoods: Float[AnyArray, "W V"]  # of what was fitted
     transport: Float[AnyArray, "W E"]
-    values: Float[AnyArray, " W"]
     status: Int[AnyArray, " W"]
 
 
@@ -69,7 +68,7 @@ def _path(task: PathTask, options: FitOptions) -> Path:
     back = jnp.argsort(order)
     means, variances = jax.lax.map(scores, ends.nodes)
     transport = ends.terms.transport[:, back]
-    return Path(ends.nodes, means, variances, ends.log_likelihoods, transport, ends.value, ends.status)
+    return Path(ends.nodes, means, variances, ends.log_likelihoods, transport, ends.status)
 
 
 def schedule_along(n_weights: int, n_starts: int) -> contest.Schedule:
